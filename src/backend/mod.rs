@@ -1,0 +1,2 @@
+//! Backends: implementations of the op set.
+pub mod cpu;
