@@ -195,7 +195,8 @@ impl<'a> Linear<'a> {
 pub struct Attention<'a> {
     /// Queries `[B, Sq, heads·D]`.
     pub q: Cols<'a>,
-    /// Keys `[B, Sk, heads·D]`; a batch of 1 is shared by all samples.
+    /// Keys `[Bk, Sk, heads·D]`. `Bk` divides `B`: sample `i` uses keys `i / (B / Bk)`,
+    /// so the samples of one conditioning share its keys.
     pub k: Cols<'a>,
     /// Values, like the keys.
     pub v: Cols<'a>,
