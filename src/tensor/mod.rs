@@ -2,6 +2,8 @@
 
 mod dtype;
 mod host;
+mod raw;
 
 pub use dtype::DType;
 pub use host::HostTensor;
+pub use raw::RawTensor;
