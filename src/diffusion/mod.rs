@@ -1,1 +1,6 @@
-//! (to be written)
+//! The diffusion process around a model that is seen as a function: schedules,
+//! samplers, noise, guidance, conditioning.
+
+mod latent;
+
+pub use latent::Latent;
