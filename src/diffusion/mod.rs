@@ -2,5 +2,6 @@
 //! samplers, noise, guidance, conditioning.
 
 mod latent;
+pub mod noise;
 
 pub use latent::Latent;
