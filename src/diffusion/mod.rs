@@ -1,3 +1,7 @@
-//! Diffusion: noise, schedules, samplers and guidance over a model seen as a function.
+//! The diffusion process around a model that is seen as a function: schedules,
+//! samplers, noise, guidance, conditioning.
 
+mod latent;
 pub mod noise;
+
+pub use latent::Latent;
