@@ -1,1 +1,54 @@
-//! (to be written)
+//! The node library: one file a category, one registry line a node.
+//!
+//! A node is a type with a [`Schema`] and an [`execute`](Node::execute).
+//! `execute` is synchronous: every prompt in flight has a thread of its own,
+//! which blocks while the device works for it, so node code reads top to
+//! bottom and HTTP never waits for compute.
+
+mod context;
+mod value;
+
+pub use crate::graph::Schema;
+pub use context::{NodeCtx, NodeError, PreviewFrame, PreviewMethod, ProgressSink, Services};
+pub use value::{Inputs, NodeOutput, Object, Value};
+
+use serde_json::Value as Json;
+
+/// A node class.
+pub trait Node: Send + Sync {
+    /// What it takes and gives.
+    fn schema(&self) -> Schema;
+
+    /// Runs the node once. `inputs` holds converted values for every given input.
+    fn execute(&self, ctx: &mut NodeCtx<'_>, inputs: &Inputs) -> Result<NodeOutput, NodeError>;
+
+    /// A check that the schema can't express (ComfyUI's `VALIDATE_INPUTS`), on
+    /// literal inputs only: `Err` holds the text after `"<input> - "`.
+    fn validate(&self, services: &Services, inputs: &serde_json::Map<String, Json>) -> Result<(), String> {
+        let _ = (services, inputs);
+        Ok(())
+    }
+
+    /// Inputs that [`validate`](Node::validate) checks itself, for which the
+    /// generic checks (such as membership in a list) are left out.
+    fn validated_inputs(&self) -> &'static [&'static str] {
+        &[]
+    }
+
+    /// A fingerprint of the outside world (ComfyUI's `IS_CHANGED`), such as the
+    /// hash of a file: it becomes part of the cache key. `None`: inputs say all.
+    fn fingerprint(&self, services: &Services, inputs: &serde_json::Map<String, Json>) -> Option<String> {
+        let _ = (services, inputs);
+        None
+    }
+
+    /// Whether results may be taken from the cache at all (`false`: runs every time).
+    fn is_cacheable(&self) -> bool {
+        true
+    }
+}
+
+/// Every node class of this build, in the order of `/object_info`.
+pub fn registry() -> Vec<Box<dyn Node>> {
+    Vec::new()
+}
