@@ -1,1 +1,3 @@
-//! (to be written)
+//! Diffusion: noise, schedules, samplers and guidance over a model seen as a function.
+
+pub mod noise;
