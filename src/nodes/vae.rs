@@ -59,8 +59,9 @@ fn each_sample(
 
 /// Whether decoding a whole `h`×`w` latent would take more memory than there is.
 fn is_short_of_memory(ctx: &NodeCtx<'_>, vae: &Vae, h: usize, w: usize) -> bool {
-    let memory = ctx.services.models.backend().memory();
-    vae.decode_bytes(h, w, memory.element_bytes) > memory.available.saturating_add(memory.cached)
+    let backend = ctx.services.models.backend();
+    let memory = backend.memory();
+    vae.decode_bytes(h, w, backend.info().element_bytes) > memory.available.saturating_add(memory.cached)
 }
 
 fn decode(ctx: &NodeCtx<'_>, vae: &Vae, latent: &HostTensor, tiling: Option<Tiling>) -> Result<HostTensor, NodeError> {
