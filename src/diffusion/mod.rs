@@ -3,5 +3,6 @@
 
 mod latent;
 pub mod noise;
+pub mod schedule;
 
 pub use latent::Latent;
