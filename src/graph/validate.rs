@@ -1,6 +1,6 @@
 //! Validation.
-use serde_json::{Value as Json, json};
 use super::Classes;
+use serde_json::{Value as Json, json};
 /// A prompt that may run.
 pub struct Validated {
     /// Output nodes to run.
