@@ -1,7 +1,23 @@
 //! Host tensors, element types, op descriptors and the backend trait.
+//!
+//! [`HostTensor`] is what crosses node borders (f32, ComfyUI's layouts);
+//! [`Tensor`] is an activation on a device (NHWC, the device's element type),
+//! worked on through the op set of [`Backend`].
 
+pub mod backend;
+pub mod buffer;
+mod device;
 mod dtype;
+mod error;
 mod host;
+mod raw;
 
+pub use backend::{
+    Activation, Attention, Backend, BackendInfo, Conv2d, ConvWeight, Embed, EmbedRow, Embedding, GroupNorm,
+    HostLayout, LayerNorm, Linear, LinearParts, LinearWeight, MemoryUse, NormWeight, Packed, Pad,
+};
+pub use device::{Cols, Shape, Storage, Tensor};
 pub use dtype::DType;
+pub use error::TensorError;
 pub use host::HostTensor;
+pub use raw::RawTensor;

@@ -1,0 +1,211 @@
+//! The CLIP text encoder (Radford et al. 2021), and how its outputs become conditioning.
+
+use std::sync::Arc;
+
+use super::ModelError;
+use super::config::ClipConfig;
+use super::layers::{LazyEmbedding, LazyLinear, LazyNorm, Loader, Ops, fused_self_attention};
+use crate::tensor::{Activation, Backend, Embed, EmbedRow, HostTensor, Linear, Shape, Tensor};
+
+/// End-of-text token of CLIP's vocabulary.
+pub const END_TOKEN: u32 = 49407;
+const START_TOKEN: u32 = 49406;
+
+/// A token with its prompt weight.
+#[derive(Clone, Debug)]
+pub struct WeightedToken {
+    /// The token, or a vector of an embedding file.
+    pub token: ClipToken,
+    /// Prompt weight; 1 is neutral.
+    pub weight: f32,
+}
+
+/// A token of a prompt.
+#[derive(Clone, Debug, PartialEq)]
+pub enum ClipToken {
+    /// Row of the token table.
+    Id(u32),
+    /// A vector that takes the place of a row (textual inversion).
+    Vector(Arc<[f32]>),
+}
+
+/// A prompt's encoding.
+#[derive(Clone, Debug)]
+pub struct Encoded {
+    /// `[1, 77·chunks, width]`.
+    pub cond: HostTensor,
+    /// `[1, width]`: the state at the first chunk's end token.
+    pub pooled: HostTensor,
+}
+
+struct Layer {
+    norm1: LazyNorm,
+    qkv: LazyLinear,
+    out: LazyLinear,
+    norm2: LazyNorm,
+    fc1: LazyLinear,
+    fc2: LazyLinear,
+}
+
+/// A CLIP text encoder on a backend.
+pub struct ClipText {
+    config: ClipConfig,
+    backend: Arc<dyn Backend>,
+    tokens: LazyEmbedding,
+    positions: LazyEmbedding,
+    layers: Vec<Layer>,
+    final_norm: LazyNorm,
+}
+
+impl ClipText {
+    /// Checks the tensors under `loader` (`…text_model.`); packs nothing yet.
+    pub fn load(config: ClipConfig, backend: Arc<dyn Backend>, loader: &Loader) -> Result<Self, ModelError> {
+        let (c, mlp) = (config.width, config.mlp);
+        let embeddings = loader.sub("embeddings");
+        let mut layers = Vec::with_capacity(config.layers);
+        for i in 0..config.layers {
+            let l = loader.sub("encoder.layers").sub(i);
+            layers.push(Layer {
+                norm1: l.norm("layer_norm1", c)?,
+                qkv: l.fused(&["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], c, c)?,
+                out: l.linear("self_attn.out_proj", c, c)?,
+                norm2: l.norm("layer_norm2", c)?,
+                fc1: l.linear("mlp.fc1", mlp, c)?,
+                fc2: l.linear("mlp.fc2", c, mlp)?,
+            });
+        }
+        Ok(Self {
+            tokens: embeddings.embedding("token_embedding", config.vocab, c)?,
+            positions: embeddings.embedding("position_embedding", config.positions, c)?,
+            final_norm: loader.norm("final_layer_norm", c)?,
+            layers,
+            config,
+            backend,
+        })
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &ClipConfig {
+        &self.config
+    }
+
+    /// Encodes a prompt given in chunks, as ComfyUI forms conditioning for SD1.x.
+    ///
+    /// Chunks are encoded as a batch and joined along the token axis; weights
+    /// act on the output, as a move away from the empty prompt's encoding.
+    /// `skip_last` layers are left out of `cond` ("clip skip": `CLIPSetLastLayer`
+    /// with -2 is 1), never out of `pooled`.
+    pub fn encode(&self, chunks: &[Vec<WeightedToken>], skip_last: usize) -> Result<Encoded, ModelError> {
+        let is_weighted = chunks.iter().flatten().any(|t| t.weight != 1.0);
+        let mut rows: Vec<Vec<ClipToken>> =
+            chunks.iter().map(|c| c.iter().map(|t| t.token.clone()).collect()).collect();
+        if is_weighted || rows.is_empty() {
+            rows.push(empty_chunk(chunks.first().map_or(self.config.positions, Vec::len)));
+        }
+        let (hidden, pooled) = self.forward(&rows, skip_last)?;
+        let count = chunks.len().max(1);
+        let (tokens, width) = (hidden.dim(1), hidden.dim(2));
+        let mut cond = hidden.rows(0, count);
+        if is_weighted {
+            let empty = hidden.row(rows.len() - 1);
+            let states = cond.data_mut().chunks_exact_mut(tokens * width);
+            for (chunk, state) in chunks.iter().zip(states) {
+                for ((t, z), e) in
+                    chunk.iter().zip(state.chunks_exact_mut(width)).zip(empty.chunks_exact(width))
+                {
+                    if t.weight != 1.0 {
+                        z.iter_mut().zip(e).for_each(|(z, e)| *z = (*z - e) * t.weight + e);
+                    }
+                }
+            }
+        }
+        let cond = HostTensor::new(&[1, count * tokens, width], cond.into_data());
+        let cond = cond.ok_or(ModelError::Input { what: "chunk length", expected: tokens, found: 0 })?;
+        Ok(Encoded { cond, pooled: pooled.rows(0, 1) })
+    }
+
+    /// Hidden states `[B, S, width]` after the final norm with `skip_last`
+    /// layers left out, and pooled states `[B, width]` of the whole encoder.
+    pub fn forward(
+        &self,
+        rows: &[Vec<ClipToken>],
+        skip_last: usize,
+    ) -> Result<(HostTensor, HostTensor), ModelError> {
+        let ops = Ops(self.backend.as_ref());
+        let mut x = self.embed(rows)?;
+        let keep = self.layers.len().saturating_sub(skip_last);
+        let mut kept: Option<HostTensor> = None;
+        for (i, layer) in self.layers.iter().enumerate() {
+            if i == keep {
+                kept = Some(ops.download_tokens(&ops.layer_norm(&x, &self.final_norm)?)?);
+            }
+            x = self.layer(ops, layer, x)?;
+        }
+        let last = ops.download_tokens(&ops.layer_norm(&x, &self.final_norm)?)?;
+        let pooled = pool(rows, &last);
+        Ok((kept.unwrap_or(last), pooled))
+    }
+
+    fn embed(&self, rows: &[Vec<ClipToken>]) -> Result<Tensor, ModelError> {
+        let tokens = rows.first().map_or(0, Vec::len);
+        let mut flat = Vec::with_capacity(rows.len() * tokens);
+        for row in rows {
+            if row.len() != tokens {
+                return Err(ModelError::Input { what: "chunk length", expected: tokens, found: row.len() });
+            }
+            for token in row {
+                flat.push(match token {
+                    ClipToken::Id(id) => EmbedRow::Id(*id),
+                    ClipToken::Vector(v) if v.len() == self.config.width => EmbedRow::Vector(v),
+                    ClipToken::Vector(v) => {
+                        let (expected, found) = (self.config.width, v.len());
+                        return Err(ModelError::Input {
+                            what: "width of an embedding file's vectors",
+                            expected,
+                            found,
+                        });
+                    }
+                });
+            }
+        }
+        let mut out = self.backend.alloc(Shape::tokens(rows.len(), tokens, self.config.width))?;
+        let op = Embed { table: self.tokens.get()?, positions: self.positions.get()?, tokens: &flat };
+        self.backend.embed(&op, &mut out)?;
+        Ok(out)
+    }
+
+    fn layer(&self, ops: Ops<'_>, layer: &Layer, x: Tensor) -> Result<Tensor, ModelError> {
+        let normed = ops.layer_norm(&x, &layer.norm1)?;
+        let qkv = ops.linear(&Linear::new(&normed, layer.qkv.get()?))?;
+        let attended = ops.attention(&fused_self_attention(&qkv, self.config.heads, true))?;
+        let x = ops.linear(&Linear { residual: Some(&x), ..Linear::new(&attended, layer.out.get()?) })?;
+        let normed = ops.layer_norm(&x, &layer.norm2)?;
+        let act = if self.config.is_quick_gelu { Activation::QuickGelu } else { Activation::Gelu };
+        let inner = ops.linear(&Linear { act, ..Linear::new(&normed, layer.fc1.get()?) })?;
+        ops.linear(&Linear { residual: Some(&x), ..Linear::new(&inner, layer.fc2.get()?) })
+    }
+}
+
+/// The chunk of an empty prompt: start, then end tokens.
+fn empty_chunk(len: usize) -> Vec<ClipToken> {
+    let mut chunk = vec![ClipToken::Id(END_TOKEN); len];
+    if let Some(first) = chunk.first_mut() {
+        *first = ClipToken::Id(START_TOKEN);
+    }
+    chunk
+}
+
+/// The state at each row's first end token.
+fn pool(rows: &[Vec<ClipToken>], states: &HostTensor) -> HostTensor {
+    let (tokens, width) = (states.dim(1), states.dim(2));
+    let mut out = HostTensor::zeros(&[rows.len(), width]);
+    for ((row, state), out) in rows
+        .iter()
+        .zip(states.data().chunks_exact(tokens * width))
+        .zip(out.data_mut().chunks_exact_mut(width))
+    {
+        let end = row.iter().position(|t| *t == ClipToken::Id(END_TOKEN)).unwrap_or(0);
+        out.copy_from_slice(&state[end * width..(end + 1) * width]);
+    }
+    out
+}

@@ -1,0 +1,49 @@
+//! Errors of loading and running a model.
+
+use crate::tensor::TensorError;
+
+/// Why a model can't be loaded or run.
+#[derive(Debug, thiserror::Error)]
+pub enum ModelError {
+    /// A tensor op failed.
+    #[error(transparent)]
+    Tensor(#[from] TensorError),
+    /// The file lacks a tensor.
+    #[error("the model file has no tensor '{name}'; it is incomplete or of another family")]
+    Missing {
+        /// The tensor.
+        name: String,
+    },
+    /// A tensor has an unexpected shape.
+    #[error(
+        "tensor '{name}' has shape {found:?}, expected {expected:?}; the file is damaged or of another family"
+    )]
+    Shape {
+        /// The tensor.
+        name: String,
+        /// What the architecture needs.
+        expected: Vec<usize>,
+        /// What the file has.
+        found: Vec<usize>,
+    },
+    /// An input doesn't fit the model.
+    #[error("{what} must be {expected}, found {found}")]
+    Input {
+        /// Which property.
+        what: &'static str,
+        /// What the model needs.
+        expected: usize,
+        /// What was given.
+        found: usize,
+    },
+    /// The file can't be used.
+    #[error("{0}")]
+    File(String),
+}
+
+impl ModelError {
+    /// Whether memory ran out, so that a smaller piece of work may succeed.
+    pub fn is_out_of_memory(&self) -> bool {
+        matches!(self, ModelError::Tensor(TensorError::OutOfMemory { .. }))
+    }
+}

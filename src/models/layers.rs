@@ -1,0 +1,308 @@
+//! Layers: weights that are packed on first use, and ops that allocate their outputs.
+//!
+//! Loading a model reads only the file's header: every tensor's presence and
+//! shape is checked, nothing is copied. A weight is packed into the backend's
+//! layout when a forward pass first needs it, and the file's pages are given
+//! back to the system right after.
+
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use super::ModelError;
+use crate::tensor::{
+    Activation, Attention, Backend, Cols, Conv2d, ConvWeight, Embedding, GroupNorm, HostLayout, HostTensor,
+    LayerNorm, Linear, LinearParts, LinearWeight, NormWeight, RawTensor, Shape, Tensor,
+};
+
+/// Where a model's tensors come from: a file, or a file under patches.
+pub trait WeightSource: Send + Sync {
+    /// The tensor of that name.
+    fn raw(&self, name: &str) -> Option<RawTensor<'_>>;
+    /// The tensor has been packed: its bytes are not needed in memory any more.
+    fn packed(&self, name: &str);
+}
+
+type Make<W> = Box<dyn Fn() -> Result<W, ModelError> + Send + Sync>;
+
+/// A weight that is packed when first used.
+pub struct Lazy<W> {
+    cell: OnceLock<W>,
+    make: Make<W>,
+    making: Mutex<()>,
+}
+
+impl<W> Lazy<W> {
+    fn new(make: Make<W>) -> Self {
+        Self { cell: OnceLock::new(), make, making: Mutex::new(()) }
+    }
+
+    /// The packed weight.
+    pub fn get(&self) -> Result<&W, ModelError> {
+        if let Some(w) = self.cell.get() {
+            return Ok(w);
+        }
+        let _guard = self.making.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(w) = self.cell.get() {
+            return Ok(w);
+        }
+        let made = (self.make)()?;
+        Ok(self.cell.get_or_init(|| made))
+    }
+}
+
+/// A linear layer's weight.
+pub type LazyLinear = Lazy<LinearWeight>;
+/// A convolution's weight.
+pub type LazyConv = Lazy<ConvWeight>;
+/// A norm's weight.
+pub type LazyNorm = Lazy<NormWeight>;
+/// An embedding table.
+pub type LazyEmbedding = Lazy<Embedding>;
+
+/// Makes the layers under one name prefix of a weight source.
+#[derive(Clone)]
+pub struct Loader {
+    source: Arc<dyn WeightSource>,
+    backend: Arc<dyn Backend>,
+    prefix: String,
+}
+
+impl Loader {
+    /// Layers of `source` whose names begin with `prefix`.
+    pub fn new(source: Arc<dyn WeightSource>, backend: Arc<dyn Backend>, prefix: &str) -> Self {
+        Self { source, backend, prefix: prefix.to_owned() }
+    }
+
+    /// The layers under `prefix.name.`.
+    pub fn sub(&self, name: impl std::fmt::Display) -> Self {
+        Self { prefix: format!("{}{name}.", self.prefix), ..self.clone() }
+    }
+
+    /// Whether `name` is there.
+    pub fn has(&self, name: &str) -> bool {
+        self.source.raw(&format!("{}{name}", self.prefix)).is_some()
+    }
+
+    fn checked(&self, name: &str, expected: &[usize]) -> Result<String, ModelError> {
+        let name = format!("{}{name}", self.prefix);
+        let found =
+            self.source.raw(&name).ok_or_else(|| ModelError::Missing { name: name.clone() })?.shape.to_vec();
+        // A linear layer may be stored as a 1×1 convolution and the other way round.
+        let bare = |s: &[usize]| {
+            let mut s = s.to_vec();
+            while s.len() > 2 && s.last() == Some(&1) {
+                s.pop();
+            }
+            s
+        };
+        if bare(&found) != bare(expected) {
+            return Err(ModelError::Shape { name, expected: expected.to_vec(), found });
+        }
+        Ok(name)
+    }
+
+    fn lazy<W: 'static>(
+        &self,
+        names: Vec<String>,
+        make: impl Fn(&dyn Backend, &[RawTensor<'_>]) -> Result<W, ModelError> + Send + Sync + 'static,
+    ) -> Lazy<W> {
+        let (source, backend) = (self.source.clone(), self.backend.clone());
+        Lazy::new(Box::new(move || {
+            let mut raw = Vec::with_capacity(names.len());
+            for name in &names {
+                raw.push(source.raw(name).ok_or_else(|| ModelError::Missing { name: name.clone() })?);
+            }
+            let made = make(backend.as_ref(), &raw)?;
+            drop(raw);
+            names.iter().for_each(|name| source.packed(name));
+            Ok(made)
+        }))
+    }
+
+    /// A linear layer `name.weight` `[n, k]` with bias if there is one.
+    pub fn linear(&self, name: &str, n: usize, k: usize) -> Result<LazyLinear, ModelError> {
+        self.fused_linear(&[name], n, k, false)
+    }
+
+    /// A GEGLU projection: `2·n` rows, value half then gate half.
+    pub fn geglu(&self, name: &str, n: usize, k: usize) -> Result<LazyLinear, ModelError> {
+        self.fused_linear(&[name], 2 * n, k, true)
+    }
+
+    /// Several linear layers `[n, k]` on one input as one, outputs side by side.
+    pub fn fused(&self, names: &[&str], n: usize, k: usize) -> Result<LazyLinear, ModelError> {
+        self.fused_linear(names, n, k, false)
+    }
+
+    fn fused_linear(
+        &self,
+        names: &[&str],
+        n: usize,
+        k: usize,
+        is_geglu: bool,
+    ) -> Result<LazyLinear, ModelError> {
+        let mut all = Vec::new();
+        for name in names {
+            all.push(self.checked(&format!("{name}.weight"), &[n, k])?);
+        }
+        let weights = all.len();
+        for name in names.iter().filter(|name| self.has(&format!("{name}.bias"))) {
+            all.push(self.checked(&format!("{name}.bias"), &[n])?);
+        }
+        Ok(self.lazy(all, move |backend, raw| {
+            let (weights, biases) = raw.split_at(weights);
+            Ok(backend.pack_linear(&LinearParts { weights, biases, is_geglu })?)
+        }))
+    }
+
+    /// Linear layers of different heights on one input as one (names relative to this loader).
+    pub fn stacked(&self, parts: &[(String, usize)], k: usize) -> Result<LazyLinear, ModelError> {
+        let mut names = Vec::new();
+        for (name, n) in parts {
+            names.push(self.checked(&format!("{name}.weight"), &[*n, k])?);
+        }
+        for (name, n) in parts {
+            names.push(self.checked(&format!("{name}.bias"), &[*n])?);
+        }
+        let count = parts.len();
+        Ok(self.lazy(names, move |backend, raw| {
+            let (weights, biases) = raw.split_at(count);
+            Ok(backend.pack_linear(&LinearParts { weights, biases, is_geglu: false })?)
+        }))
+    }
+
+    /// A convolution `name.weight` `[cout, cin, k, k]` with bias.
+    pub fn conv(&self, name: &str, cout: usize, cin: usize, k: usize) -> Result<LazyConv, ModelError> {
+        let names = vec![
+            self.checked(&format!("{name}.weight"), &[cout, cin, k, k])?,
+            self.checked(&format!("{name}.bias"), &[cout])?,
+        ];
+        Ok(self.lazy(names, |backend, raw| Ok(backend.pack_conv(&raw[0], raw.get(1))?)))
+    }
+
+    /// A norm `name.weight`, `name.bias` of `c` channels.
+    pub fn norm(&self, name: &str, c: usize) -> Result<LazyNorm, ModelError> {
+        let names = vec![
+            self.checked(&format!("{name}.weight"), &[c])?,
+            self.checked(&format!("{name}.bias"), &[c])?,
+        ];
+        Ok(self.lazy(names, |backend, raw| Ok(backend.pack_norm(&raw[0], &raw[1])?)))
+    }
+
+    /// An embedding table `name.weight` `[rows, width]`.
+    pub fn embedding(&self, name: &str, rows: usize, width: usize) -> Result<LazyEmbedding, ModelError> {
+        let names = vec![self.checked(&format!("{name}.weight"), &[rows, width])?];
+        Ok(self.lazy(names, |backend, raw| Ok(backend.pack_embedding(&raw[0])?)))
+    }
+}
+
+/// Ops that allocate their outputs from the backend's arena.
+#[derive(Clone, Copy)]
+pub struct Ops<'a>(pub &'a dyn Backend);
+
+impl Ops<'_> {
+    fn with(
+        &self,
+        shape: Shape,
+        run: impl FnOnce(&mut Tensor) -> Result<(), crate::tensor::TensorError>,
+    ) -> Result<Tensor, ModelError> {
+        let mut out = self.0.alloc(shape)?;
+        run(&mut out)?;
+        Ok(out)
+    }
+
+    /// Convolution.
+    pub fn conv(&self, op: &Conv2d<'_>) -> Result<Tensor, ModelError> {
+        let shape = op.out_shape().ok_or(ModelError::Input {
+            what: "height and width of a convolution's input",
+            expected: op.w.kh,
+            found: op.x.shape().h.min(op.x.shape().w),
+        })?;
+        self.with(shape, |out| self.0.conv2d(op, out))
+    }
+
+    /// Linear layer.
+    pub fn linear(&self, op: &Linear<'_>) -> Result<Tensor, ModelError> {
+        self.with(op.x.tensor.shape().with_channels(op.w.n), |out| self.0.linear(op, out))
+    }
+
+    /// Attention.
+    pub fn attention(&self, op: &Attention<'_>) -> Result<Tensor, ModelError> {
+        self.with(op.q.tensor.shape().with_channels(op.q.width), |out| self.0.attention(op, out))
+    }
+
+    /// Group normalisation of `x ‖ x2`.
+    pub fn group_norm(&self, op: &GroupNorm<'_>) -> Result<Tensor, ModelError> {
+        let c = op.x.shape().c + op.x2.map_or(0, |t| t.shape().c);
+        self.with(op.x.shape().with_channels(c), |out| self.0.group_norm(op, out))
+    }
+
+    /// Layer normalisation with ε = 1e-5.
+    pub fn layer_norm(&self, x: &Tensor, w: &LazyNorm) -> Result<Tensor, ModelError> {
+        let op = LayerNorm { x, w: w.get()?, eps: 1e-5 };
+        self.with(x.shape(), |out| self.0.layer_norm(&op, out))
+    }
+
+    /// `act(x)`.
+    pub fn activate(&self, x: &Tensor, act: Activation) -> Result<Tensor, ModelError> {
+        self.with(x.shape(), |out| self.0.activate(x, act, out))
+    }
+
+    /// Sinusoidal timestep embedding.
+    pub fn timestep_embedding(&self, timesteps: &[f32], dim: usize) -> Result<Tensor, ModelError> {
+        self.with(Shape::nhwc(timesteps.len(), 1, 1, dim), |out| self.0.timestep_embedding(timesteps, out))
+    }
+
+    /// Uploads `[N, C, H, W]`.
+    pub fn upload_nchw(&self, x: &HostTensor) -> Result<Tensor, ModelError> {
+        let shape = Shape::nhwc(x.dim(0), x.dim(2), x.dim(3), x.dim(1));
+        self.with(shape, |out| self.0.upload(x.data(), HostLayout::Nchw, out))
+    }
+
+    /// Uploads `[B, S, C]`.
+    pub fn upload_tokens(&self, x: &HostTensor) -> Result<Tensor, ModelError> {
+        let shape = Shape::tokens(x.dim(0), x.dim(1), x.dim(2));
+        self.with(shape, |out| self.0.upload(x.data(), HostLayout::Nhwc, out))
+    }
+
+    /// Downloads as `[N, C, H, W]`.
+    pub fn download_nchw(&self, x: &Tensor) -> Result<HostTensor, ModelError> {
+        let s = x.shape();
+        let mut out = HostTensor::zeros(&[s.n, s.c, s.h, s.w]);
+        self.0.download(x, HostLayout::Nchw, out.data_mut())?;
+        Ok(out)
+    }
+
+    /// Downloads as `[B, S, C]`.
+    pub fn download_tokens(&self, x: &Tensor) -> Result<HostTensor, ModelError> {
+        let s = x.shape();
+        let mut out = HostTensor::zeros(&[s.n, s.positions(), s.c]);
+        self.0.download(x, HostLayout::Nhwc, out.data_mut())?;
+        Ok(out)
+    }
+
+    /// Downloads as `[N, H, W, C]`.
+    pub fn download_nhwc(&self, x: &Tensor) -> Result<HostTensor, ModelError> {
+        let s = x.shape();
+        let mut out = HostTensor::zeros(&[s.n, s.h, s.w, s.c]);
+        self.0.download(x, HostLayout::Nhwc, out.data_mut())?;
+        Ok(out)
+    }
+}
+
+/// Self-attention over the fused projection `[B, 1, S, 3·C]`.
+pub fn fused_self_attention(qkv: &Tensor, heads: usize, is_causal: bool) -> Attention<'_> {
+    let c = qkv.shape().c / 3;
+    Attention {
+        q: Cols::range(qkv, 0, c),
+        k: Cols::range(qkv, c, c),
+        v: Cols::range(qkv, 2 * c, c),
+        heads,
+        is_causal,
+        scale: head_scale(c, heads),
+    }
+}
+
+/// 1/√(head width).
+pub fn head_scale(channels: usize, heads: usize) -> f32 {
+    1.0 / ((channels / heads.max(1)) as f32).sqrt()
+}

@@ -1,0 +1,331 @@
+//! The latent diffusion UNet (Rombach et al. 2022) in the LDM layout: SD1.x and its relatives.
+
+mod blocks;
+
+use std::sync::Arc;
+
+use super::ModelError;
+use super::config::UnetConfig;
+use super::layers::{LazyConv, LazyLinear, LazyNorm, Loader, Ops};
+use crate::tensor::{Activation, Backend, Cols, Conv2d, GroupNorm, HostTensor, Linear, Tensor};
+use blocks::{ResBlock, Scope, SpatialTransformer};
+
+/// Keys and values of every cross-attention for one text conditioning.
+///
+/// They depend on the prompt only, so they are computed once and used by all steps.
+pub struct ContextKv {
+    kv: Vec<Tensor>,
+}
+
+/// Sees the output of named modules while a forward pass runs (for tests and debugging).
+pub type Probe<'a> = &'a mut dyn FnMut(&str, &Tensor);
+
+/// One forward pass.
+pub struct UnetInput<'a> {
+    /// `[B, C, h, w]`, already scaled for the model.
+    pub x: &'a HostTensor,
+    /// One timestep a sample.
+    pub timesteps: &'a [f32],
+    /// Text conditioning; its batch divides `B`.
+    pub context: &'a ContextKv,
+}
+
+/// One stage of the way down or up.
+struct Stage {
+    name: String,
+    res: Option<ResBlock>,
+    transformer: Option<SpatialTransformer>,
+    resample: Option<Resample>,
+}
+
+enum Resample {
+    /// The first convolution.
+    Input(LazyConv),
+    /// Stride-2 convolution.
+    Down(LazyConv),
+    /// Nearest-neighbour doubling and convolution.
+    Up(LazyConv),
+}
+
+/// A UNet on a backend.
+pub struct Unet {
+    config: UnetConfig,
+    backend: Arc<dyn Backend>,
+    time1: LazyLinear,
+    time2: LazyLinear,
+    /// All ResBlocks' time projections as one GEMM.
+    time_biases: LazyLinear,
+    input: Vec<Stage>,
+    middle: [Stage; 2],
+    output: Vec<Stage>,
+    out_norm: LazyNorm,
+    out_conv: LazyConv,
+}
+
+/// Builds stages and keeps count of what they share.
+struct Builder<'a> {
+    config: &'a UnetConfig,
+    loader: &'a Loader,
+    /// (name, width) of every ResBlock's time projection so far.
+    time_parts: Vec<(String, usize)>,
+    time_width: usize,
+    cross_attentions: usize,
+}
+
+impl Builder<'_> {
+    fn emb_width(&self) -> usize {
+        self.config.model_channels * 4
+    }
+
+    fn stage(&mut self, name: String, channels: (usize, usize), depth: usize) -> Result<Stage, ModelError> {
+        let (cin, cout) = channels;
+        let loader = self.loader.sub(&name);
+        let res = ResBlock::load(&loader.sub("0"), self.config.norm_groups, cin, cout, self.time_width)?;
+        self.time_parts.push((format!("{name}.0.emb_layers.1"), cout));
+        self.time_width += cout;
+        let transformer = self.transformer(&loader.sub("1"), cout, depth)?;
+        Ok(Stage { name, res: Some(res), transformer, resample: None })
+    }
+
+    fn transformer(
+        &mut self,
+        loader: &Loader,
+        channels: usize,
+        depth: usize,
+    ) -> Result<Option<SpatialTransformer>, ModelError> {
+        if depth == 0 {
+            return Ok(None);
+        }
+        let t = SpatialTransformer::load(loader, self.config, channels, depth, self.cross_attentions)?;
+        self.cross_attentions += depth;
+        Ok(Some(t))
+    }
+
+    fn depth(depths: &[usize], i: usize) -> usize {
+        depths.get(i).copied().unwrap_or(0)
+    }
+
+    /// The way down; returns the stages and the channels that each leaves for the way up.
+    fn input(&mut self) -> Result<(Vec<Stage>, Vec<usize>), ModelError> {
+        let config = self.config;
+        let mut channels = config.model_channels;
+        let first = self.loader.conv("input_blocks.0.0", channels, config.in_channels, 3)?;
+        let mut stages = vec![Stage {
+            name: "input_blocks.0".into(),
+            res: None,
+            transformer: None,
+            resample: Some(Resample::Input(first)),
+        }];
+        let mut skips = vec![channels];
+        let mut res_index = 0;
+        for (level, mult) in config.channel_mult.iter().enumerate() {
+            let width = mult * config.model_channels;
+            for _ in 0..Self::depth(&config.num_res_blocks, level) {
+                let name = format!("input_blocks.{}", stages.len());
+                stages.push(self.stage(
+                    name,
+                    (channels, width),
+                    Self::depth(&config.input_depths, res_index),
+                )?);
+                res_index += 1;
+                channels = width;
+                skips.push(channels);
+            }
+            if level + 1 < config.channel_mult.len() {
+                let name = format!("input_blocks.{}", stages.len());
+                let conv = self.loader.conv(&format!("{name}.0.op"), channels, channels, 3)?;
+                stages.push(Stage {
+                    name,
+                    res: None,
+                    transformer: None,
+                    resample: Some(Resample::Down(conv)),
+                });
+                skips.push(channels);
+            }
+        }
+        Ok((stages, skips))
+    }
+
+    fn middle(&mut self, channels: usize) -> Result<[Stage; 2], ModelError> {
+        let groups = self.config.norm_groups;
+        let block = |builder: &mut Self, index: usize| {
+            let name = format!("middle_block.{index}");
+            let res =
+                ResBlock::load(&builder.loader.sub(&name), groups, channels, channels, builder.time_width)?;
+            builder.time_parts.push((format!("{name}.emb_layers.1"), channels));
+            builder.time_width += channels;
+            Ok::<_, ModelError>(Stage { name, res: Some(res), transformer: None, resample: None })
+        };
+        let mut first = block(self, 0)?;
+        let loader = self.loader.sub("middle_block.1");
+        first.transformer = self.transformer(&loader, channels, self.config.middle_depth)?;
+        let last = if self.config.middle_depth > 0 { 2 } else { 1 };
+        Ok([first, block(self, last)?])
+    }
+
+    fn output(&mut self, mut channels: usize, mut skips: Vec<usize>) -> Result<Vec<Stage>, ModelError> {
+        let config = self.config;
+        let mut stages: Vec<Stage> = Vec::new();
+        for (level, mult) in config.channel_mult.iter().enumerate().rev() {
+            let width = mult * config.model_channels;
+            let blocks = Self::depth(&config.num_res_blocks, level) + 1;
+            for block in 0..blocks {
+                let index = stages.len();
+                let name = format!("output_blocks.{index}");
+                let depth = Self::depth(&config.output_depths, index);
+                let cin = channels + skips.pop().unwrap_or(0);
+                let mut stage = self.stage(name.clone(), (cin, width), depth)?;
+                channels = width;
+                if level > 0 && block + 1 == blocks {
+                    let place = if depth > 0 { 2 } else { 1 };
+                    let conv = self.loader.conv(&format!("{name}.{place}.conv"), channels, channels, 3)?;
+                    stage.resample = Some(Resample::Up(conv));
+                }
+                stages.push(stage);
+            }
+        }
+        Ok(stages)
+    }
+}
+
+impl Unet {
+    /// Checks the tensors under `loader` (`model.diffusion_model.`); packs nothing yet.
+    pub fn load(config: UnetConfig, backend: Arc<dyn Backend>, loader: &Loader) -> Result<Self, ModelError> {
+        let mut builder =
+            Builder { config: &config, loader, time_parts: Vec::new(), time_width: 0, cross_attentions: 0 };
+        let emb = builder.emb_width();
+        let (input, skips) = builder.input()?;
+        let bottom = skips.last().copied().unwrap_or(config.model_channels);
+        let middle = builder.middle(bottom)?;
+        let output = builder.output(bottom, skips)?;
+        let time_parts = std::mem::take(&mut builder.time_parts);
+        let width = config.model_channels;
+        Ok(Self {
+            time1: loader.linear("time_embed.0", emb, width)?,
+            time2: loader.linear("time_embed.2", emb, emb)?,
+            time_biases: loader.stacked(&time_parts, emb)?,
+            out_norm: loader.norm("out.0", width)?,
+            out_conv: loader.conv("out.2", config.out_channels, width, 3)?,
+            input,
+            middle,
+            output,
+            config,
+            backend,
+        })
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &UnetConfig {
+        &self.config
+    }
+
+    fn transformers(&self) -> impl Iterator<Item = &SpatialTransformer> {
+        self.input.iter().chain(&self.middle).chain(&self.output).filter_map(|s| s.transformer.as_ref())
+    }
+
+    /// Keys and values of `context` `[B, T, context_dim]` for every cross-attention.
+    pub fn context_kv(&self, context: &HostTensor) -> Result<ContextKv, ModelError> {
+        if context.dim(2) != self.config.context_dim {
+            let (expected, found) = (self.config.context_dim, context.dim(2));
+            return Err(ModelError::Input { what: "width of the text conditioning", expected, found });
+        }
+        let ops = Ops(self.backend.as_ref());
+        let context = ops.upload_tokens(context)?;
+        let mut kv = Vec::new();
+        for transformer in self.transformers() {
+            transformer.context_kv(ops, &context, &mut kv)?;
+        }
+        Ok(ContextKv { kv })
+    }
+
+    /// Smallest latent side the levels can halve; other sizes work too, as long as each is at least 1.
+    pub fn levels(&self) -> usize {
+        self.config.channel_mult.len()
+    }
+
+    /// The model's raw prediction `[B, out_channels, h, w]`.
+    pub fn forward(&self, input: &UnetInput<'_>, probe: Option<Probe<'_>>) -> Result<HostTensor, ModelError> {
+        if input.x.dim(1) != self.config.in_channels {
+            let (expected, found) = (self.config.in_channels, input.x.dim(1));
+            return Err(ModelError::Input { what: "latent channels", expected, found });
+        }
+        let ops = Ops(self.backend.as_ref());
+        let mut noop = |_: &str, _: &Tensor| {};
+        let probe = probe.unwrap_or(&mut noop);
+        let time = self.time(ops, input.timesteps)?;
+        let mut scope = Scope { ops, time: &time, context: &input.context.kv, probe };
+
+        let mut x = ops.upload_nchw(input.x)?;
+        let mut skips: Vec<Tensor> = Vec::with_capacity(self.input.len());
+        for stage in &self.input {
+            let next = run_stage(&mut scope, stage, skips.last().unwrap_or(&x), None, None)?;
+            skips.push(next);
+        }
+        let bottom = skips.last().unwrap_or(&x);
+        let first = run_stage(&mut scope, &self.middle[0], bottom, None, None)?;
+        x = run_stage(&mut scope, &self.middle[1], &first, None, None)?;
+        drop(first);
+        (scope.probe)("middle_block", &x);
+        for stage in &self.output {
+            let skip = skips.pop();
+            let target = skips.last().map(|t| (t.shape().h, t.shape().w));
+            x = run_stage(&mut scope, stage, &x, skip.as_ref(), target)?;
+        }
+        let normed = ops.group_norm(&GroupNorm {
+            x: &x,
+            x2: None,
+            w: self.out_norm.get()?,
+            groups: self.config.norm_groups,
+            eps: 1e-5,
+            silu: true,
+        })?;
+        let out = ops.conv(&Conv2d::new(&normed, self.out_conv.get()?))?;
+        (scope.probe)("out", &out);
+        ops.download_nchw(&out)
+    }
+
+    /// Every ResBlock's time bias, side by side: `[B, 1, 1, Σ cout]`.
+    fn time(&self, ops: Ops<'_>, timesteps: &[f32]) -> Result<Tensor, ModelError> {
+        let emb = ops.timestep_embedding(timesteps, self.config.model_channels)?;
+        let emb = ops.linear(&Linear { act: Activation::Silu, ..Linear::new(&emb, self.time1.get()?) })?;
+        // Each ResBlock applies SiLU to the embedding before its own projection.
+        let emb = ops.linear(&Linear { act: Activation::Silu, ..Linear::new(&emb, self.time2.get()?) })?;
+        ops.linear(&Linear { x: Cols::all(&emb), ..Linear::new(&emb, self.time_biases.get()?) })
+    }
+}
+
+fn run_stage(
+    scope: &mut Scope<'_, '_>,
+    stage: &Stage,
+    x: &Tensor,
+    skip: Option<&Tensor>,
+    target: Option<(usize, usize)>,
+) -> Result<Tensor, ModelError> {
+    let mut held: Option<Tensor> = None;
+    if let Some(res) = &stage.res {
+        let y = res.forward(scope, x, skip)?;
+        (scope.probe)(&format!("{}.0", stage.name), &y);
+        held = Some(y);
+    }
+    if let Some(transformer) = &stage.transformer {
+        let y = transformer.forward(scope, held.as_ref().unwrap_or(x), &stage.name)?;
+        held = Some(y);
+    }
+    if let Some(resample) = &stage.resample {
+        let input = held.as_ref().unwrap_or(x);
+        let y = match resample {
+            Resample::Input(conv) => scope.ops.conv(&Conv2d::new(input, conv.get()?))?,
+            Resample::Down(conv) => {
+                scope.ops.conv(&Conv2d { stride: 2, ..Conv2d::new(input, conv.get()?) })?
+            }
+            Resample::Up(conv) => {
+                let (h, w) = target.unwrap_or((input.shape().h * 2, input.shape().w * 2));
+                blocks::upsample(scope.ops, input, conv.get()?, h, w)?
+            }
+        };
+        held = Some(y);
+    }
+    let y = held.ok_or(ModelError::Input { what: "layers of a UNet stage", expected: 1, found: 0 })?;
+    (scope.probe)(&stage.name, &y);
+    Ok(y)
+}
