@@ -94,7 +94,7 @@ impl Input {
     }
 
     /// A whole number with default and range.
-    pub fn int(name: &'static str, default: i64, min: i64, max: u64) -> Self {
+    pub fn int(name: &'static str, default: i64, min: i64, max: impl Into<Json>) -> Self {
         Self::new(name, InputKind::Int).opt("default", default).opt("min", min).opt("max", max)
     }
 

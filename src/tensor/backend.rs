@@ -271,6 +271,8 @@ pub struct BackendInfo {
     pub name: String,
     /// Worker threads (CPU).
     pub threads: usize,
+    /// Bytes of one activation element.
+    pub element_bytes: usize,
 }
 
 /// Memory of a backend, in bytes.
@@ -286,6 +288,8 @@ pub struct MemoryUse {
     pub peak: usize,
     /// How often the arena asked the system for memory.
     pub system_allocations: u64,
+    /// What the device could still give, besides `cached`.
+    pub available: usize,
 }
 
 /// The operations of a device. Every method may be called from any thread.

@@ -1,1 +1,21 @@
-//! (to be written)
+//! Weight files: checked `.safetensors` headers and views into memory maps.
+//!
+//! [`WeightsFile`] opens a file, checks every number in its header against the
+//! file before trusting it, and then hands out [`RawTensor`](crate::tensor::RawTensor)s
+//! that borrow the map: opening an 8 GB checkpoint costs a page or two of
+//! memory. [`synth`] writes checkpoints of real architectures with
+//! deterministic random weights, for tests and benchmarks on machines that
+//! have no model to load.
+//!
+//! What it is not: a reader of pickles. `.ckpt` and `.pt` files can run code
+//! when opened, so they are recognised only to say how to convert them.
+
+mod error;
+mod file;
+mod header;
+mod mmap;
+mod sniff;
+pub mod synth;
+
+pub use error::{HeaderFault, WeightsError};
+pub use file::{OpenOptions, TensorInfo, WeightsFile};

@@ -1,0 +1,96 @@
+//! Text to conditioning.
+
+use std::sync::Arc;
+
+use super::loaders::ClipHandle;
+use super::{Inputs, Node, NodeCtx, NodeError, NodeOutput, Schema, Services, Value};
+use crate::diffusion::{CondEntry, Conditioning};
+use crate::graph::Input;
+use crate::models::clip::{ClipToken, WeightedToken};
+use crate::tokenizer::{self, EmbeddingLookup, Token, TokenizerOptions};
+use crate::weights::WeightsFile;
+
+/// `CLIPTextEncode`.
+pub struct ClipTextEncode;
+
+impl Node for ClipTextEncode {
+    fn schema(&self) -> Schema {
+        Schema::new("CLIPTextEncode", "conditioning")
+            .display("CLIP Text Encode (Prompt)")
+            .describe("Encodes a text with a text encoder, as conditioning that guides the diffusion model.")
+            .input(Input::string("text").opt("multiline", true).opt("dynamicPrompts", true))
+            .input(Input::link("clip", "CLIP"))
+            .output("CONDITIONING")
+    }
+
+    fn execute(&self, ctx: &mut NodeCtx<'_>, inputs: &Inputs) -> Result<NodeOutput, NodeError> {
+        let clip = inputs.object::<ClipHandle>("clip")?;
+        let chunks = tokenize(ctx.services, inputs.string("text")?, &clip)?;
+        let encoder = clip.checkpoint.clip()?;
+        let encoded = encoder.encode(&chunks, clip.skip_last)?;
+        let mut entry = CondEntry::new(Arc::new(encoded.cond));
+        entry.pooled = Some(Arc::new(encoded.pooled));
+        Ok(NodeOutput::one(Value::object("CONDITIONING", Conditioning::from(vec![entry]))))
+    }
+}
+
+fn tokenize(services: &Services, text: &str, clip: &ClipHandle) -> Result<Vec<Vec<WeightedToken>>, NodeError> {
+    let width = clip.checkpoint.clip()?.config().width;
+    let lookup = EmbeddingFiles { services, width };
+    let chunks = tokenizer::tokenize(text, &TokenizerOptions::sd1(), &lookup);
+    let convert = |(token, weight)| WeightedToken {
+        token: match token {
+            Token::Id(id) => ClipToken::Id(id),
+            Token::Vector(v) => ClipToken::Vector(v),
+        },
+        weight,
+    };
+    Ok(chunks.into_iter().map(|chunk| chunk.into_iter().map(convert).collect()).collect())
+}
+
+/// Textual-inversion embeddings in the `embeddings` folder.
+struct EmbeddingFiles<'a> {
+    services: &'a Services,
+    width: usize,
+}
+
+impl EmbeddingLookup for EmbeddingFiles<'_> {
+    fn vectors(&self, name: &str) -> Option<Vec<Arc<[f32]>>> {
+        let path = self.services.folders.embedding(name)?;
+        let file = WeightsFile::open(&path)
+            .inspect_err(|e| tracing::warn!("embedding '{name}' can't be used: {e}"))
+            .ok()?;
+        // Files of SD1.x embeddings hold one table, under various names; files
+        // of several encoders name the tables after the encoder.
+        let table = ["clip_l", "emb_params"].into_iter().find(|n| file.contains(n)).map(str::to_owned);
+        let table = table.or_else(|| file.names().next().map(str::to_owned))?;
+        let raw = file.get(&table)?;
+        let values = raw.to_f32();
+        if raw.shape.last() != Some(&self.width) {
+            tracing::warn!("embedding '{name}' has vectors of {:?}, the text encoder needs {}", raw.shape, self.width);
+            return None;
+        }
+        Some(values.chunks_exact(self.width).map(Arc::from).collect())
+    }
+}
+
+/// `CLIPSetLastLayer`.
+pub struct ClipSetLastLayer;
+
+impl Node for ClipSetLastLayer {
+    fn schema(&self) -> Schema {
+        Schema::new("CLIPSetLastLayer", "conditioning")
+            .display("CLIP Set Last Layer")
+            .describe("Ends the text encoder at an earlier layer (\"clip skip\").")
+            .input(Input::link("clip", "CLIP"))
+            .input(Input::int("stop_at_clip_layer", -1, -24, -1).opt("step", 1))
+            .output("CLIP")
+    }
+
+    fn execute(&self, _ctx: &mut NodeCtx<'_>, inputs: &Inputs) -> Result<NodeOutput, NodeError> {
+        let clip = inputs.object::<ClipHandle>("clip")?;
+        let layer = inputs.int("stop_at_clip_layer")?;
+        let skip_last = usize::try_from(-1 - layer).unwrap_or(0);
+        Ok(NodeOutput::one(Value::object("CLIP", ClipHandle { skip_last, ..clip.as_ref().clone() })))
+    }
+}

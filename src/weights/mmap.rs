@@ -1,0 +1,89 @@
+//! Where the bytes of a weight file are: a memory map, a buffer, or the program itself.
+//!
+//! The only unsafe code of `weights`. A map is unsafe in Rust because another
+//! process may change the file under it. What that can do here: a *write* into
+//! the file changes weight values (wrong numbers, never memory unsafety, since
+//! every byte pattern is a valid `u8` and offsets are copied out of the header
+//! at open); a *truncation* makes later reads fault (SIGBUS). Callers therefore
+//! ask [`WeightsFile::verify_unchanged`](super::WeightsFile::verify_unchanged) before a long read, and files on
+//! storage that may change under the server are read into memory instead
+//! (`OpenOptions { mmap: false }`).
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::ops::Range;
+
+use memmap2::Mmap;
+
+/// The bytes of a file, wherever they are.
+#[derive(Debug)]
+pub(super) enum Storage {
+    /// Pages of the file, loaded when touched.
+    Mapped(Mmap),
+    /// A copy in memory.
+    Owned(Vec<u8>),
+    /// Part of the program.
+    Static(&'static [u8]),
+}
+
+impl Storage {
+    /// Maps the whole of `file`, which must not be empty.
+    pub(super) fn map(file: &File) -> io::Result<Self> {
+        // SAFETY: the map is read-only and lives in this value, so no Rust reference outlives
+        // it; changes by other processes are dealt with as the module head says.
+        let map = unsafe { Mmap::map(file)? };
+        Ok(Storage::Mapped(map))
+    }
+
+    /// Reads the whole of `file`, expected to be `len` bytes.
+    pub(super) fn read(file: &mut File, len: u64) -> io::Result<Self> {
+        let mut bytes = Vec::new();
+        let capacity = usize::try_from(len).map_err(|_| io::ErrorKind::OutOfMemory)?;
+        bytes.try_reserve_exact(capacity).map_err(|_| io::ErrorKind::OutOfMemory)?;
+        file.read_to_end(&mut bytes)?;
+        Ok(Storage::Owned(bytes))
+    }
+
+    /// The bytes.
+    pub(super) fn bytes(&self) -> &[u8] {
+        match self {
+            Storage::Mapped(map) => map,
+            Storage::Owned(bytes) => bytes,
+            Storage::Static(bytes) => bytes,
+        }
+    }
+
+    /// Lets the system take back the physical pages that lie wholly inside
+    /// `range`; reading them again loads them from the file. Pages shared with
+    /// bytes outside of `range` stay. A hint: nothing happens for copies in
+    /// memory, and failure is only lost savings.
+    pub(super) fn release(&self, range: Range<usize>) {
+        #[cfg(unix)]
+        if let Storage::Mapped(map) = self {
+            let page = page_bytes();
+            let begin = range.start.next_multiple_of(page);
+            // The last page of the map belongs to the file's tail even where it is not full.
+            let end = if range.end == map.len() { map.len() } else { range.end - range.end % page };
+            if begin < end {
+                // SAFETY: the map is backed by a file and read-only, so a dropped page is
+                // read back from the file with the same content; the range is inside the map.
+                let dropped = unsafe {
+                    map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, begin, end - begin)
+                };
+                if let Err(error) = dropped {
+                    tracing::debug!(%error, begin, end, "pages of a weight file were not released");
+                }
+            }
+        }
+        #[cfg(not(unix))]
+        let _ = range;
+    }
+}
+
+/// Size of a memory page.
+#[cfg(unix)]
+fn page_bytes() -> usize {
+    // SAFETY: sysconf reads a constant of the system; it has no preconditions.
+    let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    usize::try_from(size).ok().filter(|size| size.is_power_of_two()).unwrap_or(1 << 16)
+}
