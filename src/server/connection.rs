@@ -8,14 +8,14 @@
 use std::convert::Infallible;
 use std::future::Future;
 use std::io;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use hyper_util::server::graceful::{GracefulShutdown, Watcher};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
@@ -30,32 +30,35 @@ const MAX_HEADERS: usize = 100;
 
 /// Serves until `shutdown` resolves and everything has ended.
 pub async fn run(listeners: Vec<TcpListener>, app: Arc<App>, shutdown: impl Future<Output = ()>) -> io::Result<()> {
-    let graceful = GracefulShutdown::new();
-    let places = Arc::new(Semaphore::new(app.config.limits.connections));
-    let mut tasks = JoinSet::new();
+    let capacity = app.config.limits.connections;
+    let places = Arc::new(Semaphore::new(capacity));
+    let (stop, stopping) = watch::channel(false);
+    let pump = tokio::spawn(super::ws::pump(app.clone(), app.engine.subscribe()));
+    let mut accepting = JoinSet::new();
     for listener in listeners {
-        tasks.spawn(accept(listener, app.clone(), places.clone(), graceful.watcher()));
+        accepting.spawn(accept(listener, app.clone(), places.clone(), stopping.clone()));
     }
-    let pump = tokio::spawn(super::ws::pump(app.clone()));
     shutdown.await;
     app.begin_shutdown();
     app.drain_engine().await;
-    tasks.shutdown().await;
+    accepting.shutdown().await;
+    stop.send_replace(true);
     app.sockets.close_all();
-    if timeout(app.config.limits.drain_timeout, graceful.shutdown()).await.is_err() {
-        tracing::warn!("requests were still open when the server stopped");
+    // every connection and every WebSocket holds a place
+    let all = u32::try_from(capacity).map_err(io::Error::other)?;
+    if timeout(app.config.limits.drain_timeout, places.acquire_many(all)).await.is_err() {
+        tracing::warn!("connections were still open when the server stopped");
     }
-    app.sockets.wait_closed(app.config.limits.drain_timeout).await;
     pump.abort();
     Ok(())
 }
 
-async fn accept(listener: TcpListener, app: Arc<App>, places: Arc<Semaphore>, watcher: Watcher) {
+async fn accept(listener: TcpListener, app: Arc<App>, places: Arc<Semaphore>, stopping: watch::Receiver<bool>) {
     loop {
         let Ok(place) = places.clone().acquire_owned().await else { return };
         match listener.accept().await {
             Ok((stream, _)) => {
-                tokio::spawn(serve(stream, app.clone(), place, watcher.clone()));
+                tokio::spawn(serve(stream, app.clone(), place, stopping.clone()));
             }
             Err(error) => {
                 // out of file descriptors, or the peer is gone already: neither ends the server
@@ -66,7 +69,7 @@ async fn accept(listener: TcpListener, app: Arc<App>, places: Arc<Semaphore>, wa
     }
 }
 
-async fn serve(stream: TcpStream, app: Arc<App>, place: OwnedSemaphorePermit, watcher: Watcher) {
+async fn serve(stream: TcpStream, app: Arc<App>, place: OwnedSemaphorePermit, mut stopping: watch::Receiver<bool>) {
     let via_loopback = stream.local_addr().is_ok_and(|a| a.ip().to_canonical().is_loopback());
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%error, "TCP_NODELAY");
@@ -84,8 +87,20 @@ async fn serve(stream: TcpStream, app: Arc<App>, place: OwnedSemaphorePermit, wa
         let (app, peer) = (app.clone(), peer.clone());
         async move { Ok::<_, Infallible>(router::answer(app, peer, request).await) }
     });
-    let connection = builder.serve_connection(io, service).with_upgrades();
-    if let Err(error) = watcher.watch(connection).await {
+    let mut connection = pin!(builder.serve_connection(io, service).with_upgrades());
+    let outcome = tokio::select! {
+        outcome = connection.as_mut() => outcome,
+        () = is_true(&mut stopping) => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = outcome {
         tracing::debug!(%error, "connection ended");
     }
+}
+
+/// Waits until the value is true, or its sender is gone.
+pub(super) async fn is_true(flag: &mut watch::Receiver<bool>) {
+    let _ = flag.wait_for(|value| *value).await;
 }

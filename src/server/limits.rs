@@ -37,6 +37,8 @@ pub struct Limits {
     pub max_json_bytes: u64,
     /// Bytes of JSON bodies held in memory for all requests together.
     pub buffered_bytes: usize,
+    /// Running and waiting prompts; further ones are refused with 429.
+    pub queued_prompts: usize,
     /// How long open requests may take to end after the engine has stopped.
     pub drain_timeout: Duration,
 }
@@ -53,6 +55,7 @@ impl Default for Limits {
             max_body_bytes: 100 * 1024 * 1024,
             max_json_bytes: 32 * 1024 * 1024,
             buffered_bytes: 256 * 1024 * 1024,
+            queued_prompts: 10_000,
             drain_timeout: Duration::from_secs(5),
         }
     }

@@ -31,6 +31,7 @@ use tokio_tungstenite::tungstenite::protocol::{CloseFrame, Role, WebSocketConfig
 use tokio_tungstenite::tungstenite::{Bytes, Message};
 
 use super::App;
+use super::connection::is_true;
 use super::http::{self, Call, Failure, Peer, Response};
 use crate::engine::{Event, EventKind};
 use frames::Frames;
@@ -103,14 +104,6 @@ impl Sockets {
     /// Asks every socket to close with 1001.
     pub(super) fn close_all(&self) {
         self.closing.send_replace(true);
-    }
-
-    /// Waits until all sockets are closed, at most `patience`.
-    pub(super) async fn wait_closed(&self, patience: Duration) {
-        let deadline = Instant::now() + patience;
-        while self.open.load(Ordering::Acquire) > 0 && Instant::now() < deadline {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
     }
 }
 
@@ -260,7 +253,7 @@ async fn converse(mut stream: Stream, socket: &Socket, app: &App) -> &'static st
                     return "the client reads nothing";
                 }
             }
-            _ = closing.wait_for(|closing| *closing) => {
+            () = is_true(&mut closing) => {
                 close(&mut stream, CloseCode::Away, "the server stops").await;
                 return "the server stops";
             }
