@@ -2,11 +2,13 @@
 //!
 //! * [`Generator`]: PyTorch's CPU generator (initial noise, ancestral steps).
 //! * [`prepare_noise`]: the initial noise of a sampling run.
+//! * [`BrownianNoise`]: increments of one Brownian path (SDE samplers).
 //! * [`SeedSequence`]: NumPy's seed hashing.
 //!
 //! Nothing here depends on a device: noise is always drawn on the host, as
 //! ComfyUI does, so every backend starts from the same numbers.
 
+mod brownian;
 mod generator;
 mod mt19937;
 mod seed_sequence;
@@ -15,6 +17,7 @@ mod vector_math;
 #[cfg(test)]
 mod tests;
 
+pub use brownian::{BrownianError, BrownianNoise, BrownianTree};
 pub use generator::Generator;
 pub use mt19937::Mt19937;
 pub use seed_sequence::SeedSequence;

@@ -7,7 +7,7 @@ use safetensors::SafeTensors;
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
-use super::{Generator, SeedSequence, prepare_noise};
+use super::{BrownianNoise, BrownianTree, Generator, SeedSequence, prepare_noise};
 
 #[derive(Deserialize)]
 struct Entry {
@@ -19,6 +19,14 @@ struct Entry {
     batch_index: Option<Vec<usize>>,
     generate_state_4: Option<Vec<u32>>,
     spawn2: Option<Vec<Vec<u32>>>,
+    #[serde(default)]
+    sigma_min: f32,
+    #[serde(default)]
+    sigma_max: f32,
+    #[serde(default)]
+    queries: Vec<(f32, f32)>,
+    #[serde(default)]
+    points: Vec<f32>,
 }
 
 struct Golden {
@@ -112,6 +120,23 @@ fn other_precisions() {
     let want: Vec<u16> =
         golden.raw(entry).chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]])).collect();
     assert_eq!(narrow, want);
+}
+
+/// The bar is 1e-5, but the same sums in the same order agree to the bit.
+#[test]
+fn brownian_noise() {
+    let golden = Golden::load();
+    for entry in golden.of_kind("brownian tree noise", 6) {
+        let mut path = BrownianNoise::new(&entry.shape, entry.sigma_min, entry.sigma_max, entry.seed)
+            .expect("a finite range");
+        let got: Vec<f32> =
+            entry.queries.iter().flat_map(|&(from, to)| path.sample(from, to).into_data()).collect();
+        assert_eq!(mismatches(&got, &golden.f32s(entry)), (0, 0.0), "{:?}", entry.tensor);
+    }
+    let entry = golden.of_kind("torchsde.BrownianTree", 1)[0];
+    let mut tree = BrownianTree::new(6, 0.0, 1.0, entry.seed).expect("a finite range");
+    let got: Vec<f32> = entry.points.iter().flat_map(|&point| tree.increment(0.0, point)).collect();
+    assert_eq!(mismatches(&got, &golden.f32s(entry)), (0, 0.0), "{:?}", entry.tensor);
 }
 
 #[test]

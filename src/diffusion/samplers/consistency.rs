@@ -22,7 +22,7 @@ pub(super) fn ddpm(run: &mut Run<'_>, mut x: HostTensor) -> Result<HostTensor, D
         if to > 0.0 {
             let spread = ((1.0 - alpha) * (1.0 - cum_next) / (1.0 - cum)).sqrt();
             let back = (1.0 + to * to).sqrt();
-            let noise = run.noise(from, to)?;
+            let noise = run.noise_like(&x, from, to)?;
             x = lincomb(&[(back * mean * cum.sqrt(), &x), (back * of_eps, &eps), (back * spread, &noise)]);
         } else {
             x = lincomb(&[(mean * cum.sqrt(), &x), (of_eps, &eps)]);
@@ -39,7 +39,7 @@ pub(super) fn lcm(run: &mut Run<'_>, mut x: HostTensor) -> Result<HostTensor, Di
         run.report(i, &x, &denoised)?;
         x = denoised;
         if to > 0.0 {
-            let noise = run.noise(from, to)?;
+            let noise = run.noise_like(&x, from, to)?;
             let keep = run.space().alpha(to);
             x = lincomb(&[(to, &noise), (keep, &x)]);
         }

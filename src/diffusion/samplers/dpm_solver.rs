@@ -251,7 +251,7 @@ pub(super) fn adaptive(
             before = low;
             x = high;
             if opt.eta > 0.0 {
-                let noise = run.noise((-s).exp(), (-t).exp())?;
+                let noise = run.noise_like(&x, (-s).exp(), (-t).exp())?;
                 x = lincomb(&[(1.0, &x), (up * opt.s_noise, &noise)]);
             }
             s = t;

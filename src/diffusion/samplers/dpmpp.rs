@@ -64,7 +64,7 @@ pub(super) fn two_s_cfg_pp(
         let k = down / from;
         x = lincomb(&[(k, &x), (k, &denoised), (-k, &uncond_2), (1.0 - k, &denoised_2)]);
         if to > 0.0 {
-            let noise = run.noise(from, to)?;
+            let noise = run.noise_like(&x, from, to)?;
             x = lincomb(&[(1.0, &x), (opt.s_noise * up, &noise)]);
         }
     }

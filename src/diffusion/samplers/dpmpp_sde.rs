@@ -46,14 +46,14 @@ pub(super) fn single_step(
         let (keep, gain, spread) = leg(lambda_mid, mid);
         let mut x2 = lincomb(&[(keep, &x), (gain, &denoised)]);
         if opt.is_active() {
-            let noise = run.noise(from, mid)?;
+            let noise = run.noise_like(&x, from, mid)?;
             x2 = lincomb(&[(1.0, &x2), (spread, &noise)]);
         }
         let denoised_2 = run.denoise(&x2, mid)?;
         let (keep, gain, spread) = leg(lambda_t, to);
         x = lincomb(&[(keep, &x), (gain * (1.0 - fac), &denoised), (gain * fac, &denoised_2)]);
         if opt.is_active() {
-            let noise = run.noise(from, to)?;
+            let noise = run.noise_like(&x, from, to)?;
             x = lincomb(&[(1.0, &x), (spread, &noise)]);
         }
     }
@@ -185,7 +185,7 @@ impl Step {
         if !opt.is_active() {
             return Ok(x);
         }
-        let noise = run.noise(self.from, self.to)?;
+        let noise = run.noise_like(&x, self.from, self.to)?;
         let spread = self.to * (-(-2.0 * self.h * opt.eta).exp_m1()).sqrt() * opt.s_noise;
         Ok(lincomb(&[(1.0, &x), (spread, &noise)]))
     }

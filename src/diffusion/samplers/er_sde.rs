@@ -84,7 +84,7 @@ pub(super) fn er_sde(
         }
         let variance = v[i + 1].powi(2) - (v[i] * r).powi(2);
         if opt.s_noise > 0.0 {
-            let noise = run.noise(from, to)?;
+            let noise = run.noise_like(&x, from, to)?;
             next = lincomb(&[(1.0, &next), (alpha * opt.s_noise * variance.max(0.0).sqrt(), &noise)]);
         }
         x = next;

@@ -53,7 +53,7 @@ pub(super) fn euler_cfg_pp(
         let ratio = alpha_t * down / from;
         x = lincomb(&[(ratio, &x), (alpha_t, &denoised), (-ratio * alpha_s, &uncond)]);
         if opt.is_active() {
-            let noise = run.noise(from, to)?;
+            let noise = run.noise_like(&x, from, to)?;
             x = lincomb(&[(1.0, &x), (alpha_t * opt.s_noise * up, &noise)]);
         }
     }

@@ -24,8 +24,8 @@ mod uni_pc;
 
 pub use dpm_solver::AdaptiveOptions;
 pub use er_sde::{ErSdeOptions, NoiseScaler};
-pub use names::{SAMPLERS, discards_penultimate_sigma};
-pub use run::{GuidedModel, Prediction, Run};
+pub use names::SAMPLERS;
+pub use run::{Guided, Run, RunSetup};
 pub use sa_solver::SaSolverOptions;
 pub use snr::SnrSpace;
 pub use uni_pc::BVariant;

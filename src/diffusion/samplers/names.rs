@@ -50,12 +50,6 @@ pub const SAMPLERS: &[&str] = &[
     "uni_pc_bh2",
 ];
 
-/// Whether schedules for this sampler are made one step longer and lose their
-/// last but one sigma, which these methods would otherwise step to needlessly.
-pub fn discards_penultimate_sigma(name: &str) -> bool {
-    matches!(name, "dpm_2" | "dpm_2_ancestral" | "uni_pc" | "uni_pc_bh2")
-}
-
 impl Sampler {
     /// The sampler of that name with ComfyUI's default settings.
     pub fn by_name(name: &str) -> Option<Self> {

@@ -40,7 +40,7 @@ pub(super) fn res_multistep(
             (_, None) => toward(&x, &denoised, from, down),
         };
         if to > 0.0 && up > 0.0 {
-            let noise = run.noise(from, to)?;
+            let noise = run.noise_like(&x, from, to)?;
             x = lincomb(&[(1.0, &x), (opt.s_noise * up, &noise)]);
         }
         previous = Some((uncond.unwrap_or(denoised), down));

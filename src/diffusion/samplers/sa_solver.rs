@@ -117,7 +117,7 @@ pub(super) fn sa_solver(
         let w = span.weights(&nodes, opt.simple_order_2, false);
         let noise = if tau > 0.0 && opt.s_noise > 0.0 {
             let scale = to * (-(-2.0 * tau * tau * h).exp_m1()).sqrt() * opt.s_noise;
-            Some(lincomb(&[(scale, &run.noise(sigmas[i], to)?)]))
+            Some(lincomb(&[(scale, &run.noise_like(&x, sigmas[i], to)?)]))
         } else {
             None
         };
