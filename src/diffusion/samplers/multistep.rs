@@ -1,0 +1,131 @@
+//! Multistep methods on the slope: LMS, iPNDM, iPNDM-v and DEIS.
+//!
+//! Sources: Liu et al., "PNDM", 2022, and Zhang and Chen, "Fast sampling of
+//! diffusion models with exponential integrator" (DEIS, iPNDM), 2023; LMS
+//! integrates the Lagrange interpolant of the last slopes over sigma.
+
+use std::collections::VecDeque;
+
+use super::polynomial::{adams_weights, lagrange};
+use super::{Run, lincomb, slope};
+use crate::diffusion::DiffusionError;
+use crate::tensor::HostTensor;
+
+/// Adams-Bashforth weights for equal steps, newest slope first.
+const ADAMS_BASHFORTH: [&[f64]; 4] = [
+    &[1.0],
+    &[3.0 / 2.0, -1.0 / 2.0],
+    &[23.0 / 12.0, -16.0 / 12.0, 5.0 / 12.0],
+    &[55.0 / 24.0, -59.0 / 24.0, 37.0 / 24.0, -9.0 / 24.0],
+];
+
+/// Runs a multistep method: `weights(sigmas, i, order)` gives the factors of the
+/// newest `order` slopes (newest first) for the step after sigma `i`.
+fn multistep(
+    run: &mut Run<'_>,
+    mut x: HostTensor,
+    max_order: usize,
+    mut weights: impl FnMut(&[f64], usize, usize) -> Vec<f64>,
+) -> Result<HostTensor, DiffusionError> {
+    let sigmas: Vec<f64> = (0..=run.steps()).map(|i| run.sigma(i)).collect();
+    let mut slopes: VecDeque<HostTensor> = VecDeque::with_capacity(max_order + 1);
+    for i in 0..run.steps() {
+        let denoised = run.denoise(&x, sigmas[i])?;
+        run.report(i, &x, &denoised)?;
+        slopes.push_front(slope(&x, &denoised, sigmas[i]));
+        slopes.truncate(max_order);
+        if sigmas[i + 1] == 0.0 {
+            x = denoised;
+            continue;
+        }
+        let factors = weights(&sigmas, i, slopes.len());
+        let mut terms = vec![(1.0, &x)];
+        terms.extend(factors.into_iter().zip(&slopes));
+        x = lincomb(&terms);
+    }
+    Ok(x)
+}
+
+/// Linear multistep in sigma.
+pub(super) fn lms(run: &mut Run<'_>, x: HostTensor, order: usize) -> Result<HostTensor, DiffusionError> {
+    multistep(run, x, order.max(1), |sigmas, i, order| {
+        let nodes: Vec<f64> = (0..order).map(|k| sigmas[i - k]).collect();
+        adams_weights(&nodes, sigmas[i], sigmas[i + 1])
+    })
+}
+
+/// Adams-Bashforth weights of equal steps, whatever the steps are.
+pub(super) fn ipndm(run: &mut Run<'_>, x: HostTensor) -> Result<HostTensor, DiffusionError> {
+    multistep(run, x, 4, |sigmas, i, order| {
+        let h = sigmas[i + 1] - sigmas[i];
+        ADAMS_BASHFORTH[order - 1].iter().map(|w| w * h).collect()
+    })
+}
+
+/// iPNDM for unequal steps.
+pub(super) fn ipndm_v(run: &mut Run<'_>, x: HostTensor) -> Result<HostTensor, DiffusionError> {
+    multistep(run, x, 4, |sigmas, i, order| {
+        let nodes: Vec<f64> = (0..order).map(|k| sigmas[i - k]).collect();
+        adams_weights(&nodes, sigmas[i], sigmas[i + 1])
+    })
+}
+
+/// DEIS with tabulated coefficients ("tAB"), order 3.
+pub(super) fn deis(run: &mut Run<'_>, x: HostTensor) -> Result<HostTensor, DiffusionError> {
+    let time = VpTime::new();
+    multistep(run, x, 3, |sigmas, i, order| {
+        let nodes: Vec<f64> = (0..order).map(|k| time.of_sigma(sigmas[i - k])).collect();
+        time.weights(&nodes, nodes[0], time.of_sigma(sigmas[i + 1]))
+    })
+}
+
+/// The time axis of a variance-preserving process with linear beta, on which
+/// DEIS interpolates.
+struct VpTime {
+    beta_min: f64,
+    beta_slope: f64,
+}
+
+impl VpTime {
+    /// Noise levels at the ends of the axis and the time at its low end.
+    const SIGMA_MIN: f64 = 0.002;
+    const SIGMA_MAX: f64 = 80.0;
+    const EPSILON: f64 = 1e-3;
+    /// Points of the Riemann sum that stands for the integral.
+    const POINTS: usize = 10_000;
+
+    fn new() -> Self {
+        let log_var = |s: f64| (s * s + 1.0).ln();
+        let (low, high) = (log_var(Self::SIGMA_MIN), log_var(Self::SIGMA_MAX));
+        let beta_slope = 2.0 * (low / Self::EPSILON - high) / (Self::EPSILON - 1.0);
+        Self { beta_min: high - 0.5 * beta_slope, beta_slope }
+    }
+
+    fn of_sigma(&self, sigma: f64) -> f64 {
+        let root = (self.beta_min.powi(2) + 2.0 * self.beta_slope * (sigma * sigma + 1.0).ln()).sqrt();
+        (root - self.beta_min) / self.beta_slope
+    }
+
+    /// d sigma / d time.
+    fn sigma_rate(&self, t: f64) -> f64 {
+        let log_alpha = -0.5 * self.beta_slope * t * t - self.beta_min * t;
+        let rate = -self.beta_slope * t - self.beta_min;
+        let alpha = log_alpha.exp();
+        -0.5 * rate / (alpha * (1.0 - alpha)).sqrt()
+    }
+
+    /// Factors of the slopes at times `nodes` for the step `from → to`.
+    fn weights(&self, nodes: &[f64], from: f64, to: f64) -> Vec<f64> {
+        let bases: Vec<Vec<f64>> = (0..nodes.len()).map(|j| lagrange(nodes, j)).collect();
+        let mut sums = vec![0.0; nodes.len()];
+        for k in 0..Self::POINTS {
+            let t = from + (to - from) * k as f64 / (Self::POINTS - 1) as f64;
+            let rate = self.sigma_rate(t);
+            for (sum, poly) in sums.iter_mut().zip(&bases) {
+                *sum += rate * poly.iter().rev().fold(0.0, |acc, c| acc * t + c);
+            }
+        }
+        let width = (to - from) / Self::POINTS as f64;
+        sums.into_iter().map(|s| s * width).collect()
+    }
+}
