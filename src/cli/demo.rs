@@ -9,6 +9,7 @@ use serde_json::{Value as Json, json};
 use tokio_tungstenite::tungstenite::Message;
 
 use super::client::Client;
+use super::local::LocalServer;
 use super::progress::Bar;
 use super::setup::RuntimeArgs;
 use crate::files::DEMO_CHECKPOINT;
@@ -59,7 +60,7 @@ pub fn run(args: DemoArgs) -> Result<()> {
 }
 
 async fn draw(args: &DemoArgs, folder: &Path, began: Instant) -> Result<()> {
-    let server = super::serve::start_local(&args.runtime, folder).await?;
+    let server = LocalServer::start(&args.runtime, folder).await?;
     let client = Client::new(server.address());
     let stats = client.get_json("/system_stats").await?;
     println!("kiln {} on {}", env!("CARGO_PKG_VERSION"), stats["devices"][0]["name"].as_str().unwrap_or("?"));

@@ -9,6 +9,7 @@ use tokio::sync::broadcast::error::RecvError;
 use super::progress::Bar;
 use super::setup::{self, RuntimeArgs};
 use crate::engine::{Engine, EngineConfig, EventKind, Submission};
+use crate::files::{Folders, Kind};
 
 /// Arguments of `kiln run`.
 #[derive(clap::Args, Debug)]
@@ -32,7 +33,8 @@ pub fn run(args: RunArgs) -> Result<()> {
         apply(&mut prompt, change)?;
     }
     std::fs::create_dir_all(&args.out).with_context(|| format!("making {}", args.out.display()))?;
-    let services = setup::services(&args.runtime, Some(&args.out))?;
+    let scratch = tempfile::tempdir().context("making a temporary folder")?;
+    let services = setup::services(&args.runtime, &setup::local_folders(&args.runtime, &args.out, scratch.path()))?;
     let folders = services.folders.clone();
     let engine = Engine::new(EngineConfig::new(services, crate::nodes::registry()));
     let mut events = engine.subscribe();
@@ -109,13 +111,14 @@ fn apply(prompt: &mut Map<String, Json>, change: &str) -> Result<()> {
     Ok(())
 }
 
-fn print_outputs(outputs: &Json, folders: &crate::files::Folders) {
+fn print_outputs(outputs: &Json, folders: &Folders) {
     for (node, output) in outputs.as_object().into_iter().flatten() {
         for (kind, files) in output.as_object().into_iter().flatten() {
             for file in files.as_array().into_iter().flatten() {
                 match file["filename"].as_str() {
                     Some(name) => {
-                        let root = if file["type"] == "temp" { folders.temp() } else { folders.output() };
+                        let kind = Kind::from_name(file["type"].as_str().unwrap_or_default()).unwrap_or(Kind::Output);
+                        let root = folders.root(kind);
                         println!("{}", root.join(file["subfolder"].as_str().unwrap_or_default()).join(name).display());
                     }
                     None => println!("node {node} {kind}: {file}"),
