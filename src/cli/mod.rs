@@ -1,14 +1,14 @@
 //! The command line: one file a sub-command.
 
 mod bench;
-mod client;
+pub mod client;
 mod demo;
 mod info;
-mod local;
+pub mod local;
 mod process;
 mod progress;
 mod run;
-mod setup;
+pub mod setup;
 mod synth;
 
 use std::process::ExitCode;
