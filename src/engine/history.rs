@@ -25,8 +25,7 @@ impl Entry {
             .outputs
             .keys()
             .map(|id| {
-                let ids =
-                    json!({"node_id": id, "display_node": id, "parent_node": null, "real_node_id": id});
+                let ids = json!({"node_id": id, "display_node": id, "parent_node": null, "real_node_id": id});
                 (id.clone(), ids)
             })
             .collect();
