@@ -1,6 +1,7 @@
 //! The latent diffusion UNet (Rombach et al. 2022) in the LDM layout: SD1.x and its relatives.
 
 mod blocks;
+mod context;
 
 use std::sync::Arc;
 
@@ -60,6 +61,7 @@ pub struct Unet {
     output: Vec<Stage>,
     out_norm: LazyNorm,
     out_conv: LazyConv,
+    contexts: context::ContextCache,
 }
 
 /// Builds stages and keeps count of what they share.
@@ -206,6 +208,7 @@ impl Unet {
             time_biases: loader.stacked(&time_parts, emb)?,
             out_norm: loader.norm("out.0", width)?,
             out_conv: loader.conv("out.2", config.out_channels, width, 3)?,
+            contexts: context::ContextCache::default(),
             input,
             middle,
             output,

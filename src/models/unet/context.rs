@@ -1,0 +1,82 @@
+//! Cross-attention keys and values, kept between steps.
+//!
+//! They depend on the prompt only: a run of twenty steps needs them once. The
+//! cache lives with the loaded UNet and goes when it is unloaded.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::{ContextKv, Unet};
+use crate::models::ModelError;
+use crate::tensor::HostTensor;
+
+/// How many different batches of conditionings are kept.
+const KEPT: usize = 8;
+
+/// A batch of conditionings, by identity: the tensors are held, so an address can't be reused.
+type Key = Vec<Arc<HostTensor>>;
+
+/// Least recently used first.
+#[derive(Default)]
+pub(super) struct ContextCache(Mutex<Vec<(Key, Arc<ContextKv>)>>);
+
+fn same(a: &Key, b: &[Arc<HostTensor>]) -> bool {
+    a.len() == b.len() && a.iter().zip(b).all(|(a, b)| Arc::ptr_eq(a, b))
+}
+
+impl Unet {
+    /// Keys and values for one model call on a batch of conditionings `[1, T, context_dim]`.
+    ///
+    /// Conditionings of different lengths are repeated to a common multiple;
+    /// attention over repeated keys gives the same result.
+    pub fn context(&self, conds: &[Arc<HostTensor>]) -> Result<Arc<ContextKv>, ModelError> {
+        let mut cache = self.contexts.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(at) = cache.iter().position(|(key, _)| same(key, conds)) {
+            let entry = cache.remove(at);
+            let kv = entry.1.clone();
+            cache.push(entry);
+            return Ok(kv);
+        }
+        let kv = Arc::new(self.context_kv(&stack(conds)?)?);
+        if cache.len() == KEPT {
+            cache.remove(0);
+        }
+        cache.push((conds.to_vec(), kv.clone()));
+        Ok(kv)
+    }
+}
+
+fn stack(conds: &[Arc<HostTensor>]) -> Result<HostTensor, ModelError> {
+    let width = conds.first().map_or(0, |c| c.dim(2));
+    let tokens = conds.iter().fold(1, |n, c| lcm(n, c.dim(1)));
+    let mut data = Vec::new();
+    let mut batch = 0;
+    for cond in conds {
+        if cond.dim(2) != width {
+            return Err(ModelError::Input {
+                what: "width of the text conditioning",
+                expected: width,
+                found: cond.dim(2),
+            });
+        }
+        for row in 0..cond.dim(0) {
+            for _ in 0..tokens / cond.dim(1).max(1) {
+                data.extend_from_slice(cond.row(row));
+            }
+            batch += 1;
+        }
+    }
+    let found = data.len();
+    HostTensor::new(&[batch, tokens, width], data).ok_or(ModelError::Input {
+        what: "elements of the text conditioning",
+        expected: batch * tokens * width,
+        found,
+    })
+}
+
+fn lcm(a: usize, b: usize) -> usize {
+    let (mut x, mut y) = (a.max(1), b.max(1));
+    while y != 0 {
+        (x, y) = (y, x % y);
+    }
+    a.max(1) / x * b.max(1)
+}
