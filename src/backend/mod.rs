@@ -5,7 +5,7 @@ pub mod metered;
 
 use std::sync::Arc;
 
-use crate::tensor::Backend;
+use crate::tensor::{Backend, TensorError};
 
 /// Which device to run on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -19,10 +19,10 @@ pub struct DeviceOptions {
 }
 
 /// The backend for these options: the CPU, until a GPU backend is built in.
-pub fn open(options: DeviceOptions) -> Arc<dyn Backend> {
-    Arc::new(cpu::CpuBackend::new(cpu::CpuOptions {
+pub fn open(options: DeviceOptions) -> Result<Arc<dyn Backend>, TensorError> {
+    Ok(Arc::new(cpu::CpuBackend::new(cpu::CpuOptions {
         threads: options.threads,
         bf16: options.cpu_bf16,
         memory_limit: options.memory_limit,
-    }))
+    })?))
 }

@@ -12,7 +12,7 @@ use crate::backend::{self, DeviceOptions};
 use crate::diffusion::noise::Generator;
 use crate::models::clip::{ClipToken, WeightedToken};
 use crate::models::unet::UnetInput;
-use crate::models::{Checkpoint, ModelSource, ModelStore};
+use crate::models::{ModelFile, ModelSource, ModelStore};
 use crate::tensor::{Backend, DType, HostTensor};
 use crate::weights::OpenOptions;
 use crate::weights::synth::{self, Manifest};
@@ -122,7 +122,7 @@ fn best(repeats: usize, meter: &Metered, mut run: impl FnMut() -> Result<()>) ->
 struct Stage<'a> {
     args: &'a ModelArgs,
     meter: &'a Metered,
-    checkpoint: &'a Checkpoint,
+    checkpoint: &'a ModelFile,
     /// GFLOP/s a core that a bare matrix product reaches in this run.
     ceiling: f64,
 }
@@ -204,7 +204,7 @@ fn model(args: &ModelArgs) -> Result<()> {
 
     let began = Instant::now();
     let store = ModelStore::new(meter.clone() as Arc<dyn Backend>, OpenOptions::default());
-    let checkpoint = store.checkpoint(ModelSource::File(path));
+    let checkpoint = store.file(ModelSource::File(path));
     checkpoint.unet()?;
     checkpoint.clip()?;
     checkpoint.vae()?;

@@ -26,7 +26,7 @@ impl Node for ClipTextEncode {
     fn execute(&self, ctx: &mut NodeCtx<'_>, inputs: &Inputs) -> Result<NodeOutput, NodeError> {
         let clip = inputs.object::<ClipHandle>("clip")?;
         let chunks = tokenize(ctx.services, inputs.string("text")?, &clip)?;
-        let encoder = clip.checkpoint.clip()?;
+        let encoder = clip.file.clip()?;
         let encoded = encoder.encode(&chunks, clip.skip_last)?;
         let mut entry = CondEntry::new(Arc::new(encoded.cond));
         entry.pooled = Some(Arc::new(encoded.pooled));
@@ -35,7 +35,7 @@ impl Node for ClipTextEncode {
 }
 
 fn tokenize(services: &Services, text: &str, clip: &ClipHandle) -> Result<Vec<Vec<WeightedToken>>, NodeError> {
-    let width = clip.checkpoint.clip()?.config().width;
+    let width = clip.file.clip()?.config().width;
     let lookup = EmbeddingFiles { services, width };
     let chunks = tokenizer::tokenize(text, &TokenizerOptions::sd1(), &lookup);
     let convert = |(token, weight)| WeightedToken {

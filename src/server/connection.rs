@@ -82,7 +82,7 @@ async fn serve(stream: TcpStream, app: Arc<App>, place: OwnedSemaphorePermit, mu
         .header_read_timeout(limits.header_timeout)
         .max_headers(MAX_HEADERS)
         .max_buf_size(HEAD_BYTES);
-    let peer = Peer { via_loopback, place: Arc::new(place) };
+    let peer = Peer { via_loopback, _place: Arc::new(place) };
     let service = service_fn(|request| {
         let (app, peer) = (app.clone(), peer.clone());
         async move { Ok::<_, Infallible>(router::answer(app, peer, request).await) }

@@ -97,7 +97,7 @@ pub(super) struct Peer {
     /// The connection came in on a loopback address.
     pub(super) via_loopback: bool,
     /// The connection's place among the allowed ones; a WebSocket keeps it.
-    pub(super) place: Arc<OwnedSemaphorePermit>,
+    pub(super) _place: Arc<OwnedSemaphorePermit>,
 }
 
 /// One request on its way to a handler.

@@ -51,6 +51,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use serde_json::{Value as Json, json};
+use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
 use crate::engine::Engine;
@@ -64,6 +65,9 @@ use ws::Sockets;
 
 /// The ComfyUI version whose API this is; clients compare it.
 pub const COMFYUI_VERSION: &str = "0.3.64";
+
+/// Pictures decoded at the same time.
+const IMAGE_SLOTS: usize = 2;
 
 /// How a server behaves.
 #[derive(Clone, Debug)]
@@ -100,6 +104,8 @@ pub struct App {
     router: Router,
     sockets: Sockets,
     body_budget: BodyBudget,
+    /// Places for decoding pictures, which takes memory in proportion to their size.
+    image_slots: Semaphore,
     is_stopping: AtomicBool,
 }
 
@@ -118,6 +124,7 @@ impl App {
             config,
             router: routes::all().build()?,
             sockets: Sockets::default(),
+            image_slots: Semaphore::new(IMAGE_SLOTS),
             is_stopping: AtomicBool::new(false),
         }))
     }

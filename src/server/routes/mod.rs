@@ -11,6 +11,7 @@ mod view;
 use serde_json::Value as Json;
 
 use super::http::Failure;
+use crate::files::{PathError, names};
 use super::router::Router;
 use super::ws;
 
@@ -68,5 +69,15 @@ fn is_truthy(value: Option<&Json>) -> bool {
         Some(Json::String(s)) => !s.is_empty(),
         Some(Json::Array(a)) => !a.is_empty(),
         Some(Json::Object(o)) => !o.is_empty(),
+    }
+}
+
+/// What a path that may not be, or is not there, means to a client.
+fn refuse_path(error: PathError) -> Failure {
+    match error {
+        PathError::Invalid { .. } => Failure::BAD_REQUEST,
+        PathError::OutsideRoot { .. } => Failure::FORBIDDEN,
+        PathError::NotFound { .. } | PathError::UnknownFolder(_) => Failure::NOT_FOUND,
+        PathError::Io { .. } => Failure::internal(error),
     }
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde_json::{Map, json};
 
-use crate::files::Folders;
+use crate::files::{FolderOptions, Folders};
 use crate::graph::{Input, Schema};
 use crate::models::ModelStore;
 use crate::nodes::{
@@ -83,8 +83,8 @@ pub(super) fn all() -> Vec<Box<dyn Node>> {
     vec![Box::new(Number), Box::new(Show), Box::new(Slow), Box::new(Picture)]
 }
 
-pub(super) fn folders(_base: &Path) -> Folders {
-    Folders::default()
+pub(super) fn folders(base: &Path) -> Folders {
+    Folders::open(&FolderOptions { base: base.to_owned(), ..FolderOptions::default() }).unwrap()
 }
 
 pub(super) fn services(folders: Arc<Folders>) -> Services {

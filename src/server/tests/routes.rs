@@ -52,7 +52,7 @@ async fn methods_and_paths() {
     ] {
         let answer = server.send(method, path, &[], b"").await;
         assert_eq!(answer.status, status, "{method} {path}");
-        if status == 404 {
+        if status == 404 && method != "HEAD" {
             assert_eq!(answer.header("content-length"), Some("0"), "{method} {path}");
         }
     }
