@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 
 use crate::tensor::{
     Activation, Attention, Backend, BackendInfo, Conv2d, ConvWeight, Embed, Embedding, GroupNorm, HostLayout,
-    LayerNorm, Linear, LinearParts, LinearWeight, MemoryUse, NormWeight, RawTensor, Shape, Tensor, TensorError,
+    LayerNorm, Linear, LinearParts, LinearWeight, MemoryUse, NormWeight, RawTensor, Shape, Tensor,
+    TensorError,
 };
 
 /// What was counted for one kind of op.
@@ -80,7 +81,11 @@ impl Backend for Metered {
         self.count("pack", 0.0, || self.inner.pack_linear(parts))
     }
 
-    fn pack_conv(&self, weight: &RawTensor<'_>, bias: Option<&RawTensor<'_>>) -> Result<ConvWeight, TensorError> {
+    fn pack_conv(
+        &self,
+        weight: &RawTensor<'_>,
+        bias: Option<&RawTensor<'_>>,
+    ) -> Result<ConvWeight, TensorError> {
         self.count("pack", 0.0, || self.inner.pack_conv(weight, bias))
     }
 

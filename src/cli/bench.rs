@@ -65,7 +65,6 @@ pub fn run(args: BenchArgs) -> Result<()> {
     }
 }
 
-
 /// The file to measure with: the given one, or a synthetic one kept in the system's temporary folder.
 fn checkpoint_file(args: &ModelArgs) -> Result<PathBuf> {
     if let Some(path) = &args.checkpoint {
@@ -195,7 +194,7 @@ fn model(args: &ModelArgs) -> Result<()> {
     }
     let path = checkpoint_file(args)?;
     let device = DeviceOptions { threads: args.threads, cpu_bf16: args.cpu_bf16, ..DeviceOptions::default() };
-    let backend = backend::open(device);
+    let backend = backend::open(device)?;
     let info = backend.info();
     let meter = Arc::new(Metered::new(backend.clone()));
     println!("{} {}, {} thread(s), {}", info.kind, info.name, info.threads, path.display());

@@ -8,6 +8,7 @@ pub mod local;
 mod process;
 mod progress;
 mod run;
+pub mod serve;
 pub mod setup;
 mod synth;
 
@@ -44,7 +45,7 @@ enum Command {
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = match cli.command {
-        Command::Serve(args) => serve::run(*args),
+        Command::Serve(args) => serve::run(&args),
         command => {
             log_to_stderr();
             match command {

@@ -11,6 +11,9 @@ use crate::models::ModelStore;
 use crate::nodes::{PreviewMethod, Services};
 use crate::weights::OpenOptions;
 
+/// PNG compression of outputs: fast, a few per cent larger than the slow levels.
+const PNG_LEVEL: u8 = 1;
+
 /// Options of every command that runs models.
 #[derive(clap::Args, Clone, Debug, Default)]
 pub struct RuntimeArgs {
@@ -30,7 +33,7 @@ pub struct RuntimeArgs {
     #[arg(long, value_name = "MIB")]
     pub memory_limit: Option<usize>,
     /// Reads model files into memory instead of mapping them.
-    #[arg(long)]
+    #[arg(long, alias = "disable-mmap")]
     pub no_mmap: bool,
 }
 
@@ -57,12 +60,12 @@ impl RuntimeArgs {
 /// Services over folders and a device.
 pub fn services(args: &RuntimeArgs, folders: &FolderOptions) -> Result<Services> {
     let folders = Folders::open(folders).context("setting up the folders")?;
-    let models = ModelStore::new(backend::open(args.device()), OpenOptions { mmap: !args.no_mmap });
+    let models = ModelStore::new(backend::open(args.device())?, OpenOptions { mmap: !args.no_mmap });
     Ok(Services {
         folders: Arc::new(folders),
         models: Arc::new(models),
         save_metadata: true,
-        png_level: 4,
+        png_level: PNG_LEVEL,
         preview: PreviewMethod::default(),
     })
 }

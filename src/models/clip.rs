@@ -137,11 +137,16 @@ impl ClipText {
         let mut kept: Option<HostTensor> = None;
         for (i, layer) in self.layers.iter().enumerate() {
             if i == keep {
-                kept = Some(ops.download_tokens(&ops.layer_norm(&x, &self.final_norm, self.config.layer_norm_eps)?)?);
+                kept = Some(ops.download_tokens(&ops.layer_norm(
+                    &x,
+                    &self.final_norm,
+                    self.config.layer_norm_eps,
+                )?)?);
             }
             x = self.layer(ops, layer, x)?;
         }
-        let last = ops.download_tokens(&ops.layer_norm(&x, &self.final_norm, self.config.layer_norm_eps)?)?;
+        let last =
+            ops.download_tokens(&ops.layer_norm(&x, &self.final_norm, self.config.layer_norm_eps)?)?;
         let pooled = pool(rows, &last);
         Ok((kept.unwrap_or(last), pooled))
     }

@@ -68,7 +68,10 @@ struct Opened {
 
 impl Opened {
     fn lacks(&self, what: &str) -> ModelError {
-        ModelError::File(format!("{} holds no {what}; load one from another file", self.file.path().display()))
+        ModelError::File(format!(
+            "{} holds no {what}; load one from another file",
+            self.file.path().display()
+        ))
     }
 
     fn checkpoint(&self, what: &str) -> Result<&detect::Checkpoint, ModelError> {

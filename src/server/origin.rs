@@ -86,7 +86,8 @@ impl OriginPolicy {
         let host = text(headers.get(HOST)).unwrap_or_default();
         let (name, _) = split_host(&host);
         let is_allowed = self.allowed_hosts.iter().any(|allowed| allowed.eq_ignore_ascii_case(name));
-        if via_loopback && !name.is_empty() && !is_allowed && address(name).is_none() && !is_local_name(name) {
+        if via_loopback && !name.is_empty() && !is_allowed && address(name).is_none() && !is_local_name(name)
+        {
             return Err(Refusal::ForeignHost);
         }
         if !is_loopback(name) {
@@ -173,7 +174,9 @@ mod tests {
         assert!(TABLE.len() >= 30);
         for &(host, origin, site, mode, via_loopback, wanted) in TABLE {
             let mut headers = HeaderMap::new();
-            for (name, value) in [("host", host), ("origin", origin), ("sec-fetch-site", site), ("sec-fetch-mode", mode)] {
+            for (name, value) in
+                [("host", host), ("origin", origin), ("sec-fetch-site", site), ("sec-fetch-mode", mode)]
+            {
                 if value != "-" {
                     headers.insert(name, HeaderValue::from_static(value));
                 }
@@ -186,7 +189,9 @@ mod tests {
     #[test]
     fn navigation_is_get_only() {
         let mut headers = HeaderMap::new();
-        for (name, value) in [("host", "localhost"), ("sec-fetch-site", "cross-site"), ("sec-fetch-mode", "navigate")] {
+        for (name, value) in
+            [("host", "localhost"), ("sec-fetch-site", "cross-site"), ("sec-fetch-mode", "navigate")]
+        {
             headers.insert(name, HeaderValue::from_static(value));
         }
         let policy = OriginPolicy::default();

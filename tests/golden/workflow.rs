@@ -66,7 +66,7 @@ impl Bench {
         let folders = Folders::open(&options).unwrap_or_else(|e| panic!("{e}"));
         let services = Services {
             folders: Arc::new(folders),
-            models: Arc::new(ModelStore::new(backend::open(DeviceOptions::default()), OpenOptions::default())),
+            models: Arc::new(ModelStore::new(backend::open(DeviceOptions::default()).expect("a backend"), OpenOptions::default())),
             save_metadata: true,
             png_level: 1,
             preview: PreviewMethod::None,

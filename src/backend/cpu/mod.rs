@@ -15,6 +15,7 @@
 
 mod arena;
 mod attention;
+pub mod ceiling;
 mod check;
 mod elementwise;
 mod layers;
@@ -127,6 +128,7 @@ impl Backend for CpuBackend {
             kind: "cpu",
             name: format!("cpu {storage} ({})", self.exec.isa.name()),
             threads: self.exec.threads,
+            element_bytes: self.dtype().size(),
         }
     }
 

@@ -20,9 +20,7 @@ pub(super) fn lagrange(nodes: &[f64], which: usize) -> Vec<f64> {
 /// Weights `w` such that `Σ w·f(node)` integrates the interpolant of `f`
 /// against a kernel whose moments `∫ u^k` over the step are `moments[k]`.
 pub(super) fn quadrature_weights(nodes: &[f64], moments: &[f64]) -> Vec<f64> {
-    (0..nodes.len())
-        .map(|j| lagrange(nodes, j).iter().zip(moments).map(|(c, m)| c * m).sum())
-        .collect()
+    (0..nodes.len()).map(|j| lagrange(nodes, j).iter().zip(moments).map(|(c, m)| c * m).sum()).collect()
 }
 
 /// Weights of the plain integral over `[from, to]` for samples at `nodes`

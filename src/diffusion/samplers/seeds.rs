@@ -65,8 +65,11 @@ pub(super) fn seeds_2(
         }
         let a = Stage::at(space, from, to, r, opt.eta);
         let end = Stage::at(space, from, to, 1.0, opt.eta);
-        let noises =
-            if opt.is_active() { vec![run.noise_like(&x, from, a.sigma)?, run.noise_like(&x, a.sigma, to)?] } else { vec![] };
+        let noises = if opt.is_active() {
+            vec![run.noise_like(&x, from, a.sigma)?, run.noise_like(&x, a.sigma, to)?]
+        } else {
+            vec![]
+        };
         let own = (1.0 - a.decay).sqrt();
         let carried = (a.decay - end.decay).sqrt();
 
@@ -104,7 +107,11 @@ pub(super) fn seeds_3(
         let b = Stage::at(space, from, to, r2, opt.eta);
         let end = Stage::at(space, from, to, 1.0, opt.eta);
         let noises = if opt.is_active() {
-            vec![run.noise_like(&x, from, a.sigma)?, run.noise_like(&x, a.sigma, b.sigma)?, run.noise_like(&x, b.sigma, to)?]
+            vec![
+                run.noise_like(&x, from, a.sigma)?,
+                run.noise_like(&x, a.sigma, b.sigma)?,
+                run.noise_like(&x, b.sigma, to)?,
+            ]
         } else {
             vec![]
         };

@@ -55,7 +55,11 @@ pub enum ScheduleError {
 fn linspace(start: f32, end: f32, count: usize) -> Vec<f32> {
     let step = (end - start) / count.saturating_sub(1).max(1) as f32;
     let point = |i: usize| {
-        if i < count / 2 || count == 1 { start + step * i as f32 } else { end - step * (count - 1 - i) as f32 }
+        if i < count / 2 || count == 1 {
+            start + step * i as f32
+        } else {
+            end - step * (count - 1 - i) as f32
+        }
     };
     (0..count).map(point).collect()
 }

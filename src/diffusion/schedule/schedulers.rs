@@ -11,8 +11,8 @@
 //! (`linear_quadratic`); A. Sabour et al., "Align your steps", 2024, theorem
 //! 3.1 (`kl_optimal`).
 
-use super::{ModelSampling, ScheduleError, beta_quantile, karras_sigmas, linspace};
 use super::custom::exponential_sigmas;
+use super::{ModelSampling, ScheduleError, beta_quantile, karras_sigmas, linspace};
 
 /// Scheduler names in the order clients see them.
 pub const SCHEDULERS: &[&str] = &[

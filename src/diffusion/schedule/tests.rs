@@ -58,7 +58,9 @@ fn tmp(what: String, got: &[f32], want: &[f32]) {
     let n = got.iter().zip(want).filter(|(a, b)| a.to_bits() != b.to_bits() && !a.is_nan()).count();
     if n > 0 || got.len() != want.len() {
         eprintln!("DIFF {n}/{} {a:.2e} {what}", want.len());
-        if a > 1e-6 { eprintln!("  {got:?}\n  {want:?}"); }
+        if a > 1e-6 {
+            eprintln!("  {got:?}\n  {want:?}");
+        }
     }
 }
 
@@ -89,22 +91,48 @@ fn nodes() {
         let got: Vec<Vec<f32>> = match name {
             "KarrasScheduler" => vec![karras_sigmas(steps, n("sigma_min"), n("sigma_max"), n("rho"))],
             "ExponentialScheduler" => vec![exponential_sigmas(steps, n("sigma_min"), n("sigma_max"))],
-            "PolyexponentialScheduler" => vec![polyexponential_sigmas(steps, n("sigma_min"), n("sigma_max"), n("rho"))],
-            "LaplaceScheduler" => vec![laplace_sigmas(steps, n("sigma_min"), n("sigma_max"), n("mu"), n("beta"))],
+            "PolyexponentialScheduler" => {
+                vec![polyexponential_sigmas(steps, n("sigma_min"), n("sigma_max"), n("rho"))]
+            }
+            "LaplaceScheduler" => {
+                vec![laplace_sigmas(steps, n("sigma_min"), n("sigma_max"), n("mu"), n("beta"))]
+            }
             "VPScheduler" => vec![vp_sigmas(steps, n("beta_d"), n("beta_min"), n("eps_s"))],
             "BetaSamplingScheduler" => vec![beta_sigmas(&m(), steps, n("alpha"), n("beta")).unwrap()],
-            "BasicScheduler" => vec![basic_scheduler(&m(), i["scheduler"].as_str().unwrap(), steps, n("denoise")).unwrap()],
+            "BasicScheduler" => {
+                vec![basic_scheduler(&m(), i["scheduler"].as_str().unwrap(), steps, n("denoise")).unwrap()]
+            }
             "SDTurboScheduler" => vec![sd_turbo_sigmas(&m(), steps, n("denoise"))],
-            "AlignYourStepsScheduler" => vec![align_your_steps_sigmas(AlignYourSteps::from_name(i["model_type"].as_str().unwrap()).unwrap(), steps, n("denoise"))],
+            "AlignYourStepsScheduler" => vec![align_your_steps_sigmas(
+                AlignYourSteps::from_name(i["model_type"].as_str().unwrap()).unwrap(),
+                steps,
+                n("denoise"),
+            )],
             "GITSScheduler" => vec![gits_sigmas(n("coeff"), steps, n("denoise")).unwrap_or_default()],
-            "SplitSigmas" => { let (a, b) = split_sigmas(&s(), i["step"].as_u64().unwrap() as usize); vec![a, b] }
-            "SplitSigmasDenoise" => { let (a, b) = split_sigmas_denoise(&s(), n("denoise")); vec![a, b] }
+            "SplitSigmas" => {
+                let (a, b) = split_sigmas(&s(), i["step"].as_u64().unwrap() as usize);
+                vec![a, b]
+            }
+            "SplitSigmasDenoise" => {
+                let (a, b) = split_sigmas_denoise(&s(), n("denoise"));
+                vec![a, b]
+            }
             "FlipSigmas" => vec![flip_sigmas(&s())],
             "SetFirstSigma" => vec![set_first_sigma(&s(), n("sigma") as f32)],
-            "ExtendIntermediateSigmas" => vec![extend_intermediate_sigmas(&s(), steps, n("start_at_sigma") as f32, n("end_at_sigma") as f32, Spacing::from_name(i["spacing"].as_str().unwrap()).unwrap())],
+            "ExtendIntermediateSigmas" => vec![extend_intermediate_sigmas(
+                &s(),
+                steps,
+                n("start_at_sigma") as f32,
+                n("end_at_sigma") as f32,
+                Spacing::from_name(i["spacing"].as_str().unwrap()).unwrap(),
+            )],
             "SamplingPercentToSigma" => {
                 let p = n("sampling_percent");
-                let v = if i["return_actual_sigma"].as_bool().unwrap() { m().percent_to_actual_sigma(p) } else { m().percent_to_sigma(p) };
+                let v = if i["return_actual_sigma"].as_bool().unwrap() {
+                    m().percent_to_actual_sigma(p)
+                } else {
+                    m().percent_to_sigma(p)
+                };
                 tmp(format!("{name} {p}"), &[v as f32], &[number(&e["outputs"][0]) as f32]);
                 continue;
             }
@@ -112,7 +140,9 @@ fn nodes() {
         };
         let want: Vec<Vec<f32>> = e["outputs"].as_array().unwrap().iter().map(sigmas).collect();
         assert_eq!(got.len(), want.len());
-        for (g, w) in got.iter().zip(&want) { tmp(format!("{name} {}", i), g, w); }
+        for (g, w) in got.iter().zip(&want) {
+            tmp(format!("{name} {}", i), g, w);
+        }
     }
 }
 
@@ -123,7 +153,16 @@ fn tables() {
     let m = model("sd15_eps");
     tmp("eps".into(), m.sigmas(), &sigmas(&g["sigmas_eps"]));
     tmp("zsnr".into(), model("v_zsnr").sigmas(), &sigmas(&g["sigmas_zsnr"]));
-    for e in g["percent_to_sigma"].as_array().unwrap() { let e = numbers(e); tmp(format!("percent {}", e[0]), &[m.percent_to_sigma(e[0]) as f32], &[e[1] as f32]); }
-    for e in g["timestep"].as_array().unwrap() { let e = numbers(e); tmp(format!("timestep {}", e[0]), &[m.timestep(e[0] as f32)], &[e[1] as f32]); }
-    for e in g["sigma"].as_array().unwrap() { let e = numbers(e); tmp(format!("sigma {}", e[0]), &[m.sigma(e[0] as f32)], &[e[1] as f32]); }
+    for e in g["percent_to_sigma"].as_array().unwrap() {
+        let e = numbers(e);
+        tmp(format!("percent {}", e[0]), &[m.percent_to_sigma(e[0]) as f32], &[e[1] as f32]);
+    }
+    for e in g["timestep"].as_array().unwrap() {
+        let e = numbers(e);
+        tmp(format!("timestep {}", e[0]), &[m.timestep(e[0] as f32)], &[e[1] as f32]);
+    }
+    for e in g["sigma"].as_array().unwrap() {
+        let e = numbers(e);
+        tmp(format!("sigma {}", e[0]), &[m.sigma(e[0] as f32)], &[e[1] as f32]);
+    }
 }

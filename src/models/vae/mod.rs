@@ -140,8 +140,7 @@ impl Vae {
     /// its width at full size (input, normalised input, output).
     pub fn decode_bytes(&self, h: usize, w: usize, element_bytes: usize) -> usize {
         let scale = self.config.downscale();
-        let wide = self.config.ch
-            * self.config.ch_mult.get(1).or(self.config.ch_mult.first()).unwrap_or(&1);
+        let wide = self.config.ch * self.config.ch_mult.get(1).or(self.config.ch_mult.first()).unwrap_or(&1);
         h.saturating_mul(w)
             .saturating_mul(scale * scale)
             .saturating_mul(wide * 3)

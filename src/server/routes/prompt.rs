@@ -52,7 +52,9 @@ fn submission(mut body: Map<String, Json>) -> Result<Submission, Failure> {
     let extra_data = match body.remove("extra_data") {
         None | Some(Json::Null) => Map::new(),
         Some(Json::Object(extra)) => extra,
-        Some(other) => return Err(Failure::bad_request(format!("'extra_data' must be an object, not {other}"))),
+        Some(other) => {
+            return Err(Failure::bad_request(format!("'extra_data' must be an object, not {other}")));
+        }
     };
     Ok(Submission {
         prompt: body.remove("prompt").unwrap_or(Json::Null),
