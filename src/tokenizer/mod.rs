@@ -2,10 +2,10 @@
 //!
 //! A prompt passes four stages, one file each:
 //!
-//! 1. [`emphasis`]: `(text:1.3)` and friends cut it into segments with weights,
-//! 2. [`embedding`]: `embedding:NAME` inside a segment becomes rows of numbers,
-//! 3. [`bpe`]: the rest becomes token ids,
-//! 4. [`chunk`]: tokens are packed into chunks of 77 with start, end and padding.
+//! 1. `emphasis`: `(text:1.3)` and friends cut it into segments with weights,
+//! 2. `embedding`: `embedding:NAME` inside a segment becomes rows of numbers,
+//! 3. `bpe`: the rest becomes token ids,
+//! 4. `chunk`: tokens are packed into chunks of 77 with start, end and padding.
 //!
 //! The rules are ComfyUI's, so that a prompt means the same picture. Ids are
 //! those of the `transformers` 5 tokenizer (version 4 without ftfy spaces out
