@@ -39,7 +39,6 @@ pub(super) fn euler_cfg_pp(
     opt: Stochastic,
 ) -> Result<HostTensor, DiffusionError> {
     let space = run.space();
-    run.bound_first_sigma();
     for i in 0..run.steps() {
         let (from, to) = (run.sigma(i), run.sigma(i + 1));
         let (denoised, uncond) = run.predict(&x, from)?;

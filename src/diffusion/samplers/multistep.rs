@@ -65,9 +65,40 @@ pub(super) fn ipndm(run: &mut Run<'_>, x: HostTensor) -> Result<HostTensor, Diff
 /// iPNDM for unequal steps.
 pub(super) fn ipndm_v(run: &mut Run<'_>, x: HostTensor) -> Result<HostTensor, DiffusionError> {
     multistep(run, x, 4, |sigmas, i, order| {
-        let nodes: Vec<f64> = (0..order).map(|k| sigmas[i - k]).collect();
-        adams_weights(&nodes, sigmas[i], sigmas[i + 1])
+        let h: Vec<f64> = (0..order).map(|k| sigmas[i + 1 - k] - sigmas[i - k]).collect();
+        variable_step_weights(&h).iter().map(|w| w * h[0]).collect()
     })
+}
+
+/// Weights of iPNDM-v for steps `h` (newest first), per unit of the newest step.
+///
+/// The second-order weights are those of a variable-step Adams-Bashforth method.
+/// The higher orders' corrections `third` and `fourth` differ from its divided
+/// differences, as in the published implementation, whose results these are.
+fn variable_step_weights(h: &[f64]) -> Vec<f64> {
+    let (h0, h1) = match *h {
+        [h0, h1, ..] => (h0, h1),
+        _ => return vec![1.0],
+    };
+    let second = h0 / h1;
+    let mut w = vec![(2.0 + second) / 2.0, -second / 2.0];
+    let Some(&h2) = h.get(2) else { return w };
+    let third = (1.0 - h0 / (3.0 * (h0 + h1)) * (h0 * (h0 + h1)) / (h1 * (h1 + h2))) / 2.0;
+    let r12 = h1 / h2;
+    w[0] += third;
+    w[1] -= (1.0 + r12) * third;
+    w.push(third * r12);
+    let Some(&h3) = h.get(3) else { return w };
+    let fourth = ((1.0 - h0 / (3.0 * (h0 + h1))) / 2.0
+        + (1.0 - h0 / (2.0 * (h0 + h1))) * h0 / (6.0 * (h0 + h1 + h2)))
+        * (h0 * (h0 + h1) * (h0 + h1 + h2))
+        / (h1 * (h1 + h2) * (h1 + h2 + h3));
+    let r123 = h1 * (h1 + h2) / (h2 * (h2 + h3));
+    w[0] += fourth;
+    w[1] -= (1.0 + r12 + r123) * fourth;
+    w[2] += (r12 + r123 * (1.0 + h2 / h3)) * fourth;
+    w.push(-fourth * r123 * h1 / h2);
+    w
 }
 
 /// DEIS with tabulated coefficients ("tAB"), order 3.
@@ -77,6 +108,12 @@ pub(super) fn deis(run: &mut Run<'_>, x: HostTensor) -> Result<HostTensor, Diffu
         let nodes: Vec<f64> = (0..order).map(|k| time.of_sigma(sigmas[i - k])).collect();
         time.weights(&nodes, nodes[0], time.of_sigma(sigmas[i + 1]))
     })
+}
+
+/// `ln(1 + sigma²)` in f32: at small sigmas few digits are left, and those are part of the result.
+fn log_variance(sigma: f64) -> f64 {
+    let sigma = sigma as f32;
+    f64::from((sigma * sigma + 1.0).ln())
 }
 
 /// The time axis of a variance-preserving process with linear beta, on which
@@ -95,14 +132,13 @@ impl VpTime {
     const POINTS: usize = 10_000;
 
     fn new() -> Self {
-        let log_var = |s: f64| (s * s + 1.0).ln();
-        let (low, high) = (log_var(Self::SIGMA_MIN), log_var(Self::SIGMA_MAX));
+        let (low, high) = (log_variance(Self::SIGMA_MIN), log_variance(Self::SIGMA_MAX));
         let beta_slope = 2.0 * (low / Self::EPSILON - high) / (Self::EPSILON - 1.0);
         Self { beta_min: high - 0.5 * beta_slope, beta_slope }
     }
 
     fn of_sigma(&self, sigma: f64) -> f64 {
-        let root = (self.beta_min.powi(2) + 2.0 * self.beta_slope * (sigma * sigma + 1.0).ln()).sqrt();
+        let root = (self.beta_min.powi(2) + 2.0 * self.beta_slope * log_variance(sigma)).sqrt();
         (root - self.beta_min) / self.beta_slope
     }
 

@@ -71,10 +71,15 @@ pub(super) struct Ancestral {
 }
 
 /// Variance-exploding split: `down² + up² = to²`.
+///
+/// In f32 on purpose: where `from` is huge (zero-SNR schedules) `down` is the
+/// difference of nearly equal squares, and its rounding is part of the result.
 pub(super) fn split_variance(from: f64, to: f64, eta: f64) -> (f64, f64) {
     if eta == 0.0 {
         return (to, 0.0);
     }
-    let up = to.min(eta * (to * to * (from * from - to * to) / (from * from)).sqrt());
-    ((to * to - up * up).sqrt(), up)
+    let (from, to) = (from as f32, to as f32);
+    let up = to.min(eta as f32 * (to * to * (from * from - to * to) / (from * from)).sqrt());
+    let down = (to * to - up * up).sqrt();
+    (f64::from(down), f64::from(up))
 }

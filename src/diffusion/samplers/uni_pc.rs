@@ -73,8 +73,25 @@ pub(super) fn uni_pc(
     Ok(lincomb(&[(1.0 / alpha(sigmas[steps]), &x)]))
 }
 
+// The three marginals are computed in f32: at small sigmas `1 − alpha²` keeps few
+// digits, and those are part of the result.
+
+fn log_alpha(sigma: f64) -> f32 {
+    let sigma = sigma as f32;
+    0.5 * (1.0 / (sigma * sigma + 1.0)).ln()
+}
+
 fn alpha(sigma: f64) -> f64 {
-    1.0 / (1.0 + sigma * sigma).sqrt()
+    f64::from(log_alpha(sigma).exp())
+}
+
+fn sigma_vp(sigma: f64) -> f64 {
+    f64::from((1.0 - (2.0 * log_alpha(sigma)).exp()).sqrt())
+}
+
+fn lambda(sigma: f64) -> f64 {
+    let log_alpha = log_alpha(sigma);
+    f64::from(log_alpha - 0.5 * (1.0 - (2.0 * log_alpha).exp()).ln())
 }
 
 fn predict(run: &mut Run<'_>, x: &HostTensor, sigma: f64) -> Result<HostTensor, DiffusionError> {
@@ -98,9 +115,9 @@ struct Update<'a> {
 impl<'a> Update<'a> {
     fn new(points: &'a [Point], sigma: f64, order: usize, variant: BVariant) -> Self {
         let points: Vec<&Point> = points.iter().rev().take(order.max(1)).collect();
-        let newest = points[0].sigma;
-        let h = (newest / sigma).ln();
-        let mut ratios: Vec<f64> = points.iter().skip(1).map(|p| (newest / p.sigma).ln() / h).collect();
+        let newest = lambda(points[0].sigma);
+        let h = lambda(sigma) - newest;
+        let mut ratios: Vec<f64> = points.iter().skip(1).map(|p| (lambda(p.sigma) - newest) / h).collect();
         ratios.push(1.0);
         let hh = -h;
         let h_phi_1 = hh.exp_m1();
@@ -123,7 +140,7 @@ impl<'a> Update<'a> {
     fn advance(&self, x: &HostTensor, weights: &[f64], target: Option<(f64, &HostTensor)>) -> HostTensor {
         let alpha_t = alpha(self.sigma);
         let newest = self.points[0];
-        let ratio = self.sigma * alpha_t / (newest.sigma * alpha(newest.sigma));
+        let ratio = sigma_vp(self.sigma) / sigma_vp(newest.sigma);
         let c = -alpha_t * self.b_h;
         let mut of_newest = -alpha_t * self.h_phi_1;
         let mut terms = vec![(ratio, x)];
