@@ -77,7 +77,7 @@ pub fn sample(
     observer: &mut dyn Observer,
 ) -> Result<Sampled, DiffusionError> {
     let SampleRequest { guider, sampler, sigmas, noise, latent, seed, .. } = *request;
-    let Some((&first, &last)) = sigmas.first().zip(sigmas.last()) else {
+    let Some(&first) = sigmas.first() else {
         return Ok(Sampled { samples: latent.clone(), denoised: None });
     };
     if noise.shape() != latent.shape() {
@@ -121,8 +121,9 @@ pub fn sample(
         watch.borrow_mut().step(&Step { step, total, x, denoised })
     };
     let setup = RunSetup { sigmas, sampling, seed, model: &mut model, report: &mut report };
-    let x = sampler.sample(&mut Run::new(setup), start)?;
-    let x = sampling.inverse_noise_scaling(last, &x);
+    let mut run = Run::new(setup);
+    let x = sampler.sample(&mut run, start)?;
+    let x = sampling.inverse_noise_scaling(run.last_sigma(), &x);
     let out = |t: &HostTensor| guider.model.latent_out(t);
     Ok(Sampled { samples: out(&x), denoised: last_denoised.as_ref().map(out) })
 }

@@ -35,8 +35,10 @@ pub(super) fn single_step(
             continue;
         }
         let (lambda_s, lambda_t) = (space.lambda(from), space.lambda(to));
-        let lambda_mid = lambda_s + r * (lambda_t - lambda_s);
-        let mid = space.sigma(lambda_mid);
+        // In f32: a Brownian path is rough, and the inner sigma's last bit moves its value.
+        let (start, end) = (lambda_s as f32, lambda_t as f32);
+        let lambda_mid = f64::from(start + r as f32 * (end - start));
+        let mid = f64::from(space.sigma(lambda_mid) as f32);
         let leg = |lambda_end: f64, sigma_end: f64| {
             let (down, up) = split_variance((-lambda_s).exp(), (-lambda_end).exp(), opt.eta);
             let decay = (-(-down.ln() - lambda_s)).exp();

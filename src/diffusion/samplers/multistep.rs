@@ -105,47 +105,49 @@ fn variable_step_weights(h: &[f64]) -> Vec<f64> {
 pub(super) fn deis(run: &mut Run<'_>, x: HostTensor) -> Result<HostTensor, DiffusionError> {
     let time = VpTime::new();
     multistep(run, x, 3, |sigmas, i, order| {
+        if order == 1 {
+            return vec![sigmas[i + 1] - sigmas[i]];
+        }
         let nodes: Vec<f64> = (0..order).map(|k| time.of_sigma(sigmas[i - k])).collect();
         time.weights(&nodes, nodes[0], time.of_sigma(sigmas[i + 1]))
     })
 }
 
-/// `ln(1 + sigma²)` in f32: at small sigmas few digits are left, and those are part of the result.
-fn log_variance(sigma: f64) -> f64 {
-    let sigma = sigma as f32;
-    f64::from((sigma * sigma + 1.0).ln())
-}
-
 /// The time axis of a variance-preserving process with linear beta, on which
-/// DEIS interpolates.
+/// DEIS interpolates. Times are computed in f32: `beta_min` is the difference of
+/// nearly equal numbers, and its rounding is part of the result.
 struct VpTime {
-    beta_min: f64,
-    beta_slope: f64,
+    beta_min: f32,
+    beta_slope: f32,
 }
 
 impl VpTime {
     /// Noise levels at the ends of the axis and the time at its low end.
-    const SIGMA_MIN: f64 = 0.002;
-    const SIGMA_MAX: f64 = 80.0;
-    const EPSILON: f64 = 1e-3;
+    const SIGMA_MIN: f32 = 0.002;
+    const SIGMA_MAX: f32 = 80.0;
+    const EPSILON: f32 = 1e-3;
     /// Points of the Riemann sum that stands for the integral.
     const POINTS: usize = 10_000;
 
     fn new() -> Self {
+        let log_variance = |s: f32| (s * s + 1.0).ln();
         let (low, high) = (log_variance(Self::SIGMA_MIN), log_variance(Self::SIGMA_MAX));
         let beta_slope = 2.0 * (low / Self::EPSILON - high) / (Self::EPSILON - 1.0);
         Self { beta_min: high - 0.5 * beta_slope, beta_slope }
     }
 
     fn of_sigma(&self, sigma: f64) -> f64 {
-        let root = (self.beta_min.powi(2) + 2.0 * self.beta_slope * log_variance(sigma)).sqrt();
-        (root - self.beta_min) / self.beta_slope
+        let sigma = sigma as f32;
+        let log_variance = (sigma * sigma + 1.0).ln();
+        let root = (self.beta_min * self.beta_min + 2.0 * self.beta_slope * log_variance).sqrt();
+        f64::from((root - self.beta_min) / self.beta_slope)
     }
 
     /// d sigma / d time.
     fn sigma_rate(&self, t: f64) -> f64 {
-        let log_alpha = -0.5 * self.beta_slope * t * t - self.beta_min * t;
-        let rate = -self.beta_slope * t - self.beta_min;
+        let (slope, min) = (f64::from(self.beta_slope), f64::from(self.beta_min));
+        let log_alpha = -0.5 * slope * t * t - min * t;
+        let rate = -slope * t - min;
         let alpha = log_alpha.exp();
         -0.5 * rate / (alpha * (1.0 - alpha)).sqrt()
     }

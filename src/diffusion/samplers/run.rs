@@ -101,6 +101,18 @@ impl<'a> Run<'a> {
         }
     }
 
+    /// Where the run ends: the last sigma, 0 without any.
+    pub fn last_sigma(&self) -> f32 {
+        self.sigmas.last().copied().unwrap_or(0.0)
+    }
+
+    /// Replaces a last sigma of 0, also for the scaling after the run.
+    pub(super) fn bound_last_sigma(&mut self, sigma: f64) {
+        if let Some(last) = self.sigmas.last_mut().filter(|s| **s == 0.0) {
+            *last = sigma as f32;
+        }
+    }
+
     /// The guided prediction at `sigma`.
     pub(super) fn denoise(&mut self, x: &HostTensor, sigma: f64) -> Result<HostTensor, DiffusionError> {
         Ok((self.model)(x, sigma as f32)?.denoised)

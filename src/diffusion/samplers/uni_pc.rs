@@ -40,10 +40,8 @@ pub(super) fn uni_pc(
     if steps == 0 {
         return Ok(x);
     }
-    let mut sigmas: Vec<f64> = (0..=steps).map(|i| run.sigma(i)).collect();
-    if sigmas[steps] == 0.0 {
-        sigmas[steps] = LAST_SIGMA;
-    }
+    run.bound_last_sigma(LAST_SIGMA);
+    let sigmas: Vec<f64> = (0..=steps).map(|i| run.sigma(i)).collect();
     let max_order = MAX_ORDER.min(steps - 1);
     let mut x = lincomb(&[(alpha(sigmas[0]), &x)]);
     let mut points: Vec<Point> = Vec::new();
