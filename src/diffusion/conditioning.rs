@@ -129,6 +129,58 @@ impl CondEntry {
     }
 }
 
+/// Every conditioning of `to` with the tokens of `from`'s first one appended.
+pub fn concat(to: &[CondEntry], from: &[CondEntry]) -> Conditioning {
+    let Some(other) = from.first() else { return to.to_vec() };
+    let append = |entry: &CondEntry| {
+        let (a, b) = (&entry.cond, &other.cond);
+        let (tokens, width) = (a.dim(1) + b.dim(1), a.dim(2));
+        let rows = a.dim(0).min(b.dim(0));
+        let data: Vec<f32> = (0..rows).flat_map(|i| [a.row(i), b.row(i)].concat()).collect();
+        let cond = HostTensor::new(&[rows, tokens, width], data);
+        CondEntry { cond: cond.map_or_else(|| a.clone(), Arc::new), ..entry.clone() }
+    };
+    to.iter().map(append).collect()
+}
+
+/// `strength · to + (1 − strength) · from`, with the first conditioning of `from`
+/// cut or padded with zeros to the token count of each of `to`.
+pub fn average(to: &[CondEntry], from: &[CondEntry], strength: f32) -> Conditioning {
+    let Some(other) = from.first() else { return to.to_vec() };
+    let mix = |a: &[f32], b: &[f32]| -> Vec<f32> {
+        let padded = b.iter().copied().chain(std::iter::repeat(0.0));
+        a.iter().zip(padded).map(|(a, b)| a * strength + b * (1.0 - strength)).collect()
+    };
+    let average = |entry: &CondEntry| {
+        let mut out = entry.clone();
+        let rows = 0..entry.cond.dim(0);
+        let last = other.cond.dim(0).saturating_sub(1);
+        let data: Vec<f32> =
+            rows.flat_map(|i| mix(entry.cond.row(i), other.cond.row(i.min(last)))).collect();
+        if let Some(cond) = HostTensor::new(entry.cond.shape(), data) {
+            out.cond = Arc::new(cond);
+        }
+        out.pooled = match (&entry.pooled, &other.pooled) {
+            (Some(a), Some(b)) => HostTensor::new(a.shape(), mix(a.data(), b.data())).map(Arc::new),
+            (None, Some(b)) => Some(b.clone()),
+            (a, None) => a.clone(),
+        };
+        out
+    };
+    to.iter().map(average).collect()
+}
+
+/// The same conditionings with all embeddings zero.
+pub fn zero_out(conds: &[CondEntry]) -> Conditioning {
+    let zeros = |t: &Arc<HostTensor>| Arc::new(HostTensor::zeros(t.shape()));
+    let zero = |entry: &CondEntry| CondEntry {
+        cond: zeros(&entry.cond),
+        pooled: entry.pooled.as_ref().map(zeros),
+        ..entry.clone()
+    };
+    conds.iter().map(zero).collect()
+}
+
 /// A conditioning in cells of one latent and sigmas of one model.
 #[derive(Clone, Debug)]
 pub struct ResolvedCond {

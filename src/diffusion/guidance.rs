@@ -261,8 +261,10 @@ pub fn evaluate(
         pieces = rest;
         batch.reverse();
         let full_size = (x.dim(2), x.dim(3));
-        let items: Vec<DenoiseItem<'_>> =
-            batch.iter().map(|p| DenoiseItem { x: &p.x, cond: &p.cond.entry, full_size }).collect();
+        let items: Vec<DenoiseItem<'_>> = batch
+            .iter()
+            .map(|p| DenoiseItem { x: &p.x, cond: &p.cond.entry, full_size })
+            .collect();
         let outputs = model.denoise(&items, sigma)?;
         for (piece, output) in batch.iter().zip(outputs) {
             if output.shape() != piece.x.shape() {

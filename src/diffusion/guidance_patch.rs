@@ -111,7 +111,7 @@ pub enum BuiltinPatch {
         /// Factor on the result.
         strength: f32,
     },
-    /// Keeps of the negative prediction what lies along the main direction of both.
+    /// Keeps of the negative side's noise what lies along the main direction of both.
     TangentialDamping,
     /// Divides the predicted noise.
     EpsilonScaling {
@@ -165,7 +165,7 @@ impl GuidancePatch for BuiltinPatch {
 
     fn before(&mut self, ctx: &PatchContext<'_>, preds: &mut Predictions) -> Result<(), DiffusionError> {
         match self {
-            BuiltinPatch::TangentialDamping => tangential_damping(preds),
+            BuiltinPatch::TangentialDamping => tangential_damping(ctx.x, preds),
             BuiltinPatch::FreSca { low, high, cutoff } => {
                 let direction = preds.cond.zip(&preds.uncond, |c, u| c - u);
                 let filtered = frequency::scale_bands(&direction, *low, *high, *cutoff);
@@ -286,8 +286,9 @@ fn rescale_cfg(ctx: &PatchContext<'_>, preds: &Predictions, multiplier: f32) -> 
     let gain = var.sqrt() / f64::from(ctx.sigma);
     let (var, gain, scale) = (var as f32, gain as f32, ctx.scale as f32);
     per_sample([ctx.x, &preds.cond, &preds.uncond], |[x, cond, uncond]| {
-        let velocity =
-            |d: &[f32]| -> Vec<f32> { x.iter().zip(d).map(|(x, d)| (x / var - d) * gain).collect() };
+        let velocity = |d: &[f32]| -> Vec<f32> {
+            x.iter().zip(d).map(|(x, d)| (x / var - d) * gain).collect()
+        };
         let (pos, neg) = (velocity(cond), velocity(uncond));
         let guided: Vec<f32> = neg.iter().zip(&pos).map(|(n, p)| n + scale * (p - n)).collect();
         let ratio = (deviation(&pos) / deviation(&guided)) as f32;
@@ -343,18 +344,20 @@ fn cfg_norm(cond: &HostTensor, guided: &HostTensor, strength: f32) -> HostTensor
     })
 }
 
-/// Projects the negative prediction on the first right singular vector of the
-/// two-row matrix of both predictions.
-fn tangential_damping(preds: &mut Predictions) {
-    preds.uncond = per_sample([&preds.cond, &preds.uncond], |[cond, uncond]| {
-        let (cc, cu, uu) = (dot(cond, cond), dot(cond, uncond), dot(uncond, uncond));
-        // The top eigenvector (p, q) of the Gram matrix gives the direction p·cond + q·uncond.
-        let angle = 0.5 * (2.0 * cu).atan2(cc - uu);
-        let (p, q) = (angle.cos(), angle.sin());
-        let squared = p * p * cc + 2.0 * p * q * cu + q * q * uu;
-        let share = if squared > 0.0 { (p * cu + q * uu) / squared } else { 0.0 };
-        let (p, q) = ((share * p) as f32, (share * q) as f32);
-        cond.iter().zip(uncond).map(|(c, u)| p * c + q * u).collect()
+/// Projects the negative side's noise on the first right singular vector of the
+/// two-row matrix of both sides' noises.
+fn tangential_damping(x: &HostTensor, preds: &mut Predictions) {
+    preds.uncond = per_sample([x, &preds.cond, &preds.uncond], |[x, cond, uncond]| {
+        let noise = |d: &[f32]| -> Vec<f32> { x.iter().zip(d).map(|(x, d)| x - d).collect() };
+        let (pos, neg) = (noise(cond), noise(uncond));
+        let (pp, pn, nn) = (dot(&pos, &pos), dot(&pos, &neg), dot(&neg, &neg));
+        // The top eigenvector (a, b) of the Gram matrix gives the direction a·pos + b·neg.
+        let angle = 0.5 * (2.0 * pn).atan2(pp - nn);
+        let (a, b) = (angle.cos(), angle.sin());
+        let squared = a * a * pp + 2.0 * a * b * pn + b * b * nn;
+        let share = if squared > 0.0 { (a * pn + b * nn) / squared } else { 0.0 };
+        let (a, b) = ((share * a) as f32, (share * b) as f32);
+        x.iter().zip(&pos).zip(&neg).map(|((x, p), n)| x - (a * p + b * n)).collect()
     });
 }
 
