@@ -39,6 +39,14 @@ pub enum KernelError {
         /// What the shape asks for.
         needed: usize,
     },
+    /// The window does not fit.
+    #[error("a {}x{} window does not fit a {}x{} image with its padding", window[0], window[1], image[0], image[1])]
+    Window {
+        /// Rows and columns of the window.
+        window: [usize; 2],
+        /// Rows and columns of the image that it sees.
+        image: [usize; 2],
+    },
     /// Row numbers are 32-bit.
     #[error("{rows} output rows in one call, the limit is 2^32 - 2: split the batch")]
     TooManyRows {

@@ -9,14 +9,14 @@
 //! threads share the rows and divide the panels, so that each reads only its
 //! part of the weights.
 
-use super::block::{K_STEP, TILE, TileSession};
+use super::block::{BLOCK, K_STEP, TILE, TileSession};
 use super::epilogue::{Epilogue, Finish, Output, Rows, SKIP};
 use super::memory::{Scratch, Slot};
 use super::pack::PackedB;
-use super::tiles::{NEAR_BYTES, RowBlock, Tables, multiply};
+use super::parallel::{even_blocks, run_grid};
+use super::tiles::{RowBlock, Tables, multiply};
 use super::{KernelError, Tier};
 use half::bf16;
-use rayon::prelude::*;
 use std::ops::Range;
 
 /// A row-major input matrix, or two whose columns follow each other.
@@ -66,6 +66,10 @@ impl<'a> GemmInput<'a> {
     }
 }
 
+/// Bytes of a copied row block: a quarter of a 2 MiB second level, which leaves
+/// room for a panel, the next one and the output.
+const NEAR_ROWS: usize = 512 << 10;
+
 /// One thread's part of a product.
 struct Part {
     rows: Range<usize>,
@@ -94,59 +98,23 @@ pub fn gemm(
         return Err(KernelError::TooManyRows { rows: a.rows });
     }
     let tier = tier.or_available();
-    let parts = split(a.rows, b);
-    run_parts(parts, |part| {
+    let block_rows = block_rows(a.rows, row_stride(b.depth()));
+    run_grid(a.rows.div_ceil(block_rows), b.panels(), |block, panels| {
+        let first = block * block_rows;
+        let rows = first..(first + block_rows).min(a.rows);
         let _session = TileSession::new(tier);
-        // SAFETY: the tier is available and its session held; parts do not
-        // overlap in rows × panels.
-        unsafe { multiply_rows(tier, a, b, part, &finish) };
+        // SAFETY: the tier is available and its session held; the grid's parts
+        // do not overlap in rows × panels.
+        unsafe { multiply_rows(tier, a, b, Part { rows, panels }, &finish) };
     });
     Ok(())
 }
 
-/// A grid of row blocks × panel groups.
-pub(super) struct Grid {
-    pub row_blocks: usize,
-    pub block_rows: usize,
-    pub panel_groups: usize,
-    pub group_panels: usize,
-}
-
-/// Row blocks that fit the near cache; panels divided if blocks are too few.
-fn split(rows: usize, b: &PackedB) -> (Grid, usize, usize) {
-    let threads = rayon::current_num_threads();
-    let row_bytes = row_stride(b.depth());
-    let limit = (NEAR_BYTES / row_bytes).clamp(64, 1024) / 32 * 32;
-    let blocks = rows.div_ceil(limit);
-    let blocks = if blocks >= 2 * threads { blocks.next_multiple_of(threads) } else { blocks };
-    let block_rows = rows.div_ceil(blocks).next_multiple_of(32);
-    let groups = if blocks >= 2 * threads { 1 } else { threads.min(b.panels()) };
-    let grid = Grid {
-        row_blocks: rows.div_ceil(block_rows),
-        block_rows,
-        panel_groups: groups,
-        group_panels: b.panels().div_ceil(groups),
-    };
-    (grid, rows, b.panels())
-}
-
-/// Runs every part of the grid, in parallel if the pool has more threads.
-fn run_parts((grid, rows, panels): (Grid, usize, usize), work: impl Fn(Part) + Sync) {
-    let part = |i: usize| {
-        let (block, group) = (i / grid.panel_groups, i % grid.panel_groups);
-        let first_row = block * grid.block_rows;
-        let first_panel = group * grid.group_panels;
-        Part {
-            rows: first_row..(first_row + grid.block_rows).min(rows),
-            panels: first_panel.min(panels)..(first_panel + grid.group_panels).min(panels),
-        }
-    };
-    let count = grid.row_blocks * grid.panel_groups;
-    if rayon::current_num_threads() == 1 || count == 1 {
-        (0..count).for_each(|i| work(part(i)));
-    } else {
-        (0..count).into_par_iter().with_max_len(1).for_each(|i| work(part(i)));
-    }
+/// Rows of a block: what fits near, in equal blocks for all threads.
+fn block_rows(rows: usize, row_bytes: usize) -> usize {
+    let limit = (NEAR_ROWS / row_bytes).clamp(128, 512);
+    let blocks = even_blocks(rows.div_ceil(limit));
+    rows.div_ceil(blocks).next_multiple_of(BLOCK)
 }
 
 /// Bytes of a copied row: padded to k-steps, an odd number of cache lines.

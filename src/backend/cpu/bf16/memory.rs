@@ -110,7 +110,7 @@ impl Scratch {
             Some(bytes) if bytes.len() >= len => bytes,
             smaller => {
                 drop(smaller);
-                AlignedBytes::zeroed(len.next_power_of_two())
+                AlignedBytes::zeroed(if len > HUGE_PAGE / 8 { len.next_multiple_of(HUGE_PAGE) } else { len })
             }
         };
         Scratch { bytes: Some(bytes), slot }

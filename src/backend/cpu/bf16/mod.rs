@@ -23,18 +23,21 @@ mod avx512;
 #[cfg(target_arch = "x86_64")]
 mod avx512_epilogue;
 mod block;
+pub mod conv;
 mod convert;
 pub mod epilogue;
 mod error;
 pub mod gemm;
 mod memory;
 pub mod pack;
+mod parallel;
 mod polynomial;
 mod portable;
 pub mod probe;
 pub mod tier;
 mod tiles;
 
+pub use conv::{ConvInput, Geometry, conv2d};
 pub use epilogue::{Activation, Epilogue, GroupBias, Output, OutputData, Rows};
 pub use error::KernelError;
 pub use gemm::{GemmInput, gemm};

@@ -70,6 +70,10 @@ pub(super) unsafe fn multiply(tier: Tier, a: &RowBlock, b: &PackedB, panels: Ran
                 count += 1;
                 let args = block_args(a, b, (panel, pair), k.clone(), &mut sums[slot * BLOCK_SUMS..]);
                 let args = ahead.apply(pair, args);
+                if is_last {
+                    let rows = &a.rows[pair * BLOCK..a.rows.len().min((pair + 1) * BLOCK)];
+                    finish.prefetch(rows, b.columns_in(panel).0);
+                }
                 // SAFETY: operands from the caller; the slot's sums are ours.
                 unsafe { multiply_block(tier, &args) };
                 if is_last {
