@@ -15,6 +15,9 @@
 //! writes 1–1.3 values for each input value instead of 9, and steps kx = 1, 2
 //! find the lines of kx = 0 in the first-level cache.
 //!
+//! Images of many channels are copied and multiplied one channel group at a
+//! time, so that the window stays in the second-level cache.
+//!
 //! Tiles run along a row, or, where rows are no multiple of 16, through the
 //! padded rows of the copy as one sequence with the padding's results dropped,
 //! whichever takes fewer tiles.
@@ -25,7 +28,7 @@ use super::gemm::{GemmInput, gemm};
 use super::memory::{Scratch, Slot};
 use super::pack::PackedB;
 use super::parallel::{even_blocks, run_grid};
-use super::tiles::{RowBlock, Tables, multiply};
+use super::tiles::{Chunk, RowBlock, Sums, Tables, multiply};
 use super::{KernelError, Tier};
 use half::bf16;
 use std::ops::Range;
@@ -190,7 +193,7 @@ struct Plan {
 impl Plan {
     fn new(input: &ConvInput, geometry: Geometry, weights: &PackedB, out_size: [usize; 2]) -> Plan {
         let shape = weights.shape();
-        let lines = shape.cin.div_ceil(K_STEP);
+        let lines = weights.group_blocks();
         // Pixels a multiple of 8 lines apart would share few cache sets.
         let lines = if lines.is_multiple_of(8) { lines + 1 } else { lines };
         let shift = usize::from(input.is_upsampled);
@@ -274,15 +277,13 @@ impl Plan {
         let slack = 2 * TILE * self.geometry.stride * self.pixel_bytes;
         let mut copy = Scratch::take(Slot::Rows, samples.len() * copy_bytes + slack);
         let copy = copy.as_mut_slice::<bf16>();
-        let values = copy_bytes / size_of::<bf16>();
-        for (sample, to) in samples.clone().zip(copy.chunks_exact_mut(values)) {
-            self.copy_window(input, sample, origin, (size, to));
-        }
         let layout = TileLayout::new(size, self.window_size(size)[1], self.geometry.stride);
-        let mut tables = Tables::new(samples.len() * layout.tiles, weights.k_steps());
+        let taps = self.window[0] * self.window[1];
+        let group = weights.group_blocks();
+        let blocks = self.cin.div_ceil(K_STEP);
+        let mut tables = Tables::new(samples.len() * layout.tiles, group * taps);
         let (tiles, rows, k_offsets) = tables.split();
-        self.fill_k_offsets(size, k_offsets);
-        for (i, sample) in samples.enumerate() {
+        for (i, sample) in samples.clone().enumerate() {
             let tiles = &mut tiles[i * layout.tiles..][..layout.tiles];
             let rows = &mut rows[i * layout.tiles * TILE..][..layout.tiles * TILE];
             for (tile, to) in tiles.iter_mut().enumerate() {
@@ -295,16 +296,26 @@ impl Plan {
                 });
             }
         }
-        let row_stride = self.geometry.stride * self.pixel_bytes;
-        let block = RowBlock { base: copy.as_ptr().cast(), row_stride, tiles, k_offsets, rows };
-        // SAFETY: every tap of every tile lies in the copy or its slack; the
-        // rest is the caller's.
-        unsafe { multiply(tier, &block, weights, panels, finish) };
+        let mut sums = Sums::new(tiles.len(), panels.len(), blocks.div_ceil(group));
+        for first in (0..blocks).step_by(group) {
+            let blocks = first..(first + group).min(blocks);
+            let channels = blocks.start * K_STEP..(blocks.end * K_STEP).min(self.cin);
+            let values = copy_bytes / size_of::<bf16>();
+            for (sample, to) in samples.clone().zip(copy.chunks_exact_mut(values)) {
+                self.copy_window(input, (sample, origin), channels.clone(), (size, to));
+            }
+            self.fill_k_offsets(self.window_size(size)[1], blocks.len(), k_offsets);
+            let row_stride = self.geometry.stride * self.pixel_bytes;
+            let a = RowBlock { base: copy.as_ptr().cast(), row_stride, tiles, k_offsets, rows };
+            let chunk = Chunk { a, k: blocks.start * taps..blocks.end * taps };
+            // SAFETY: every tap of every tile lies in the copy or its slack;
+            // the rest is the caller's.
+            unsafe { multiply(tier, &chunk, weights, panels.clone(), &mut sums, finish) };
+        }
     }
 
-    fn fill_k_offsets(&self, size: [usize; 2], k_offsets: &mut [u32]) {
-        let width = self.window_size(size)[1];
-        let blocks = self.cin.div_ceil(K_STEP);
+    /// Offsets of a channel group's steps in a copy of `width` pixels a row.
+    fn fill_k_offsets(&self, width: usize, blocks: usize, k_offsets: &mut [u32]) {
         for (step, to) in k_offsets.iter_mut().enumerate() {
             let (ky, rest) = (step / (blocks * self.window[1]), step % (blocks * self.window[1]));
             let (block, kx) = (rest / self.window[1], rest % self.window[1]);
@@ -312,12 +323,12 @@ impl Plan {
         }
     }
 
-    /// Copies a region's input window, zero-padded.
+    /// Copies a region's input window over some channels, zero-padded.
     fn copy_window(
         &self,
         input: &ConvInput,
-        sample: usize,
-        origin: [usize; 2],
+        (sample, origin): (usize, [usize; 2]),
+        channels: Range<usize>,
         (size, to): ([usize; 2], &mut [bf16]),
     ) {
         let pixel = self.pixel_bytes / size_of::<bf16>();
@@ -337,33 +348,40 @@ impl Plan {
             let source_row = (sample * input.height + (y as usize >> self.shift)) * input.width;
             let first_x = (left + inside_start as isize) as usize;
             let inside = &mut to[inside_start * pixel..inside_end * pixel];
-            self.copy_pixels(input, (source_row, first_x), pixel, inside);
+            self.copy_pixels(input, (source_row, first_x), channels.clone(), inside);
         }
     }
 
-    /// Copies pixels of one row from the image to the window.
+    /// Copies some channels of a row's pixels from the image to the window.
     fn copy_pixels(
         &self,
         input: &ConvInput,
         (source_row, first_x): (usize, usize),
-        pixel: usize,
+        channels: Range<usize>,
         to: &mut [bf16],
     ) {
+        let pixel = self.pixel_bytes / size_of::<bf16>();
         let c1 = input.first_channels;
         let c2 = self.cin - c1;
-        if self.shift == 0 && c1 == pixel {
+        if self.shift == 0 && c1 == pixel && channels.len() == pixel {
             let start = (source_row + first_x) * c1;
             to.copy_from_slice(&input.first[start..start + to.len()]);
             return;
         }
+        let split = c1.clamp(channels.start, channels.end);
+        let (in_first, in_second) = (channels.start..split, split.max(c1) - c1..channels.end.max(c1) - c1);
         let second = input.second.unwrap_or_default();
         for (x, to) in (first_x..).zip(to.chunks_exact_mut(pixel)) {
             let source = source_row + (x >> self.shift);
-            to[..c1].copy_from_slice(&input.first[source * c1..][..c1]);
-            if c2 > 0 {
-                to[c1..self.cin].copy_from_slice(&second[source * c2..][..c2]);
+            let (head, rest) = to.split_at_mut(in_first.len());
+            let (tail, padding) = rest.split_at_mut(in_second.len());
+            if !head.is_empty() {
+                head.copy_from_slice(&input.first[source * c1..][in_first.clone()]);
             }
-            to[self.cin..].fill(bf16::ZERO);
+            if !tail.is_empty() {
+                tail.copy_from_slice(&second[source * c2..][in_second.clone()]);
+            }
+            padding.fill(bf16::ZERO);
         }
     }
 }

@@ -14,7 +14,7 @@ use super::epilogue::{Epilogue, Finish, Output, Rows, SKIP};
 use super::memory::{Scratch, Slot};
 use super::pack::PackedB;
 use super::parallel::{even_blocks, run_grid};
-use super::tiles::{RowBlock, Tables, multiply};
+use super::tiles::{Chunk, RowBlock, Sums, Tables, multiply};
 use super::{KernelError, Tier};
 use half::bf16;
 use std::ops::Range;
@@ -54,15 +54,19 @@ impl<'a> GemmInput<'a> {
         }
     }
 
-    /// Copies a row to scratch memory, zero-padded.
-    fn copy_row(&self, row: usize, k: usize, to: &mut [bf16]) {
-        let first = &self.first.data[row * self.first.stride..][..self.first_columns];
-        to[..first.len()].copy_from_slice(first);
-        if let Some(second) = self.second {
-            let count = k - first.len();
-            to[first.len()..k].copy_from_slice(&second.data[row * second.stride..][..count]);
+    /// Copies columns `k` of a row to scratch memory, zero-padded.
+    fn copy_row(&self, row: usize, k: Range<usize>, to: &mut [bf16]) {
+        let split = self.first_columns.clamp(k.start, k.end);
+        let (head, rest) = to.split_at_mut(split - k.start);
+        let (tail, padding) = rest.split_at_mut(k.end - split);
+        if !head.is_empty() {
+            head.copy_from_slice(&self.first.data[row * self.first.stride..][k.start..split]);
         }
-        to[k..].fill(bf16::ZERO);
+        if let Some(second) = self.second.filter(|_| !tail.is_empty()) {
+            let columns = split - self.first_columns..k.end - self.first_columns;
+            tail.copy_from_slice(&second.data[row * second.stride..][columns]);
+        }
+        padding.fill(bf16::ZERO);
     }
 }
 
@@ -74,6 +78,7 @@ const NEAR_ROWS: usize = 512 << 10;
 struct Part {
     rows: Range<usize>,
     panels: Range<usize>,
+    chunk_steps: usize,
 }
 
 /// Matrix product with packed weights on the current rayon pool.
@@ -98,14 +103,15 @@ pub fn gemm(
         return Err(KernelError::TooManyRows { rows: a.rows });
     }
     let tier = tier.or_available();
-    let block_rows = block_rows(a.rows, row_stride(b.depth()));
+    let chunk_steps = chunk_steps(b.k_steps());
+    let block_rows = block_rows(a.rows, row_stride(chunk_steps));
     run_grid(a.rows.div_ceil(block_rows), b.panels(), |block, panels| {
         let first = block * block_rows;
         let rows = first..(first + block_rows).min(a.rows);
         let _session = TileSession::new(tier);
         // SAFETY: the tier is available and its session held; the grid's parts
         // do not overlap in rows × panels.
-        unsafe { multiply_rows(tier, a, b, Part { rows, panels }, &finish) };
+        unsafe { multiply_rows(tier, a, b, Part { rows, panels, chunk_steps }, &finish) };
     });
     Ok(())
 }
@@ -117,34 +123,44 @@ fn block_rows(rows: usize, row_bytes: usize) -> usize {
     rows.div_ceil(blocks).next_multiple_of(BLOCK)
 }
 
-/// Bytes of a copied row: padded to k-steps, an odd number of cache lines.
-fn row_stride(k: usize) -> usize {
-    let lines = k.div_ceil(K_STEP);
-    64 * (lines | 1)
+/// k-steps of a chunk: long sums come in even parts, so that many rows fit near.
+fn chunk_steps(steps: usize) -> usize {
+    const LONGEST: usize = 80;
+    steps.div_ceil(steps.div_ceil(LONGEST))
+}
+
+/// Bytes of a copied row: an odd number of cache lines.
+fn row_stride(steps: usize) -> usize {
+    64 * (steps | 1)
 }
 
 /// # Safety
 ///
 /// As [`multiply`].
 unsafe fn multiply_rows(tier: Tier, a: &GemmInput, b: &PackedB, part: Part, finish: &Finish) {
-    let (k, steps) = (b.depth(), b.k_steps());
-    let stride = row_stride(k);
+    let stride = row_stride(part.chunk_steps);
     let count = part.rows.len();
-    let tiles = count.div_ceil(TILE);
-    let mut copy = Scratch::take(Slot::Rows, tiles * TILE * stride);
+    let tile_count = count.div_ceil(TILE);
+    let mut copy = Scratch::take(Slot::Rows, tile_count * TILE * stride);
     let copy = copy.as_mut_slice::<bf16>();
-    let width = stride / size_of::<bf16>();
-    for (to, row) in copy.chunks_exact_mut(width).zip(part.rows.clone()) {
-        a.copy_row(row, k, &mut to[..steps * K_STEP]);
-    }
-    let mut tables = Tables::new(tiles, steps);
-    let (offsets, rows, k_offsets) = tables.split();
-    offsets.iter_mut().enumerate().for_each(|(tile, to)| *to = tile * TILE * stride);
+    let mut tables = Tables::new(tile_count, part.chunk_steps);
+    let (tiles, rows, k_offsets) = tables.split();
+    tiles.iter_mut().enumerate().for_each(|(tile, to)| *to = tile * TILE * stride);
     k_offsets.iter_mut().zip(0..).for_each(|(to, step)| *to = step * 64);
-    for (to, i) in rows.iter_mut().zip(0..) {
+    for (i, to) in rows.iter_mut().enumerate() {
         *to = if i < count { (part.rows.start + i) as u32 } else { SKIP };
     }
-    let block = RowBlock { base: copy.as_ptr().cast(), row_stride: stride, tiles: offsets, k_offsets, rows };
-    // SAFETY: tiles and steps lie inside the copy; the rest is the caller's.
-    unsafe { multiply(tier, &block, b, part.panels, finish) };
+    let chunks = b.k_steps().div_ceil(part.chunk_steps);
+    let mut sums = Sums::new(tile_count, part.panels.len(), chunks);
+    for first_step in (0..b.k_steps()).step_by(part.chunk_steps) {
+        let k = first_step..(first_step + part.chunk_steps).min(b.k_steps());
+        let columns = k.start * K_STEP..(k.end * K_STEP).min(b.depth());
+        for (to, row) in copy.chunks_exact_mut(stride / size_of::<bf16>()).zip(part.rows.clone()) {
+            a.copy_row(row, columns.clone(), &mut to[..k.len() * K_STEP]);
+        }
+        let a = RowBlock { base: copy.as_ptr().cast(), row_stride: stride, tiles, k_offsets, rows };
+        let chunk = Chunk { a, k };
+        // SAFETY: tiles and steps lie inside the copy; the rest is the caller's.
+        unsafe { multiply(tier, &chunk, b, part.panels.clone(), &mut sums, finish) };
+    }
 }

@@ -5,7 +5,7 @@
 //! step. Large buffers ask for huge pages: tile loads walk 32 rows at once,
 //! which is more 4 KiB pages than the first-level TLB likes.
 
-use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
 use std::cell::Cell;
 use std::ptr::NonNull;
 
@@ -32,7 +32,7 @@ impl AlignedBytes {
             handle_alloc_error(Layout::new::<u8>());
         };
         // SAFETY: the size is not zero.
-        let Some(start) = NonNull::new(unsafe { alloc_zeroed(layout) }) else {
+        let Some(start) = NonNull::new(unsafe { alloc(layout) }) else {
             handle_alloc_error(layout);
         };
         #[cfg(target_os = "linux")]
@@ -40,6 +40,9 @@ impl AlignedBytes {
             // SAFETY: advice on memory we own; a refusal changes nothing.
             unsafe { libc::madvise(start.as_ptr().cast(), size, libc::MADV_HUGEPAGE) };
         }
+        // Only now, so that the first touch already finds the advice.
+        // SAFETY: `size` bytes are ours.
+        unsafe { start.as_ptr().write_bytes(0, size) };
         AlignedBytes { start, layout }
     }
 

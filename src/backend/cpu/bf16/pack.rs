@@ -10,9 +10,11 @@
 //! ```
 //!
 //! so the kernels stream weights with unit stride. Columns are padded to 16 and
-//! values to 32 with zeros. A convolution's values are ordered (kh, block of 32
-//! input channels, kw, channel): neighbouring steps then read the same pixels
-//! shifted by one, which stay in the first-level cache.
+//! values to 32 with zeros. A convolution's values are ordered (channel group,
+//! kh, block of 32 input channels, kw, channel): neighbouring steps then read
+//! the same pixels shifted by one, which stay in the first-level cache. Groups
+//! are up to 40 blocks: the window over one group's channels fits the
+//! second-level cache where that over 2,560 channels would not.
 //!
 //! GEGLU weights pair column j of the first half with column j of the second in
 //! one panel, so that one block holds both factors of 16 outputs.
@@ -22,6 +24,9 @@ use super::memory::AlignedBytes;
 use super::{KernelError, convert};
 use half::{bf16, f16};
 use rayon::prelude::*;
+
+/// Most 32-channel blocks of a channel group.
+const GROUP_BLOCKS: usize = 40;
 
 /// Weights as they lie in a file: row-major `[N, K]`, torch's layout.
 #[derive(Clone, Copy)]
@@ -74,6 +79,7 @@ pub struct PackedB {
     is_paired: bool,
     column_tiles: usize,
     k_steps: usize,
+    group_blocks: usize,
 }
 
 impl PackedB {
@@ -114,16 +120,19 @@ impl PackedB {
         }
         let column_tiles =
             if is_paired { 2 * (shape.cout / 2).div_ceil(TILE) } else { shape.cout.div_ceil(TILE) };
-        let k_steps = shape.height * shape.width * shape.cin.div_ceil(K_STEP);
+        let blocks = shape.cin.div_ceil(K_STEP);
+        let k_steps = shape.height * shape.width * blocks;
+        let group_blocks = blocks.div_ceil(blocks.div_ceil(GROUP_BLOCKS));
         let bytes = AlignedBytes::zeroed(column_tiles * k_steps * TILE_BYTES);
-        let mut packed = PackedB { bytes, shape, is_paired, column_tiles, k_steps };
+        let mut packed = PackedB { bytes, shape, is_paired, column_tiles, k_steps, group_blocks };
         let panel_values = 2 * k_steps * TILE_BYTES / size_of::<bf16>();
         let values = packed.column_tiles * k_steps * TILE_BYTES / size_of::<bf16>();
         let all = &mut packed.bytes.as_mut_slice::<bf16>()[..values];
         all.par_chunks_mut(panel_values).enumerate().for_each(|(panel, out)| {
             for tile in 0..out.len() / (panel_values / 2) {
                 let (first, end) = source_rows(&shape, is_paired, 2 * panel + tile);
-                pack_column_tile(&weights, &shape, first..end, TileSlot { out, tile, panel_values });
+                let slot = TileSlot { out, tile, panel_values, group_blocks };
+                pack_column_tile(&weights, &shape, first..end, slot);
             }
         });
         Ok(packed)
@@ -156,6 +165,11 @@ impl PackedB {
 
     pub(super) fn k_steps(&self) -> usize {
         self.k_steps
+    }
+
+    /// 32-channel blocks of a channel group (the last group may have fewer).
+    pub(super) fn group_blocks(&self) -> usize {
+        self.group_blocks
     }
 
     pub(super) fn panels(&self) -> usize {
@@ -197,6 +211,7 @@ struct TileSlot<'a> {
     out: &'a mut [bf16],
     tile: usize,
     panel_values: usize,
+    group_blocks: usize,
 }
 
 /// Packs up to 16 weight rows over all k-steps.
@@ -230,7 +245,10 @@ fn pack_column_tile(
             }
             for tap in 0..round {
                 let (y, x) = ((first_tap + tap) / shape.width, (first_tap + tap) % shape.width);
-                let step = (y * channel_blocks + block) * shape.width + x;
+                let group = block / slot.group_blocks;
+                let first = group * slot.group_blocks;
+                let blocks = slot.group_blocks.min(channel_blocks - first);
+                let step = first * taps + (y * blocks + block - first) * shape.width + x;
                 let to = &mut slot.out[step * step_values + slot.tile * tile_values..][..tile_values];
                 interleave_pairs(&stage[tap * tile_values..][..tile_values], to);
             }

@@ -1,9 +1,9 @@
 //! The block driver: a block of rows times a range of weight panels.
 //!
-//! Loop order, outermost first: panel (32 columns) → k-segment → pair of row
-//! tiles. The row block stays in the second-level cache for all panels; a
-//! panel's segment is read from memory once and from the cache for every
-//! further pair. While a pair runs, its share of the next segment is
+//! Loop order, outermost first: k-chunk → panel (32 columns) → k-segment → pair
+//! of row tiles. A chunk's part of the row block stays in the second-level cache
+//! for all panels (most products have one chunk); a panel's segment is read from
+//! memory once and from the cache for every further pair. While a pair runs, its share of the next segment is
 //! prefetched, so that weights arrive at memory speed behind the products. The
 //! epilogue of a block runs one block late: its vector instructions then fill
 //! the time in which the next block's tile products drain.
@@ -38,6 +38,32 @@ pub(super) struct RowBlock<'a> {
     pub rows: &'a [u32],
 }
 
+/// f32 sums of a task's blocks: of two in flight, of all pairs of a panel whose
+/// k is segmented, or of all panels if k comes in chunks.
+pub(super) struct Sums {
+    scratch: Scratch,
+    is_chunked: bool,
+}
+
+impl Sums {
+    /// Room for a row block of `tiles` tiles and `panels` panels.
+    pub fn new(tiles: usize, panels: usize, chunks: usize) -> Sums {
+        let pairs = tiles.div_ceil(2);
+        let is_chunked = chunks > 1;
+        let blocks = if is_chunked { pairs * panels } else { pairs.max(2) };
+        let scratch = Scratch::take(Slot::Accumulators, blocks * BLOCK_SUMS * size_of::<f32>());
+        Sums { scratch, is_chunked }
+    }
+}
+
+/// One product's share of k: all of it, or one of several chunks in turn.
+pub(super) struct Chunk<'a> {
+    /// The chunk's operand: its k-steps count from the chunk's first.
+    pub a: RowBlock<'a>,
+    /// k-steps of the weights.
+    pub k: Range<usize>,
+}
+
 /// One block whose sums wait for their epilogue.
 struct Pending {
     slot: usize,
@@ -45,31 +71,50 @@ struct Pending {
     panel: usize,
 }
 
-/// Multiplies a row block by a range of panels and finishes the results.
+/// Multiplies one chunk of a row block by a range of panels, and finishes the
+/// results after the last chunk.
 ///
 /// # Safety
 ///
 /// The tier is available and the thread holds its tile session; every tile row
 /// and k-step of `a` is readable; no other task writes these rows and columns.
-pub(super) unsafe fn multiply(tier: Tier, a: &RowBlock, b: &PackedB, panels: Range<usize>, finish: &Finish) {
+/// Chunks come in order with the same `sums`, rows and panels.
+pub(super) unsafe fn multiply(
+    tier: Tier,
+    chunk: &Chunk,
+    b: &PackedB,
+    panels: Range<usize>,
+    sums: &mut Sums,
+    finish: &Finish,
+) {
+    let a = &chunk.a;
     let pairs = a.tiles.len().div_ceil(2);
-    let steps = b.k_steps();
-    let segment = segment_steps(pairs, steps);
-    let slots = if segment < steps { pairs } else { 2 };
-    let mut sums = Scratch::take(Slot::Accumulators, slots * BLOCK_SUMS * size_of::<f32>());
-    let sums = sums.as_mut_slice::<f32>();
+    let segment = segment_steps(pairs, chunk.k.len());
+    let is_kept = segment < chunk.k.len();
+    let is_chunked = sums.is_chunked;
+    let sums = sums.scratch.as_mut_slice::<f32>();
     let mut pending: Option<Pending> = None;
     let mut count = 0;
     for panel in panels.clone() {
-        for first_step in (0..steps).step_by(segment) {
-            let k = first_step..(first_step + segment).min(steps);
-            let is_last = k.end == steps;
-            let ahead = Ahead::new(b, panel, &k, &panels, pairs);
+        for first_step in chunk.k.clone().step_by(segment) {
+            let k = first_step..(first_step + segment).min(chunk.k.end);
+            let is_last = k.end == b.k_steps();
+            let ahead = Ahead::new(b, (panel, &k), (&panels, &chunk.k), pairs);
             for pair in 0..pairs {
-                let slot = if segment < steps { pair } else { count % 2 };
+                let slot = match (is_chunked, is_kept) {
+                    (true, _) => (panel - panels.start) * pairs + pair,
+                    (false, true) => pair,
+                    (false, false) => count % 2,
+                };
                 count += 1;
-                let args = block_args(a, b, (panel, pair), k.clone(), &mut sums[slot * BLOCK_SUMS..]);
-                let args = ahead.apply(pair, args);
+                let first = k.start - chunk.k.start;
+                let args = block_args(a, first..k.end - chunk.k.start, pair, &mut sums[slot * BLOCK_SUMS..]);
+                let args = BlockArgs {
+                    b: b.tiles_at(panel, k.start).as_ptr(),
+                    accumulate: usize::from(k.start > 0),
+                    column_tiles: b.tiles_in(panel),
+                    ..ahead.apply(pair, args)
+                };
                 if is_last {
                     let rows = &a.rows[pair * BLOCK..a.rows.len().min((pair + 1) * BLOCK)];
                     finish.prefetch(rows, b.columns_in(panel).0);
@@ -96,13 +141,8 @@ fn segment_steps(pairs: usize, steps: usize) -> usize {
     steps.div_ceil(steps.div_ceil(SEGMENT_STEPS))
 }
 
-fn block_args(
-    a: &RowBlock,
-    b: &PackedB,
-    (panel, pair): (usize, usize),
-    k: Range<usize>,
-    sums: &mut [f32],
-) -> BlockArgs {
+/// A block's arguments but for B.
+fn block_args(a: &RowBlock, k: Range<usize>, pair: usize, sums: &mut [f32]) -> BlockArgs {
     let tiles = &a.tiles[2 * pair..a.tiles.len().min(2 * pair + 2)];
     let first = a.base.wrapping_add(tiles[0]);
     BlockArgs {
@@ -110,14 +150,14 @@ fn block_args(
         row_stride: a.row_stride,
         k_offsets: a.k_offsets[k.clone()].as_ptr(),
         k_steps: k.len(),
-        b: b.tiles_at(panel, k.start).as_ptr(),
+        b: std::ptr::null(),
         c: sums[..BLOCK_SUMS].as_mut_ptr(),
         c_stride: C_COLUMNS * size_of::<f32>(),
         prefetch: std::ptr::null(),
-        accumulate: usize::from(k.start > 0),
+        accumulate: 0,
         prefetch_lines: 0,
         row_tiles: tiles.len(),
-        column_tiles: b.tiles_in(panel),
+        column_tiles: 0,
     }
 }
 
@@ -152,9 +192,21 @@ struct Ahead {
 }
 
 impl Ahead {
-    fn new(b: &PackedB, panel: usize, k: &Range<usize>, panels: &Range<usize>, pairs: usize) -> Ahead {
-        let (next_panel, next_step) = if k.end < b.k_steps() { (panel, k.end) } else { (panel + 1, 0) };
-        if next_panel >= panels.end || b.size_bytes() <= NEAR_BYTES / 2 {
+    /// What follows segment `k` of `panel` in the order of [`multiply`].
+    fn new(
+        b: &PackedB,
+        (panel, k): (usize, &Range<usize>),
+        (panels, chunk): (&Range<usize>, &Range<usize>),
+        pairs: usize,
+    ) -> Ahead {
+        let (next_panel, next_step) = if k.end < chunk.end {
+            (panel, k.end)
+        } else if panel + 1 < panels.end {
+            (panel + 1, chunk.start)
+        } else {
+            (panels.start, chunk.end)
+        };
+        if next_step >= b.k_steps() || b.size_bytes() <= NEAR_BYTES / 2 {
             return Ahead { start: std::ptr::null(), bytes: 0, lines: 0, share: 0 };
         }
         let steps = k.len().min(b.k_steps() - next_step);

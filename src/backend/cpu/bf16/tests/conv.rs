@@ -121,6 +121,7 @@ fn cases() -> Vec<Case> {
         Case { size: [12, 12], channels: [8, 0], cout: 8, window: [5, 4], geometry: Geometry::same(2), seed: 14, ..PLAIN },
         Case { size: [8, 8], channels: [1280, 0], cout: 64, batch: 2, seed: 15, ..PLAIN },
         Case { size: [40, 24], channels: [48, 0], cout: 32, seed: 16, is_upsampled: true, batch: 2, ..PLAIN },
+        Case { size: [9, 9], channels: [1300, 700], cout: 40, batch: 2, seed: 19, ..PLAIN },
         Case { size: [3, 3], channels: [32, 0], cout: 32, batch: 5, seed: 17, ..PLAIN },
         Case { size: [16, 16], channels: [16, 0], cout: 16, window: [1, 1], geometry: Geometry { stride: 2, ..Geometry::same(0) }, seed: 18, ..PLAIN },
     ]

@@ -124,7 +124,10 @@ fn conv_seconds(tier: Tier, [batch, size, cin, cout]: [usize; 4], runs: usize) -
     let epilogue = Epilogue { bias: Some(&bias), ..Epilogue::default() };
     let input = ConvInput::plain(&input, [batch, size, size, cin]);
     let mut best = f64::MAX;
+    let cold = std::env::var("COLD").is_ok();
+    let mut ev = vec![1u64; if cold { 64 << 20 } else { 8 }];
     for _ in 0..runs {
+        ev.iter_mut().step_by(8).for_each(|v| *v += 1);
         let clock = ThreadClock::start();
         conv2d(tier, &input, Geometry::same(1), &packed, &epilogue, Output::bf16(&mut out, cout)).unwrap();
         best = best.min(clock.elapsed().as_secs_f64());
@@ -164,6 +167,29 @@ fn conv_table() {
             let flop = 2.0 * (b * s * s * cin * cout * 9) as f64;
             let rate = flop / conv_seconds(Tier::detect(), shape, 4) / 1e9;
             println!("{shape:?}: {rate:.0} GFLOP/s, {:.0} %", 100.0 * rate / peak);
+        }
+    });
+}
+
+#[test]
+#[ignore = "bw"]
+fn bw() {
+    use super::super::memory::AlignedBytes;
+    single(|| {
+        for mb in [1usize, 8, 16, 32, 64, 128, 512] {
+            let mut a = AlignedBytes::zeroed(mb << 20);
+            a.as_mut_slice::<u64>().iter_mut().enumerate().for_each(|(i, v)| *v = i as u64);
+            let mut best = f64::MAX;
+            let mut x = 0u64;
+            for _ in 0..6 {
+                let t = ThreadClock::start();
+                for c in a.as_slice::<u64>().chunks_exact(8) {
+                    x = x.wrapping_add(c[0]);
+                }
+                best = best.min(t.elapsed().as_secs_f64());
+            }
+            std::hint::black_box(x);
+            println!("bw {mb} MB: {:.1} GB/s", (mb << 20) as f64 / best / 1e9);
         }
     });
 }
