@@ -47,6 +47,12 @@ pub enum KernelError {
         /// Rows and columns of the image that it sees.
         image: [usize; 2],
     },
+    /// The maximum of scaled scores is taken before scaling.
+    #[error("attention scale is {scale}, must be positive: fold the sign into the queries")]
+    Scale {
+        /// The scale given.
+        scale: f32,
+    },
     /// Row numbers are 32-bit.
     #[error("{rows} output rows in one call, the limit is 2^32 - 2: split the batch")]
     TooManyRows {

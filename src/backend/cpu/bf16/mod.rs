@@ -12,7 +12,7 @@
 //! | [`gemm`](mod@gemm), [`conv`], [`attention`](mod@attention) | drivers: blocking, threads, operand addressing |
 //! | [`epilogue`] | bias, activation, scale, residual, rounding |
 //! | `tiles`, `block` | block driver and the seam to the tiers |
-//! | `amx`, `avx512`, `avx512_epilogue`, `portable` | leaves: the only code that differs by tier |
+//! | `amx`, `avx512*`, `portable` | leaves: the only code that differs by tier |
 //! | `memory` | aligned buffers, per-thread scratch |
 //! | [`probe`] | measured peak and GEMM ceiling |
 
@@ -22,6 +22,9 @@ mod amx;
 mod avx512;
 #[cfg(target_arch = "x86_64")]
 mod avx512_epilogue;
+#[cfg(target_arch = "x86_64")]
+mod avx512_softmax;
+pub mod attention;
 mod block;
 pub mod conv;
 mod convert;
@@ -34,9 +37,11 @@ mod parallel;
 mod polynomial;
 mod portable;
 pub mod probe;
+mod softmax;
 pub mod tier;
 mod tiles;
 
+pub use attention::{Attention, Heads, attention};
 pub use conv::{ConvInput, Geometry, conv2d};
 pub use epilogue::{Activation, Epilogue, GroupBias, Output, OutputData, Rows};
 pub use error::KernelError;

@@ -5,6 +5,7 @@
 //! f32 sum of K products of magnitude ≤ s is off by at most a few 2⁻²⁴·√K·s;
 //! `expect_close` takes 2⁻⁸·|ref| + 2⁻¹⁸·(Σ|a·b| + 1).
 
+mod attention;
 mod conv;
 mod gemm;
 mod speed;

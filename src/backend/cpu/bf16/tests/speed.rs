@@ -193,3 +193,50 @@ fn bw() {
         }
     });
 }
+
+#[test]
+#[ignore = "speed table"]
+fn attention_table() {
+    single(|| {
+        let peak = measure_peak(Tier::detect());
+        for (batch, heads, dim, queries, keys) in [
+            (2, 8, 40, 4096, 4096),
+            (2, 8, 80, 1024, 1024),
+            (2, 8, 160, 256, 256),
+            (2, 8, 160, 64, 64),
+            (2, 8, 40, 4096, 77),
+            (2, 8, 80, 1024, 77),
+            (2, 8, 160, 256, 77),
+            (1, 1, 512, 4096, 4096),
+            (2, 12, 64, 77, 77),
+            (1, 10, 64, 4096, 4096),
+            (1, 4, 128, 2048, 2048),
+        ] {
+            let width = heads * dim;
+            let mut random = super::Random(1);
+            let (q, kv) = (random.bf16s(batch * queries * width), random.bf16s(batch * keys * 2 * width));
+            let mut out = vec![half::bf16::ZERO; batch * queries * width];
+            let heads_at = |offset| Heads { data: &kv, stride: 2 * width, offset };
+            let call = Attention {
+                batch,
+                heads,
+                head_dim: dim,
+                queries,
+                keys,
+                q: Heads { data: &q, stride: width, offset: 0 },
+                k: heads_at(0),
+                v: heads_at(width),
+                scale: 1.0 / (dim as f32).sqrt(),
+                is_causal: false,
+            };
+            let mut best = f64::MAX;
+            for _ in 0..5 {
+                let clock = ThreadClock::start();
+                attention(Tier::detect(), &call, &mut out, width).unwrap();
+                best = best.min(clock.elapsed().as_secs_f64());
+            }
+            let rate = 4.0 * (batch * heads * queries * keys * dim) as f64 / best / 1e9;
+            println!("({batch}, {heads}, {dim}, {queries}, {keys}): {rate:.0} GFLOP/s, {:.0} %", 100.0 * rate / peak);
+        }
+    });
+}
