@@ -11,6 +11,17 @@ pub struct Latent2Rgb {
     pub bias: [f32; 3],
 }
 
+/// SD1.x: a least-squares fit of the decoder's output, in common use.
+pub const SD1: Latent2Rgb = Latent2Rgb {
+    factors: &[
+        [0.3512, 0.2297, 0.3227],
+        [0.3250, 0.4974, 0.2350],
+        [-0.2829, 0.1762, 0.2721],
+        [-0.2120, -0.2616, -0.7177],
+    ],
+    bias: [0.0; 3],
+};
+
 impl Latent2Rgb {
     /// The first sample of `latent` (`[B, C, h, w]`, model scale) as `[1, h, w, 3]` in 0..1.
     pub fn picture(&self, latent: &HostTensor) -> HostTensor {

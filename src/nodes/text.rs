@@ -7,7 +7,7 @@ use super::{Inputs, Node, NodeCtx, NodeError, NodeOutput, Schema, Services, Valu
 use crate::diffusion::{CondEntry, Conditioning};
 use crate::graph::Input;
 use crate::models::clip::{ClipToken, WeightedToken};
-use crate::tokenizer::{self, EmbeddingLookup, Token, TokenizerOptions};
+use crate::tokenizer::{self, EmbeddingLookup, EmbeddingRows, Token, TokenizerOptions};
 use crate::weights::WeightsFile;
 
 /// `CLIPTextEncode`.
@@ -55,7 +55,7 @@ struct EmbeddingFiles<'a> {
 }
 
 impl EmbeddingLookup for EmbeddingFiles<'_> {
-    fn vectors(&self, name: &str) -> Option<Vec<Arc<[f32]>>> {
+    fn rows(&self, name: &str) -> Option<EmbeddingRows> {
         let path = self.services.folders.embedding(name)?;
         let file = WeightsFile::open(&path)
             .inspect_err(|e| tracing::warn!("embedding '{name}' can't be used: {e}"))
