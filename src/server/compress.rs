@@ -16,12 +16,15 @@ const MIN_BYTES: usize = 512;
 
 /// Whether `Accept-Encoding` names gzip (or `*`) with a weight above zero.
 pub(super) fn accepts_gzip(headers: &HeaderMap) -> bool {
-    headers.get_all(ACCEPT_ENCODING).iter().filter_map(|v| v.to_str().ok()).flat_map(|v| v.split(',')).any(|item| {
-        let mut parts = item.split(';').map(str::trim);
-        let name = parts.next().unwrap_or_default();
-        let weight = parts.find_map(|p| p.strip_prefix("q=")).and_then(|q| q.parse::<f32>().ok()).unwrap_or(1.0);
-        (name.eq_ignore_ascii_case("gzip") || name == "*") && weight > 0.0
-    })
+    headers.get_all(ACCEPT_ENCODING).iter().filter_map(|v| v.to_str().ok()).flat_map(|v| v.split(',')).any(
+        |item| {
+            let mut parts = item.split(';').map(str::trim);
+            let name = parts.next().unwrap_or_default();
+            let weight =
+                parts.find_map(|p| p.strip_prefix("q=")).and_then(|q| q.parse::<f32>().ok()).unwrap_or(1.0);
+            (name.eq_ignore_ascii_case("gzip") || name == "*") && weight > 0.0
+        },
+    )
 }
 
 fn is_text(headers: &HeaderMap) -> bool {
@@ -43,7 +46,9 @@ pub(super) async fn gzip(response: Response) -> Response {
     let (mut head, body) = response.into_parts();
     let plain = match body {
         Body::Bytes(bytes)
-            if bytes.len() >= MIN_BYTES && is_text(&head.headers) && !head.headers.contains_key(CONTENT_ENCODING) =>
+            if bytes.len() >= MIN_BYTES
+                && is_text(&head.headers)
+                && !head.headers.contains_key(CONTENT_ENCODING) =>
         {
             bytes
         }

@@ -29,7 +29,11 @@ const HEAD_BYTES: usize = 64 * 1024;
 const MAX_HEADERS: usize = 100;
 
 /// Serves until `shutdown` resolves and everything has ended.
-pub async fn run(listeners: Vec<TcpListener>, app: Arc<App>, shutdown: impl Future<Output = ()>) -> io::Result<()> {
+pub async fn run(
+    listeners: Vec<TcpListener>,
+    app: Arc<App>,
+    shutdown: impl Future<Output = ()>,
+) -> io::Result<()> {
     let capacity = app.config.limits.connections;
     let places = Arc::new(Semaphore::new(capacity));
     let (stop, stopping) = watch::channel(false);
@@ -53,7 +57,12 @@ pub async fn run(listeners: Vec<TcpListener>, app: Arc<App>, shutdown: impl Futu
     Ok(())
 }
 
-async fn accept(listener: TcpListener, app: Arc<App>, places: Arc<Semaphore>, stopping: watch::Receiver<bool>) {
+async fn accept(
+    listener: TcpListener,
+    app: Arc<App>,
+    places: Arc<Semaphore>,
+    stopping: watch::Receiver<bool>,
+) {
     loop {
         let Ok(place) = places.clone().acquire_owned().await else { return };
         match listener.accept().await {
@@ -69,7 +78,12 @@ async fn accept(listener: TcpListener, app: Arc<App>, places: Arc<Semaphore>, st
     }
 }
 
-async fn serve(stream: TcpStream, app: Arc<App>, place: OwnedSemaphorePermit, mut stopping: watch::Receiver<bool>) {
+async fn serve(
+    stream: TcpStream,
+    app: Arc<App>,
+    place: OwnedSemaphorePermit,
+    mut stopping: watch::Receiver<bool>,
+) {
     let via_loopback = stream.local_addr().is_ok_and(|a| a.ip().to_canonical().is_loopback());
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%error, "TCP_NODELAY");

@@ -8,8 +8,8 @@ use std::path::Path;
 use std::time::UNIX_EPOCH;
 
 use hyper::header::{
-    ACCEPT_RANGES, CONTENT_DISPOSITION, CONTENT_RANGE, CONTENT_SECURITY_POLICY, CONTENT_TYPE, ETAG, HeaderValue,
-    IF_NONE_MATCH, IF_RANGE, RANGE, VARY,
+    ACCEPT_RANGES, CONTENT_DISPOSITION, CONTENT_RANGE, CONTENT_SECURITY_POLICY, CONTENT_TYPE, ETAG,
+    HeaderValue, IF_NONE_MATCH, IF_RANGE, RANGE, VARY,
 };
 use hyper::{HeaderMap, StatusCode};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
@@ -35,8 +35,14 @@ const INLINE: &[(&str, &str)] = &[
 ];
 const OPAQUE: &str = "application/octet-stream";
 /// RFC 5987 `attr-char`s stay as they are.
-const EXTENDED_VALUE: &AsciiSet =
-    &NON_ALPHANUMERIC.remove(b'.').remove(b'-').remove(b'_').remove(b'~').remove(b'!').remove(b'#').remove(b'&');
+const EXTENDED_VALUE: &AsciiSet = &NON_ALPHANUMERIC
+    .remove(b'.')
+    .remove(b'-')
+    .remove(b'_')
+    .remove(b'~')
+    .remove(b'!')
+    .remove(b'#')
+    .remove(b'&');
 
 /// The content type, and whether the file may be shown inline.
 pub(super) fn content_type(name: &str, headers: &HeaderMap) -> (&'static str, bool) {
@@ -83,7 +89,8 @@ enum Span {
 
 /// A single byte range; several ranges, and what is malformed, mean the whole file (RFC 9110, 14.2).
 fn span(range: Option<&str>, size: u64) -> Span {
-    let Some((first, last)) = range.and_then(|r| r.strip_prefix("bytes=")).and_then(|r| r.split_once('-')) else {
+    let Some((first, last)) = range.and_then(|r| r.strip_prefix("bytes=")).and_then(|r| r.split_once('-'))
+    else {
         return Span::Whole;
     };
     let digits = |text: &str| text.bytes().all(|b| b.is_ascii_digit());
@@ -178,9 +185,29 @@ mod tests {
     #[test]
     fn only_harmless_types_are_inline() {
         let none = HeaderMap::new();
-        for name in ["a.html", "a.htm", "a.xhtml", "a.js", "a.mjs", "a.css", "a.svg", "a.xml", "a.pdf", "a.txt", "a.md",
-            "a.swf", "a.hta", "a.xsl", "a.shtml", "a.php", "a.safetensors", "a.latent", "a", ".html", "a.png.html"]
-        {
+        for name in [
+            "a.html",
+            "a.htm",
+            "a.xhtml",
+            "a.js",
+            "a.mjs",
+            "a.css",
+            "a.svg",
+            "a.xml",
+            "a.pdf",
+            "a.txt",
+            "a.md",
+            "a.swf",
+            "a.hta",
+            "a.xsl",
+            "a.shtml",
+            "a.php",
+            "a.safetensors",
+            "a.latent",
+            "a",
+            ".html",
+            "a.png.html",
+        ] {
             assert_eq!(content_type(name, &none), (OPAQUE, false), "{name}");
         }
         assert_eq!(content_type("a.PNG", &none), ("image/png", true));

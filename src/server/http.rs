@@ -70,7 +70,8 @@ impl hyper::body::Body for Body {
                 }
                 let data = Bytes::copy_from_slice(piece.filled());
                 if data.is_empty() {
-                    let short = format!("the file became shorter while it was sent: {left} bytes are missing");
+                    let short =
+                        format!("the file became shorter while it was sent: {left} bytes are missing");
                     return Poll::Ready(Some(Err(io::Error::new(io::ErrorKind::UnexpectedEof, short))));
                 }
                 *left -= data.len() as u64;

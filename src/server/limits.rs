@@ -71,7 +71,9 @@ pub enum BodyError {
         limit: u64,
     },
     /// A pause that is too long, or a trickle.
-    #[error("the request body is too slow: {received} bytes so far, less than {wanted} in the last {seconds} s")]
+    #[error(
+        "the request body is too slow: {received} bytes so far, less than {wanted} in the last {seconds} s"
+    )]
     TooSlow {
         /// Bytes received in all.
         received: u64,
@@ -124,8 +126,14 @@ pub(super) struct BodyReader {
 
 impl BodyReader {
     /// Refuses at once, with no body byte read, if the declared length exceeds `limit`.
-    pub(super) fn new(incoming: Incoming, headers: &HeaderMap, limit: u64, limits: &Limits) -> Result<Self, BodyError> {
-        let declared = headers.get(CONTENT_LENGTH).and_then(|v| v.to_str().ok()).and_then(|v| v.parse::<u64>().ok());
+    pub(super) fn new(
+        incoming: Incoming,
+        headers: &HeaderMap,
+        limit: u64,
+        limits: &Limits,
+    ) -> Result<Self, BodyError> {
+        let declared =
+            headers.get(CONTENT_LENGTH).and_then(|v| v.to_str().ok()).and_then(|v| v.parse::<u64>().ok());
         if declared.is_some_and(|length| length > limit) {
             return Err(BodyError::TooLarge { limit });
         }
@@ -141,7 +149,11 @@ impl BodyReader {
     }
 
     fn too_slow(&self) -> BodyError {
-        BodyError::TooSlow { received: self.received, wanted: self.bytes_per_span, seconds: self.idle.as_secs() }
+        BodyError::TooSlow {
+            received: self.received,
+            wanted: self.bytes_per_span,
+            seconds: self.idle.as_secs(),
+        }
     }
 
     /// The next piece; `None` at the end.

@@ -116,7 +116,11 @@ pub struct SetupError(#[from] matchit::InsertError);
 
 impl App {
     /// A server over an engine; [`run`] starts it.
-    pub fn new(engine: Arc<Engine>, folders: Arc<Folders>, config: ServerConfig) -> Result<Arc<Self>, SetupError> {
+    pub fn new(
+        engine: Arc<Engine>,
+        folders: Arc<Folders>,
+        config: ServerConfig,
+    ) -> Result<Arc<Self>, SetupError> {
         Ok(Arc::new(Self {
             engine,
             folders,

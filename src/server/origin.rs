@@ -86,7 +86,8 @@ impl OriginPolicy {
         let host = text(headers.get(HOST)).unwrap_or_default();
         let (name, _) = split_host(&host);
         let is_allowed = self.allowed_hosts.iter().any(|allowed| allowed.eq_ignore_ascii_case(name));
-        if via_loopback && !name.is_empty() && !is_allowed && address(name).is_none() && !is_local_name(name) {
+        if via_loopback && !name.is_empty() && !is_allowed && address(name).is_none() && !is_local_name(name)
+        {
             return Err(Refusal::ForeignHost);
         }
         if !is_loopback(name) {
@@ -125,8 +126,10 @@ mod tests {
     const ORIGIN_403: Result<(), Refusal> = Err(Refusal::ForeignOrigin);
     const HOST_403: Result<(), Refusal> = Err(Refusal::ForeignHost);
 
-    /// (Host, Origin, Sec-Fetch-Site, Sec-Fetch-Mode, loopback connection, outcome); "-" is absent.
-    const TABLE: &[(&str, &str, &str, &str, bool, Result<(), Refusal>)] = &[
+    /// Host, Origin, Sec-Fetch-Site, Sec-Fetch-Mode ("-" is absent), loopback connection, outcome.
+    type Row = (&'static str, &'static str, &'static str, &'static str, bool, Result<(), Refusal>);
+
+    const TABLE: &[Row] = &[
         ("127.0.0.1:8188", "-", "-", "-", true, OK),
         ("127.0.0.1:8188", "http://127.0.0.1:8188", "same-origin", "cors", true, OK),
         ("127.0.0.1:8188", "http://127.0.0.1:9999", "same-site", "cors", true, ORIGIN_403),
@@ -173,7 +176,9 @@ mod tests {
         assert!(TABLE.len() >= 30);
         for &(host, origin, site, mode, via_loopback, wanted) in TABLE {
             let mut headers = HeaderMap::new();
-            for (name, value) in [("host", host), ("origin", origin), ("sec-fetch-site", site), ("sec-fetch-mode", mode)] {
+            for (name, value) in
+                [("host", host), ("origin", origin), ("sec-fetch-site", site), ("sec-fetch-mode", mode)]
+            {
                 if value != "-" {
                     headers.insert(name, HeaderValue::from_static(value));
                 }
@@ -186,7 +191,9 @@ mod tests {
     #[test]
     fn navigation_is_get_only() {
         let mut headers = HeaderMap::new();
-        for (name, value) in [("host", "localhost"), ("sec-fetch-site", "cross-site"), ("sec-fetch-mode", "navigate")] {
+        for (name, value) in
+            [("host", "localhost"), ("sec-fetch-site", "cross-site"), ("sec-fetch-mode", "navigate")]
+        {
             headers.insert(name, HeaderValue::from_static(value));
         }
         let policy = OriginPolicy::default();

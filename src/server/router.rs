@@ -118,7 +118,8 @@ fn refuse(refusal: Refusal, host: Option<&HeaderValue>) -> Response {
         Refusal::ForeignOrigin => http::empty(StatusCode::FORBIDDEN),
         Refusal::ForeignHost => {
             let host = host.map_or_else(String::new, |h| String::from_utf8_lossy(h.as_bytes()).into_owned());
-            let hint = format!("the Host '{host}' is not a name of this server; allow it with --allowed-hosts");
+            let hint =
+                format!("the Host '{host}' is not a name of this server; allow it with --allowed-hosts");
             http::text(StatusCode::FORBIDDEN, hint)
         }
     }

@@ -8,8 +8,10 @@ use crate::server::http::{self, Call, Failure, Response, json_text};
 /// A whole number in the query; negative means absent.
 fn count(call: &Call, key: &str) -> Result<Option<usize>, Failure> {
     let Some(text) = call.query(key) else { return Ok(None) };
-    let number: i64 =
-        text.trim().parse().map_err(|_| Failure::bad_request(format!("'{key}' is no whole number: {text}")))?;
+    let number: i64 = text
+        .trim()
+        .parse()
+        .map_err(|_| Failure::bad_request(format!("'{key}' is no whole number: {text}")))?;
     Ok(usize::try_from(number).ok())
 }
 

@@ -11,9 +11,9 @@ mod view;
 use serde_json::Value as Json;
 
 use super::http::Failure;
-use crate::files::{PathError, names};
 use super::router::Router;
 use super::ws;
+use crate::files::{PathError, names};
 
 /// Every route of this server.
 pub(super) fn all() -> Router {

@@ -28,7 +28,8 @@ pub(in crate::server) async fn files(call: Call) -> Result<Response, Failure> {
 /// `GET /view_metadata/{folder}?filename=`: the texts in a model file's header.
 /// Whatever is not a readable file with texts is 404.
 pub(in crate::server) async fn metadata(call: Call) -> Result<Response, Failure> {
-    let name = call.query("filename").filter(|name| name.ends_with(".safetensors")).ok_or(Failure::NOT_FOUND)?;
+    let name =
+        call.query("filename").filter(|name| name.ends_with(".safetensors")).ok_or(Failure::NOT_FOUND)?;
     let texts = blocking(move || {
         let file = match call.app.folders.model_path(call.param("folder"), &name).ok()? {
             ModelPath::File(path) => WeightsFile::open(&path),

@@ -77,7 +77,8 @@ fn unreadable(error: multer::Error) -> Failure {
 
 /// The client's name for a file; the extended form (`filename*`) counts first.
 fn client_name(field: &Field<'_>) -> Option<String> {
-    let disposition = String::from_utf8_lossy(field.headers().get(CONTENT_DISPOSITION)?.as_bytes()).into_owned();
+    let disposition =
+        String::from_utf8_lossy(field.headers().get(CONTENT_DISPOSITION)?.as_bytes()).into_owned();
     let extended = disposition.split(';').find_map(|part| {
         let (charset, encoded) = part.trim().strip_prefix("filename*=")?.split_once("''")?;
         charset.eq_ignore_ascii_case("utf-8").then(|| decode(encoded))
@@ -131,7 +132,9 @@ async fn receive(call: Call) -> Result<(Arc<App>, Form), Failure> {
                 let Some(name) = client_name(&field) else { continue };
                 file = Some((name, store(&mut field, app.folders.clone()).await?));
             }
-            "overwrite" => overwrite = matches!(field.text().await.map_err(unreadable)?.as_str(), "true" | "1"),
+            "overwrite" => {
+                overwrite = matches!(field.text().await.map_err(unreadable)?.as_str(), "true" | "1")
+            }
             "subfolder" => subfolder = field.text().await.map_err(unreadable)?,
             "original_ref" => original_ref = Some(field.text().await.map_err(unreadable)?),
             "type" => {
@@ -258,7 +261,8 @@ fn masked(folders: &Folders, reference: &str, mask: NamedTempFile) -> Result<Nam
         None => Kind::from_name(text("type").unwrap_or(Kind::Output.name())).ok_or(Failure::BAD_REQUEST)?,
     };
     let path = folders.resolve(kind, text("subfolder").unwrap_or_default(), name).map_err(refuse_path)?;
-    let picture = image::replace_alpha(&read_picture(&path)?, &read_picture(mask.path())?).map_err(refuse_picture)?;
+    let picture =
+        image::replace_alpha(&read_picture(&path)?, &read_picture(mask.path())?).map_err(refuse_picture)?;
     let mut staged = staging(folders).map_err(Failure::internal)?;
     io::Write::write_all(&mut staged, &picture).map_err(Failure::internal)?;
     Ok(staged)

@@ -84,7 +84,8 @@ pub(super) fn read_picture(path: &Path) -> Result<Vec<u8>, Failure> {
         return Err(Failure::NOT_FOUND);
     }
     if facts.len() > MAX_PICTURE_BYTES {
-        let message = format!("the file has {} bytes; pictures up to {MAX_PICTURE_BYTES} are read", facts.len());
+        let message =
+            format!("the file has {} bytes; pictures up to {MAX_PICTURE_BYTES} are read", facts.len());
         return Err(Failure::Text(StatusCode::BAD_REQUEST, message));
     }
     std::fs::read(path).map_err(Failure::internal)

@@ -7,7 +7,9 @@ use super::{Answer, Server};
 /// A red PNG of 2 × 1 pixels.
 fn png(color: [u8; 4]) -> Vec<u8> {
     let mut bytes = std::io::Cursor::new(Vec::new());
-    image::RgbaImage::from_pixel(2, 1, image::Rgba(color)).write_to(&mut bytes, image::ImageFormat::Png).unwrap();
+    image::RgbaImage::from_pixel(2, 1, image::Rgba(color))
+        .write_to(&mut bytes, image::ImageFormat::Png)
+        .unwrap();
     bytes.into_inner()
 }
 
@@ -17,7 +19,9 @@ type Part<'a> = (&'a str, &'a [u8]);
 async fn upload(server: &Server, path: &str, parts: &[Part<'_>]) -> Answer {
     let mut body = Vec::new();
     for (head, content) in parts {
-        body.extend_from_slice(format!("--limit\r\nContent-Disposition: form-data; {head}\r\n\r\n").as_bytes());
+        body.extend_from_slice(
+            format!("--limit\r\nContent-Disposition: form-data; {head}\r\n\r\n").as_bytes(),
+        );
         body.extend_from_slice(content);
         body.extend_from_slice(b"\r\n");
     }
@@ -43,7 +47,11 @@ async fn uploads_are_named_like_comfyuis() {
     assert_eq!(first.json(), json!({"name": "a.png", "subfolder": "", "type": "input"}));
     assert_eq!(name(upload_image(&server, "a.png", b"two", &[]).await), "a (1).png");
     assert_eq!(name(upload_image(&server, "a.png", b"three", &[]).await), "a (2).png");
-    assert_eq!(name(upload_image(&server, "a.png", b"two", &[]).await), "a (1).png", "same content, same file");
+    assert_eq!(
+        name(upload_image(&server, "a.png", b"two", &[]).await),
+        "a (1).png",
+        "same content, same file"
+    );
     for (value, wanted) in [("false", "a (3).png"), ("yes", "a (3).png"), ("true", "a.png"), ("1", "a.png")] {
         let field = ("name=\"overwrite\"", value.as_bytes());
         assert_eq!(name(upload_image(&server, "a.png", b"four", &[field]).await), wanted, "{value}");
@@ -59,7 +67,9 @@ async fn uploads_are_named_like_comfyuis() {
     assert_eq!(name(upload(&server, "/upload/image", &[(extended, b"x".as_slice())]).await), "bä c.png");
     #[cfg(unix)]
     {
-        let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(input.join("a.png")).unwrap().permissions());
+        let mode = std::os::unix::fs::PermissionsExt::mode(
+            &std::fs::metadata(input.join("a.png")).unwrap().permissions(),
+        );
         assert_ne!(mode & 0o044, 0, "others may read uploads, as far as the umask lets them: {mode:o}");
     }
     server.stop().await;
@@ -95,10 +105,13 @@ async fn masks_replace_alpha() {
     upload_image(&server, "a.png", &png([200, 100, 50, 255]), &[]).await;
     let mask = png([0, 0, 0, 7]);
     let reference = br#"{"filename": "a.png", "type": "input", "subfolder": ""}"#.as_slice();
-    let parts = [("name=\"image\"; filename=\"m.png\"", mask.as_slice()), ("name=\"original_ref\"", reference)];
+    let parts =
+        [("name=\"image\"; filename=\"m.png\"", mask.as_slice()), ("name=\"original_ref\"", reference)];
     let answer = upload(&server, "/upload/mask", &parts).await;
     assert_eq!(answer.json(), json!({"name": "m.png", "subfolder": "", "type": "input"}));
-    let made = image::load_from_memory(&server.get("/view?filename=m.png&type=input").await.body).unwrap().to_rgba8();
+    let made = image::load_from_memory(&server.get("/view?filename=m.png&type=input").await.body)
+        .unwrap()
+        .to_rgba8();
     assert_eq!(made.get_pixel(1, 0).0, [200, 100, 50, 7]);
     for (reference, status) in [
         (r#"{"filename": "../a.png", "type": "input"}"#, 400),
@@ -108,8 +121,10 @@ async fn masks_replace_alpha() {
         (r#"{"filename": 5}"#, 400),
         ("no json", 400),
     ] {
-        let parts =
-            [("name=\"image\"; filename=\"n.png\"", mask.as_slice()), ("name=\"original_ref\"", reference.as_bytes())];
+        let parts = [
+            ("name=\"image\"; filename=\"n.png\"", mask.as_slice()),
+            ("name=\"original_ref\"", reference.as_bytes()),
+        ];
         assert_eq!(upload(&server, "/upload/mask", &parts).await.status, status, "{reference}");
     }
     assert_eq!(upload(&server, "/upload/mask", &parts[..1]).await.status, 400, "no reference");
@@ -125,7 +140,10 @@ async fn view_serves_files_and_other_forms() {
     assert_eq!((plain.status, plain.header("content-type")), (200, Some("image/png")));
     assert_eq!(plain.header("content-disposition"), Some("filename=\"p.png\""));
     assert_eq!(plain.header("content-length"), Some(picture.len().to_string().as_str()));
-    assert_eq!((plain.header("x-content-type-options"), plain.header("cache-control")), (Some("nosniff"), None));
+    assert_eq!(
+        (plain.header("x-content-type-options"), plain.header("cache-control")),
+        (Some("nosniff"), None)
+    );
     assert_eq!(plain.body, picture);
     for (query, status) in [
         ("filename=p.png", 404),
@@ -148,12 +166,16 @@ async fn view_serves_files_and_other_forms() {
     let form = |query: &'static str| server.get(query);
     let alpha = form("/view?filename=p.png&type=input&channel=a").await;
     assert_eq!(image::load_from_memory(&alpha.body).unwrap().to_rgba8().get_pixel(0, 0).0, [0, 0, 0, 40]);
-    let rgb = image::load_from_memory(&form("/view?filename=p.png&type=input&channel=rgb").await.body).unwrap();
+    let rgb =
+        image::load_from_memory(&form("/view?filename=p.png&type=input&channel=rgb").await.body).unwrap();
     assert_eq!((rgb.color(), rgb.to_rgb8().get_pixel(0, 0).0), (image::ColorType::Rgb8, [10, 20, 30]));
     let webp = form("/view?filename=p.png&type=input&preview=webp;90").await;
     assert_eq!((webp.header("content-type"), &webp.body[8..12]), (Some("image/webp"), b"WEBP".as_slice()));
     let jpeg = form("/view?filename=p.png&type=input&preview=jpeg;50").await;
-    assert_eq!((jpeg.header("content-type"), &jpeg.body[..3]), (Some("image/jpeg"), b"\xff\xd8\xff".as_slice()));
+    assert_eq!(
+        (jpeg.header("content-type"), &jpeg.body[..3]),
+        (Some("image/jpeg"), b"\xff\xd8\xff".as_slice())
+    );
     assert_eq!(jpeg.header("content-disposition"), Some("filename=\"p.png\""));
     upload_image(&server, "junk.png", b"no picture", &[]).await;
     assert_eq!(form("/view?filename=junk.png&type=input&channel=rgb").await.status, 400);
@@ -166,10 +188,16 @@ async fn view_knows_ranges_and_tags() {
     upload_image(&server, "v.mp4", b"0123456789", &[]).await;
     let path = "/view?filename=v.mp4&type=input";
     let whole = server.get(path).await;
-    assert_eq!((whole.header("content-type"), whole.header("accept-ranges")), (Some("video/mp4"), Some("bytes")));
+    assert_eq!(
+        (whole.header("content-type"), whole.header("accept-ranges")),
+        (Some("video/mp4"), Some("bytes"))
+    );
     let tag = whole.header("etag").unwrap().to_owned();
     let part = server.send("GET", path, &[("Range", "bytes=2-4")], b"").await;
-    assert_eq!((part.status, part.header("content-range"), part.body.as_slice()), (206, Some("bytes 2-4/10"), b"234".as_slice()));
+    assert_eq!(
+        (part.status, part.header("content-range"), part.body.as_slice()),
+        (206, Some("bytes 2-4/10"), b"234".as_slice())
+    );
     let beyond = server.send("GET", path, &[("Range", "bytes=10-")], b"").await;
     assert_eq!((beyond.status, beyond.header("content-range")), (416, Some("bytes */10")));
     assert_eq!(server.send("GET", path, &[("If-None-Match", &tag)], b"").await.status, 304);
@@ -192,7 +220,10 @@ async fn uploads_can_not_run_in_the_servers_origin() {
     }
     let in_page = [("Sec-Fetch-Dest", "image")];
     let svg = server.send("GET", "/view?filename=x.svg&type=input", &in_page, b"").await;
-    assert_eq!((svg.header("content-type"), svg.header("vary")), (Some("image/svg+xml"), Some("Sec-Fetch-Dest")));
+    assert_eq!(
+        (svg.header("content-type"), svg.header("vary")),
+        (Some("image/svg+xml"), Some("Sec-Fetch-Dest"))
+    );
     server.stop().await;
 }
 
@@ -216,9 +247,14 @@ async fn model_lists_and_metadata() {
     }
     let metadata = server.get("/view_metadata/loras?filename=sub/l.safetensors").await;
     assert_eq!(metadata.json(), json!({"note": "made for tests", "a": "1"}));
-    for query in ["", "?filename=", "?filename=sub/notes.txt", "?filename=sub/none.safetensors",
-        "?filename=sub/broken.safetensors", "?filename=../loras/sub/l.safetensors"]
-    {
+    for query in [
+        "",
+        "?filename=",
+        "?filename=sub/notes.txt",
+        "?filename=sub/none.safetensors",
+        "?filename=sub/broken.safetensors",
+        "?filename=../loras/sub/l.safetensors",
+    ] {
         assert_eq!(server.get(&format!("/view_metadata/loras{query}")).await.status, 404, "{query}");
     }
     assert_eq!(server.get("/embeddings").await.json(), json!([]));
@@ -227,7 +263,18 @@ async fn model_lists_and_metadata() {
 
 /// Ways to say "one folder up", in the spellings that servers have fallen for.
 fn escapes() -> Vec<String> {
-    let ups = ["..", "%2e%2e", "..%00", "%252e%252e", "..%c0%af", "%c0%ae%c0%ae", "....", ".%00.", "..%09", "%EF%BC%8E%EF%BC%8E"];
+    let ups = [
+        "..",
+        "%2e%2e",
+        "..%00",
+        "%252e%252e",
+        "..%c0%af",
+        "%c0%ae%c0%ae",
+        "....",
+        ".%00.",
+        "..%09",
+        "%EF%BC%8E%EF%BC%8E",
+    ];
     let slashes = ["/", "%2f", "%5c", "\\", "%252f", "//", "/./", "%ef%bc%8f", "%00/"];
     let mut all = Vec::new();
     for up in ups {
@@ -236,8 +283,16 @@ fn escapes() -> Vec<String> {
             all.push(format!("a{slash}{up}{slash}{up}{slash}canary.json"));
         }
     }
-    all.extend(["file:///canary.json", "C:%5ccanary.json", "%5c%5chost%5ccanary.json", "~/canary.json", "canary.json%00.png"]
-        .map(str::to_owned));
+    all.extend(
+        [
+            "file:///canary.json",
+            "C:%5ccanary.json",
+            "%5c%5chost%5ccanary.json",
+            "~/canary.json",
+            "canary.json%00.png",
+        ]
+        .map(str::to_owned),
+    );
     all.extend(["", "/", ".", "./", "a/.."].map(str::to_owned));
     all
 }
@@ -271,16 +326,23 @@ async fn no_name_leads_out_of_its_folder() {
     assert!(tried >= 200, "{tried} names");
     for escape in &escapes {
         let folder = super::super::http::decode(escape.strip_suffix("canary.json").unwrap_or(escape));
-        upload_image(&server, "canary.json", b"overwritten", &[("name=\"subfolder\"", folder.as_bytes()),
-            ("name=\"overwrite\"", b"true")]).await;
+        upload_image(
+            &server,
+            "canary.json",
+            b"overwritten",
+            &[("name=\"subfolder\"", folder.as_bytes()), ("name=\"overwrite\"", b"true")],
+        )
+        .await;
         let name = super::super::http::decode(escape);
         upload_image(&server, &name, b"overwritten", &[("name=\"overwrite\"", b"true")]).await;
     }
     assert_eq!(std::fs::read(&outside).unwrap(), canary);
     upload_image(&server, "link.json", b"overwritten", &[("name=\"overwrite\"", b"true")]).await;
     assert_eq!(std::fs::read(&outside).unwrap(), canary, "through a link");
-    let mut top: Vec<String> =
-        std::fs::read_dir(server.dir.path()).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    let mut top: Vec<String> = std::fs::read_dir(server.dir.path())
+        .unwrap()
+        .map(|e| e.unwrap().file_name().into_string().unwrap())
+        .collect();
     top.sort_unstable();
     assert_eq!(top, ["canary.json", "input", "output", "temp", "user"], "nothing new beside the folders");
     assert_eq!(server.get("/view?filename=a..b.png&type=input").await.status, 404, "an odd name is a name");

@@ -78,7 +78,10 @@ async fn huge_bodies_are_refused() {
     assert_eq!(&first, b"HTTP/1.1 413");
     // a client that sends it all the same still reads the answer
     let mut sending = server.connect().await;
-    sending.write_all(head.replace("Expect: 100-continue\r\n", "").replace("106000000", "2000000").as_bytes()).await.unwrap();
+    sending
+        .write_all(head.replace("Expect: 100-continue\r\n", "").replace("106000000", "2000000").as_bytes())
+        .await
+        .unwrap();
     sending.write_all(&vec![b'x'; 2_000_000]).await.unwrap();
     assert_eq!(Answer::parse(&rest(&mut sending).await).status, 413);
     // undeclared
@@ -195,7 +198,8 @@ async fn ambiguous_framing_is_never_answered_twice() {
         let answer = String::from_utf8_lossy(&rest(&mut stream).await).into_owned();
         let statuses: Vec<&str> = answer.matches("HTTP/1.1 ").collect();
         let what: String = request.chars().take(120).collect();
-        let is_refused = answer.is_empty() || ["400", "431", "413"].iter().any(|s| answer[9..].starts_with(s));
+        let is_refused =
+            answer.is_empty() || ["400", "431", "413"].iter().any(|s| answer[9..].starts_with(s));
         let is_both = request.contains("Content-Length: 6\r\n") && answer.contains("connection: close");
         assert!(is_refused || is_both, "{what:?}: {answer}");
         assert!(statuses.len() <= 1, "{what:?}: {answer}");
@@ -208,20 +212,27 @@ async fn ambiguous_framing_is_never_answered_twice() {
 async fn stopping_lets_the_running_prompt_end_and_truncates_nothing() {
     let server = Server::start().await;
     std::fs::write(server.dir.path().join("output/answer.json"), vec![b' '; 4 * 1024 * 1024]).unwrap();
-    let running = server.queue(json!({"1": {"class_type": "Slow", "inputs": {"steps": 100, "salt": 1}}}), None).await;
+    let running =
+        server.queue(json!({"1": {"class_type": "Slow", "inputs": {"steps": 100, "salt": 1}}}), None).await;
     server.eventually("/queue", |q| q["queue_running"][0].get(1).cloned()).await;
     let addr = server.addr;
     let mut downloads = tokio::task::JoinSet::new();
     for _ in 0..20 {
         let mut stream = server.connect().await;
-        stream.write_all(b"GET /view?filename=answer.json HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n").await.unwrap();
+        stream
+            .write_all(b"GET /view?filename=answer.json HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+            .await
+            .unwrap();
         downloads.spawn(async move { rest(&mut stream).await });
     }
     let stopping = tokio::spawn(server.stop());
     sleep(Duration::from_millis(100)).await;
     // while the prompt runs the server answers, but takes no more prompts
     let body = json!({"prompt": {}}).to_string();
-    let request = format!("POST /prompt HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}", body.len());
+    let request = format!(
+        "POST /prompt HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}",
+        body.len()
+    );
     let mut late = TcpStream::connect(addr).await.unwrap();
     late.write_all(request.replace("Host: x", "Host: 127.0.0.1").as_bytes()).await.unwrap();
     let refused = Answer::parse(&rest(&mut late).await);

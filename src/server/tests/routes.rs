@@ -27,7 +27,8 @@ async fn page_and_facts() {
     assert_eq!(stats["system"]["argv"], json!(["kiln"]));
     assert_eq!(stats["devices"][0]["type"], "cpu");
     assert_eq!(stats["devices"][0]["index"], json!(null));
-    let (total, free) = (stats["system"]["ram_total"].as_u64().unwrap(), stats["system"]["ram_free"].as_u64().unwrap());
+    let (total, free) =
+        (stats["system"]["ram_total"].as_u64().unwrap(), stats["system"]["ram_free"].as_u64().unwrap());
     assert!(free <= total);
     assert_eq!(server.get("/extensions").await.json(), json!([]));
     server.stop().await;
@@ -67,7 +68,8 @@ async fn prompt_queue_history() {
     let server = Server::start().await;
     assert_eq!(server.get("/prompt").await.json(), json!({"exec_info": {"queue_remaining": 0}}));
     assert_eq!(server.get("/queue").await.json(), json!({"queue_running": [], "queue_pending": []}));
-    let answer = server.post("/prompt", &json!({"prompt": graph(7), "client_id": "me", "prompt_id": "mine"})).await;
+    let answer =
+        server.post("/prompt", &json!({"prompt": graph(7), "client_id": "me", "prompt_id": "mine"})).await;
     assert_eq!((answer.status, answer.header("content-type")), (200, Some(JSON)));
     assert_eq!(answer.json(), json!({"prompt_id": "mine", "number": 0, "node_errors": {}}));
     let entry = server.finished("mine").await;
@@ -90,7 +92,9 @@ async fn prompt_queue_history() {
 #[tokio::test]
 async fn waiting_prompts_are_deleted_and_running_ones_interrupted() {
     let server = Server::start().await;
-    let slow = server.queue(json!({"1": {"class_type": "Slow", "inputs": {"steps": 1_000_000, "salt": 1}}}), None).await;
+    let slow = server
+        .queue(json!({"1": {"class_type": "Slow", "inputs": {"steps": 1_000_000, "salt": 1}}}), None)
+        .await;
     server.eventually("/queue", |q| q["queue_running"][0].get(1).cloned()).await;
     let one = server.queue(graph(1), None).await;
     let two = server.queue(graph(2), None).await;
@@ -98,7 +102,10 @@ async fn waiting_prompts_are_deleted_and_running_ones_interrupted() {
     let deleted = server.post("/queue", &json!({"delete": [one, "unknown"]})).await;
     assert_eq!((deleted.status, deleted.body.len()), (200, 0));
     let queue = server.get("/queue").await.json();
-    assert_eq!((queue["queue_running"][0][1].as_str(), queue["queue_running"].as_array().unwrap().len()), (Some(&*slow), 1));
+    assert_eq!(
+        (queue["queue_running"][0][1].as_str(), queue["queue_running"].as_array().unwrap().len()),
+        (Some(&*slow), 1)
+    );
     assert_eq!(queue["queue_pending"].as_array().unwrap().len(), 1);
     assert_eq!(queue["queue_pending"][0][1], json!(two));
     assert_eq!(server.post("/interrupt", &json!({"prompt_id": "someone-else"})).await.status, 200);
@@ -108,7 +115,9 @@ async fn waiting_prompts_are_deleted_and_running_ones_interrupted() {
     assert_eq!(entry["status"]["status_str"], "error");
     server.finished(&two).await;
     assert_eq!(server.get(&format!("/history/{one}")).await.json(), json!({}));
-    for body in [json!({}), json!({"unload_models": true, "free_memory": true}), json!({"free_memory": false})] {
+    for body in
+        [json!({}), json!({"unload_models": true, "free_memory": true}), json!({"free_memory": false})]
+    {
         let freed = server.post("/free", &body).await;
         assert_eq!((freed.status, freed.body.len()), (200, 0), "{body}");
     }
@@ -147,7 +156,11 @@ async fn refusals_have_comfyuis_shape() {
         let what = &body[..body.len().min(60)];
         assert_eq!((answer.status, answer.header("content-type")), (400, Some(JSON)), "{what}");
         let value = answer.json();
-        assert_eq!((value["error"]["type"].as_str(), &value["node_errors"]), (Some(kind), &json!({})), "{what}");
+        assert_eq!(
+            (value["error"]["type"].as_str(), &value["node_errors"]),
+            (Some(kind), &json!({})),
+            "{what}"
+        );
         assert_eq!(value["error"]["extra_info"], json!({}));
         assert!(value["error"]["message"].is_string() && value["error"]["details"].is_string());
     }
@@ -170,9 +183,12 @@ async fn origin_is_checked_on_every_route() {
     let server = Server::start().await;
     let host = server.addr.to_string();
     let body = json!({"prompt": graph(1)}).to_string();
-    for (method, path) in [("GET", "/prompt"), ("POST", "/prompt"), ("GET", "/ws"), ("GET", "/"), ("OPTIONS", "/prompt")] {
+    for (method, path) in
+        [("GET", "/prompt"), ("POST", "/prompt"), ("GET", "/ws"), ("GET", "/"), ("OPTIONS", "/prompt")]
+    {
         let headers = [("Host", host.as_str()), ("Origin", "http://evil.example")];
-        let answer = server.send(method, path, &headers, if method == "POST" { body.as_bytes() } else { b"" }).await;
+        let answer =
+            server.send(method, path, &headers, if method == "POST" { body.as_bytes() } else { b"" }).await;
         assert_eq!((answer.status, answer.body.len()), (403, 0), "{method} {path}");
     }
     let own = format!("http://{host}");

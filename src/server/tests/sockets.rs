@@ -114,14 +114,29 @@ async fn events_go_to_the_owner_or_to_everybody() {
     let mut other = Client::connect(&server, "/ws?clientId=other").await;
     assert_eq!((owner.next().await, other.next().await), (idle("owner"), idle("other")));
     let prompt = server.queue(show(5), Some("owner")).await;
-    let seen: Vec<String> = owner.until_done(&prompt).await.iter().map(name).filter(|n| n != "progress_state").collect();
+    let seen: Vec<String> =
+        owner.until_done(&prompt).await.iter().map(name).filter(|n| n != "progress_state").collect();
     assert_eq!(
         seen,
-        ["status", "status", "execution_start", "execution_cached", "executing:1", "executing:2", "executed:2",
-         "execution_success", "status", "executing"]
+        [
+            "status",
+            "status",
+            "execution_start",
+            "execution_cached",
+            "executing:1",
+            "executing:2",
+            "executed:2",
+            "execution_success",
+            "status",
+            "executing"
+        ]
     );
-    let counts: Vec<Json> =
-        other.drain().await.iter().map(|m| m["data"]["status"]["exec_info"]["queue_remaining"].clone()).collect();
+    let counts: Vec<Json> = other
+        .drain()
+        .await
+        .iter()
+        .map(|m| m["data"]["status"]["exec_info"]["queue_remaining"].clone())
+        .collect();
     assert_eq!(counts, [json!(1), json!(1), json!(0)], "the other one sees only the queue");
     let nobodys = server.queue(show(6), None).await;
     for client in [&mut owner, &mut other] {
@@ -269,8 +284,8 @@ async fn sockets_are_counted_and_closed_with_1001() {
     let code = loop {
         match timeout(PATIENCE, one.0.next()).await.unwrap() {
             Some(Ok(Message::Close(Some(frame)))) => break Some(frame.code),
-            Some(Ok(_)) => {}
             None | Some(Ok(Message::Close(None)) | Err(_)) => break None,
+            Some(Ok(_)) => {}
         }
     };
     assert_eq!(code, Some(CloseCode::Away));

@@ -83,7 +83,8 @@ fn picture_frames(picture: &Picture, node: &str, prompt_id: &str) -> (Bytes, Byt
 
 /// Width and height whose longer side is `longest`, keeping the proportions.
 fn fit(width: usize, height: usize, longest: usize) -> (usize, usize) {
-    let scale = |side: usize, other: usize| ((side * longest) as f64 / other as f64).round().max(1.0) as usize;
+    let scale =
+        |side: usize, other: usize| ((side * longest) as f64 / other as f64).round().max(1.0) as usize;
     if width >= height { (longest, scale(height, width)) } else { (scale(width, height), longest) }
 }
 
@@ -92,8 +93,9 @@ fn encode_preview(preview: &PreviewFrame) -> Result<Picture, String> {
         return Err(format!("a preview has the shape {:?}, not [1, H, W, 3]", preview.image.shape()));
     };
     let (width, height) = fit(width.max(1), height.max(1), preview.max_size.clamp(1, 4096) as usize);
-    let resized = image::upscale_images(&preview.image, image::Resize::to(width, height, image::Method::Bilinear))
-        .map_err(|e| e.to_string())?;
+    let resized =
+        image::upscale_images(&preview.image, image::Resize::to(width, height, image::Method::Bilinear))
+            .map_err(|e| e.to_string())?;
     let bitmap = Bitmap::from_images(&resized, 0).map_err(|e| e.to_string())?;
     let file = image::encode_jpeg(&bitmap, PREVIEW_QUALITY).map_err(|e| e.to_string())?;
     Ok(Picture { weight: Weight::Preview, format: 1, media_type: "image/jpeg", file })

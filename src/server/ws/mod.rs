@@ -15,11 +15,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures_util::{SinkExt, StreamExt};
+use hyper::StatusCode;
 use hyper::header::{
-    CONNECTION, HeaderMap, HeaderValue, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_VERSION, UPGRADE,
+    CONNECTION, HeaderMap, HeaderValue, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_VERSION,
+    UPGRADE,
 };
 use hyper::upgrade::{OnUpgrade, Upgraded};
-use hyper::StatusCode;
 use hyper_util::rt::TokioIo;
 use serde_json::{Value as Json, json};
 use tokio::sync::{broadcast, watch};
@@ -153,7 +154,8 @@ fn has_token(headers: &HeaderMap, name: hyper::header::HeaderName, token: &str) 
 
 /// The handshake's answer key; fails if this is no WebSocket handshake.
 fn accept_key(headers: &HeaderMap) -> Result<HeaderValue, Failure> {
-    let refuse = |what: &str| Failure::Text(StatusCode::BAD_REQUEST, format!("no WebSocket handshake: {what}"));
+    let refuse =
+        |what: &str| Failure::Text(StatusCode::BAD_REQUEST, format!("no WebSocket handshake: {what}"));
     if !has_token(headers, UPGRADE, "websocket") || !has_token(headers, CONNECTION, "upgrade") {
         return Err(refuse("the Upgrade header is missing"));
     }
@@ -188,8 +190,10 @@ impl Drop for OpenCount {
 /// `GET /ws?clientId=…`
 pub(super) async fn upgrade(mut call: Call) -> Result<Response, Failure> {
     let accept = accept_key(call.headers())?;
-    let client_id =
-        call.query("clientId").filter(|id| !id.is_empty()).unwrap_or_else(|| uuid::Uuid::new_v4().simple().to_string());
+    let client_id = call
+        .query("clientId")
+        .filter(|id| !id.is_empty())
+        .unwrap_or_else(|| uuid::Uuid::new_v4().simple().to_string());
     let count = OpenCount::new(call.app.clone())?;
     let upgrade = hyper::upgrade::on(&mut call.request);
     tokio::spawn(serve(upgrade, count, call.peer, client_id));
