@@ -15,16 +15,15 @@ use tracing_subscriber::EnvFilter;
 
 pub use ignored::IgnoredFlags;
 
+use super::setup::{self, RuntimeArgs};
+
 use crate::engine::{Engine, EngineConfig};
 use crate::files::{FolderOptions, Folders, Kind};
-use crate::models::ModelStore;
 use crate::nodes::{self, PreviewMethod, Services};
 use crate::server::{App, Limits, OriginPolicy, ServerConfig};
 
 /// What `--listen` without an address means.
 const EVERYWHERE: &str = "0.0.0.0,::";
-/// How results are compressed: the fast level.
-const PNG_LEVEL: u8 = 1;
 
 /// `--preview-method`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -51,10 +50,6 @@ pub struct ServeArgs {
     #[arg(long, default_value_t = 8188)]
     pub port: u16,
 
-    /// Folder of models, input, output, temp and user
-    #[arg(long, value_name = "DIR", default_value = ".")]
-    pub base_directory: PathBuf,
-
     /// Folder of results
     #[arg(long, value_name = "DIR")]
     pub output_directory: Option<PathBuf>,
@@ -71,21 +66,13 @@ pub struct ServeArgs {
     #[arg(long, value_name = "DIR")]
     pub user_directory: Option<PathBuf>,
 
-    /// YAML files that name further model folders
-    #[arg(long, value_name = "FILE", num_args = 1..)]
-    pub extra_model_paths_config: Vec<PathBuf>,
-
     /// Run on the CPU (the only device of this build)
     #[arg(long)]
     pub cpu: bool,
 
-    /// Keep weights on the CPU in bf16: half the memory, other pictures within the fast tolerance
-    #[arg(long)]
-    pub cpu_bf16: bool,
-
-    /// Compute threads; all cores unless given
-    #[arg(long, value_name = "N")]
-    pub threads: Option<usize>,
+    /// Folders, device and threads
+    #[command(flatten)]
+    pub runtime: RuntimeArgs,
 
     /// How previews are made while sampling
     #[arg(long, value_enum, default_value_t = PreviewChoice::None)]
@@ -120,10 +107,6 @@ pub struct ServeArgs {
     #[arg(long)]
     pub enable_compress_response_body: bool,
 
-    /// Read models into memory instead of mapping their files
-    #[arg(long, alias = "disable-mmap")]
-    pub no_mmap: bool,
-
     /// How long a running prompt may take to end when the server is stopped
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     pub shutdown_timeout: u64,
@@ -143,14 +126,15 @@ pub fn run(args: &ServeArgs) -> anyhow::Result<()> {
     if !args.ignored.given.is_empty() {
         tracing::info!(flags = args.ignored.given.join(" "), "flags without effect in kiln");
     }
-    if let Some(threads) = args.threads {
+    if let Some(threads) = args.runtime.threads {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
         pool.context("--threads: the thread pool exists already")?;
     }
     let config = config(args)?;
-    let folders = Arc::new(folders(args)?);
+    let services = services(args)?;
+    let folders = services.folders.clone();
     empty(folders.root(Kind::Temp));
-    let engine = engine(args, folders.clone());
+    let engine = Engine::new(EngineConfig::new(services, nodes::registry()));
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .thread_name("kiln-http")
@@ -175,18 +159,6 @@ fn start_log(level: &str) {
     let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
 }
 
-fn folders(args: &ServeArgs) -> anyhow::Result<Folders> {
-    let options = FolderOptions {
-        base: args.base_directory.clone(),
-        input: args.input_directory.clone(),
-        output: args.output_directory.clone(),
-        temp: args.temp_directory.clone(),
-        user: args.user_directory.clone(),
-        extra_model_paths: args.extra_model_paths_config.clone(),
-    };
-    Folders::open(&options).context("the folders can't be used")
-}
-
 /// Throws away the temporary results of the last run.
 fn empty(temp: &Path) {
     for entry in std::fs::read_dir(temp).into_iter().flatten().flatten() {
@@ -199,18 +171,22 @@ fn empty(temp: &Path) {
     }
 }
 
-fn engine(args: &ServeArgs, folders: Arc<Folders>) -> Arc<Engine> {
-    let services = Services {
-        folders,
-        models: Arc::new(ModelStore::default()),
+fn services(args: &ServeArgs) -> anyhow::Result<Services> {
+    let options = FolderOptions {
+        input: args.input_directory.clone(),
+        output: args.output_directory.clone(),
+        temp: args.temp_directory.clone(),
+        user: args.user_directory.clone(),
+        ..args.runtime.folders()
+    };
+    Ok(Services {
         save_metadata: !args.disable_metadata,
-        png_level: PNG_LEVEL,
         preview: match args.preview_method {
             PreviewChoice::None => PreviewMethod::None,
             _ => PreviewMethod::Latent2Rgb,
         },
-    };
-    Engine::new(EngineConfig::new(services, nodes::registry()))
+        ..setup::services(&args.runtime, &options)?
+    })
 }
 
 fn config(args: &ServeArgs) -> anyhow::Result<ServerConfig> {
@@ -220,10 +196,7 @@ fn config(args: &ServeArgs) -> anyhow::Result<ServerConfig> {
     }
     Ok(ServerConfig {
         limits: Limits { max_body_bytes: bytes as u64, queued_prompts: args.max_queue, ..Limits::default() },
-        origin: OriginPolicy {
-            cors: args.enable_cors_header.clone(),
-            allowed_hosts: args.allowed_hosts.clone(),
-        },
+        origin: OriginPolicy { cors: args.enable_cors_header.clone(), allowed_hosts: args.allowed_hosts.clone() },
         compress: args.enable_compress_response_body,
         shutdown_timeout: Duration::from_secs(args.shutdown_timeout),
         argv: std::env::args().collect(),
@@ -238,8 +211,7 @@ fn addresses(listen: &str, port: u16) -> anyhow::Result<Vec<SocketAddr>> {
         .filter(|part| !part.is_empty())
         .map(|part| {
             let part = if part.eq_ignore_ascii_case("localhost") { "127.0.0.1" } else { part };
-            let ip: IpAddr =
-                part.parse().with_context(|| format!("--listen {part}: this is no IP address"))?;
+            let ip: IpAddr = part.parse().with_context(|| format!("--listen {part}: this is no IP address"))?;
             Ok(SocketAddr::new(ip, port))
         })
         .collect()
@@ -367,9 +339,7 @@ mod tests {
 
     #[test]
     fn gpu_flags_are_accepted_and_named() {
-        let args =
-            parse("--fp16-vae --reserve-vram 1.5 --cuda-device 0 --fast fp16_accumulation --lowvram --cpu")
-                .unwrap();
+        let args = parse("--fp16-vae --reserve-vram 1.5 --cuda-device 0 --fast fp16_accumulation --lowvram --cpu").unwrap();
         assert_eq!(args.ignored.given, ["fp16-vae", "lowvram", "cuda-device", "reserve-vram", "fast"]);
         assert!(args.cpu);
         assert!(parse("--no-such-flag").is_err());

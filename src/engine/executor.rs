@@ -42,13 +42,30 @@ pub(super) fn run(shared: &Shared, running: &Arc<Running>) -> Entry {
         let graph = Graph::new(&job.prompt, &shared.catalog);
         Run::new(shared, running, &graph).run()
     }))
-    .unwrap_or_else(|panic| {
-        tracing::error!(panic = panic_text(&*panic), "the executor itself panicked");
-        Entry { job: job.clone(), outputs: Map::new(), is_success: false, messages: Vec::new() }
-    });
+    .unwrap_or_else(|panic| executor_failed(shared, job, panic_text(&*panic)));
     *lock(&running.node) = None;
     tracing::info!(success = entry.is_success, seconds = started.elapsed().as_secs_f64(), "prompt done");
     entry
+}
+
+/// The end of a prompt on which the executor itself panicked: no node is to blame.
+fn executor_failed(shared: &Shared, job: &Arc<Job>, panic: &str) -> Entry {
+    tracing::error!(panic, "the executor panicked");
+    let error = EventKind::ExecutionError(Box::new(ExecutionError {
+        prompt_id: job.id.clone(),
+        node_id: Id::from(""),
+        node_type: Id::from(""),
+        executed: Vec::new(),
+        exception_message: format!("kiln itself failed on this prompt: {panic}\n"),
+        exception_type: "Panic".to_owned(),
+        traceback: vec![format!("Panic: {panic}\n")],
+        current_inputs: Map::new(),
+        current_outputs: Vec::new(),
+        timestamp: now_ms(),
+    }));
+    let messages = error.type_name().map(|name| (name, error.data())).into_iter().collect();
+    shared.emit(job.client_id.clone(), error);
+    Entry { job: job.clone(), outputs: Map::new(), is_success: false, messages }
 }
 
 /// Why a node ended the prompt.

@@ -105,7 +105,9 @@ impl<'g> Order<'g> {
         met.iter().filter(|&&n| is_output_node(n)).for_each(|&n| self.distance[n] = 0);
         for step in 1..=2 {
             for &node in met {
-                if self.distance[node] > step && self.consumers[node].iter().any(|&c| self.distance[c] == step - 1) {
+                if self.distance[node] > step
+                    && self.consumers[node].iter().any(|&c| self.distance[c] == step - 1)
+                {
                     self.distance[node] = step;
                 }
             }

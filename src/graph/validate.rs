@@ -38,8 +38,8 @@ pub struct Refusal {
 }
 
 impl Refusal {
-    fn of_prompt(kind: &str, message: &str, details: &str) -> Self {
-        Self { error: error(kind, message, details, json!({})), node_errors: json!({}) }
+    fn of_prompt(kind: &str, message: &str, details: &str) -> Box<Self> {
+        Box::new(Self { error: error(kind, message, details, json!({})), node_errors: json!({}) })
     }
 }
 
@@ -49,7 +49,7 @@ pub fn validate(
     prompt: &mut Json,
     classes: &dyn Classes,
     targets: Option<&[String]>,
-) -> Result<Validated, Refusal> {
+) -> Result<Validated, Box<Refusal>> {
     let nodes = match prompt {
         Json::Object(nodes) => nodes,
         Json::Null => {
@@ -78,7 +78,7 @@ pub fn validate(
             &details,
             json!({}),
         );
-        return Err(Refusal { error, node_errors });
+        return Err(Box::new(Refusal { error, node_errors }));
     }
     let is_good = |n: &&usize| walk.nodes[**n].verdict.as_ref().is_some_and(|v| v.is_valid);
     let good = outputs.iter().filter(is_good).map(|&n| walk.nodes[n].id.clone()).collect();
@@ -136,7 +136,7 @@ struct Walk<'a> {
 }
 
 impl<'a> Walk<'a> {
-    fn new(prompt: &'a mut Map<String, Json>, classes: &'a dyn Classes) -> Result<Self, Refusal> {
+    fn new(prompt: &'a mut Map<String, Json>, classes: &'a dyn Classes) -> Result<Self, Box<Refusal>> {
         let mut nodes = Vec::with_capacity(prompt.len());
         let mut index = HashMap::with_capacity(prompt.len());
         for (id, node) in prompt.iter() {

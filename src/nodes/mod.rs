@@ -6,6 +6,10 @@
 //! bottom and HTTP never waits for compute.
 
 mod context;
+pub mod loaders;
+mod sd_model;
+pub mod text;
+pub mod vae;
 mod value;
 
 pub use crate::graph::Schema;

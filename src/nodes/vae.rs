@@ -175,7 +175,7 @@ impl Node for VaeDecode {
 
     fn execute(&self, ctx: &mut NodeCtx<'_>, inputs: &Inputs) -> Result<NodeOutput, NodeError> {
         let latent = inputs.object::<Latent>("samples")?;
-        let vae = inputs.object::<VaeHandle>("vae")?.checkpoint.vae()?;
+        let vae = inputs.object::<VaeHandle>("vae")?.file.vae()?;
         Ok(NodeOutput::one(Value::object("IMAGE", decode(ctx, &vae, &latent.samples, None)?)))
     }
 }
@@ -195,7 +195,7 @@ impl Node for VaeDecodeTiled {
 
     fn execute(&self, ctx: &mut NodeCtx<'_>, inputs: &Inputs) -> Result<NodeOutput, NodeError> {
         let latent = inputs.object::<Latent>("samples")?;
-        let vae = inputs.object::<VaeHandle>("vae")?.checkpoint.vae()?;
+        let vae = inputs.object::<VaeHandle>("vae")?.file.vae()?;
         let tiling = tiling(inputs, vae.config().downscale())?;
         Ok(NodeOutput::one(Value::object("IMAGE", decode(ctx, &vae, &latent.samples, Some(tiling))?)))
     }
@@ -216,7 +216,7 @@ impl Node for VaeEncode {
 
     fn execute(&self, ctx: &mut NodeCtx<'_>, inputs: &Inputs) -> Result<NodeOutput, NodeError> {
         let pixels = inputs.object::<HostTensor>("pixels")?;
-        let vae = inputs.object::<VaeHandle>("vae")?.checkpoint.vae()?;
+        let vae = inputs.object::<VaeHandle>("vae")?.file.vae()?;
         let pixels = crop_to_multiple(&pixels, vae.config().downscale())?;
         let samples = encode(ctx, &vae, &pixels, None)?;
         Ok(NodeOutput::one(Value::object("LATENT", Latent::new(samples))))
@@ -238,7 +238,7 @@ impl Node for VaeEncodeTiled {
 
     fn execute(&self, ctx: &mut NodeCtx<'_>, inputs: &Inputs) -> Result<NodeOutput, NodeError> {
         let pixels = inputs.object::<HostTensor>("pixels")?;
-        let vae = inputs.object::<VaeHandle>("vae")?.checkpoint.vae()?;
+        let vae = inputs.object::<VaeHandle>("vae")?.file.vae()?;
         let pixels = crop_to_multiple(&pixels, vae.config().downscale())?;
         let tiling = Tiling { tile: inputs.size("tile_size")?, overlap: inputs.size("overlap")? };
         let samples = encode(ctx, &vae, &pixels, Some(tiling))?;
@@ -264,7 +264,7 @@ impl Node for VaeEncodeForInpaint {
     fn execute(&self, ctx: &mut NodeCtx<'_>, inputs: &Inputs) -> Result<NodeOutput, NodeError> {
         let pixels = inputs.object::<HostTensor>("pixels")?;
         let mask = inputs.object::<HostTensor>("mask")?;
-        let vae = inputs.object::<VaeHandle>("vae")?.checkpoint.vae()?;
+        let vae = inputs.object::<VaeHandle>("vae")?.file.vae()?;
         let unit = vae.config().downscale();
         let (h, w) = (pixels.dim(1), pixels.dim(2));
         let rank = mask.shape().len();
