@@ -196,7 +196,10 @@ fn config(args: &ServeArgs) -> anyhow::Result<ServerConfig> {
     }
     Ok(ServerConfig {
         limits: Limits { max_body_bytes: bytes as u64, queued_prompts: args.max_queue, ..Limits::default() },
-        origin: OriginPolicy { cors: args.enable_cors_header.clone(), allowed_hosts: args.allowed_hosts.clone() },
+        origin: OriginPolicy {
+            cors: args.enable_cors_header.clone(),
+            allowed_hosts: args.allowed_hosts.clone(),
+        },
         compress: args.enable_compress_response_body,
         shutdown_timeout: Duration::from_secs(args.shutdown_timeout),
         argv: std::env::args().collect(),
@@ -211,7 +214,8 @@ fn addresses(listen: &str, port: u16) -> anyhow::Result<Vec<SocketAddr>> {
         .filter(|part| !part.is_empty())
         .map(|part| {
             let part = if part.eq_ignore_ascii_case("localhost") { "127.0.0.1" } else { part };
-            let ip: IpAddr = part.parse().with_context(|| format!("--listen {part}: this is no IP address"))?;
+            let ip: IpAddr =
+                part.parse().with_context(|| format!("--listen {part}: this is no IP address"))?;
             Ok(SocketAddr::new(ip, port))
         })
         .collect()
@@ -339,7 +343,9 @@ mod tests {
 
     #[test]
     fn gpu_flags_are_accepted_and_named() {
-        let args = parse("--fp16-vae --reserve-vram 1.5 --cuda-device 0 --fast fp16_accumulation --lowvram --cpu").unwrap();
+        let args =
+            parse("--fp16-vae --reserve-vram 1.5 --cuda-device 0 --fast fp16_accumulation --lowvram --cpu")
+                .unwrap();
         assert_eq!(args.ignored.given, ["fp16-vae", "lowvram", "cuda-device", "reserve-vram", "fast"]);
         assert!(args.cpu);
         assert!(parse("--no-such-flag").is_err());
