@@ -109,6 +109,10 @@ pub fn sample(
         };
         let changed = prepared.mask_at(&inpaint.mask, sigma, sigmas);
         let mask = changed.as_ref().unwrap_or(&inpaint.mask);
+        if x.shape() != mask.shape() {
+            let (got, want) = (mask.shape().to_vec(), x.shape().to_vec());
+            return Err(DiffusionError::Shape { what: "noise mask", got, want });
+        }
         let x = inpaint.before(x, mask, sigma, sampling);
         let mut guided = prepared.predict(&x, sigma, sampler.needs_uncond())?;
         guided.denoised = inpaint.after(&guided.denoised, mask);
