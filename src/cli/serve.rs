@@ -3,7 +3,7 @@
 mod ignored;
 
 use std::net::{IpAddr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -18,7 +18,7 @@ pub use ignored::IgnoredFlags;
 use super::setup::{self, RuntimeArgs};
 
 use crate::engine::{Engine, EngineConfig};
-use crate::files::{FolderOptions, Folders};
+use crate::files::{FolderOptions, Folders, Kind};
 use crate::nodes::{self, PreviewMethod, Services};
 use crate::server::{App, Limits, OriginPolicy, ServerConfig};
 
@@ -133,6 +133,7 @@ pub fn run(args: &ServeArgs) -> anyhow::Result<()> {
     let config = config(args)?;
     let services = services(args)?;
     let folders = services.folders.clone();
+    empty(folders.root(Kind::Temp));
     let engine = Engine::new(EngineConfig::new(services, nodes::registry()));
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -158,6 +159,18 @@ fn start_log(level: &str) {
     let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
 }
 
+/// Throws away the temporary results of the last run.
+fn empty(temp: &Path) {
+    for entry in std::fs::read_dir(temp).into_iter().flatten().flatten() {
+        let path = entry.path();
+        let is_folder = entry.file_type().is_ok_and(|kind| kind.is_dir());
+        let outcome = if is_folder { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
+        if let Err(error) = outcome {
+            tracing::warn!(%error, path = %path.display(), "an old temporary file stays");
+        }
+    }
+}
+
 fn services(args: &ServeArgs) -> anyhow::Result<Services> {
     let options = FolderOptions {
         input: args.input_directory.clone(),
@@ -178,12 +191,15 @@ fn services(args: &ServeArgs) -> anyhow::Result<Services> {
 
 fn config(args: &ServeArgs) -> anyhow::Result<ServerConfig> {
     let bytes = args.max_upload_size * 1024.0 * 1024.0;
-    if !(bytes >= 1.0 && bytes < 1e15) {
+    if !(1.0..1e15).contains(&bytes) {
         bail!("--max-upload-size {}: must be a positive number of megabytes", args.max_upload_size);
     }
     Ok(ServerConfig {
         limits: Limits { max_body_bytes: bytes as u64, queued_prompts: args.max_queue, ..Limits::default() },
-        origin: OriginPolicy { cors: args.enable_cors_header.clone(), allowed_hosts: args.allowed_hosts.clone() },
+        origin: OriginPolicy {
+            cors: args.enable_cors_header.clone(),
+            allowed_hosts: args.allowed_hosts.clone(),
+        },
         compress: args.enable_compress_response_body,
         shutdown_timeout: Duration::from_secs(args.shutdown_timeout),
         argv: std::env::args().collect(),
@@ -198,7 +214,8 @@ fn addresses(listen: &str, port: u16) -> anyhow::Result<Vec<SocketAddr>> {
         .filter(|part| !part.is_empty())
         .map(|part| {
             let part = if part.eq_ignore_ascii_case("localhost") { "127.0.0.1" } else { part };
-            let ip: IpAddr = part.parse().with_context(|| format!("--listen {part}: this is no IP address"))?;
+            let ip: IpAddr =
+                part.parse().with_context(|| format!("--listen {part}: this is no IP address"))?;
             Ok(SocketAddr::new(ip, port))
         })
         .collect()
@@ -315,8 +332,20 @@ mod tests {
     }
 
     #[test]
+    fn the_temp_folder_is_emptied() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir_all(dir.path().join("a/b")).unwrap();
+        std::fs::write(dir.path().join("a/b/c.png"), b"x").unwrap();
+        std::fs::write(dir.path().join("d.png"), b"x").unwrap();
+        empty(dir.path());
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
     fn gpu_flags_are_accepted_and_named() {
-        let args = parse("--fp16-vae --reserve-vram 1.5 --cuda-device 0 --fast fp16_accumulation --lowvram --cpu").unwrap();
+        let args =
+            parse("--fp16-vae --reserve-vram 1.5 --cuda-device 0 --fast fp16_accumulation --lowvram --cpu")
+                .unwrap();
         assert_eq!(args.ignored.given, ["fp16-vae", "lowvram", "cuda-device", "reserve-vram", "fast"]);
         assert!(args.cpu);
         assert!(parse("--no-such-flag").is_err());

@@ -54,5 +54,15 @@ pub trait Node: Send + Sync {
 
 /// Every node class of this build, in the order of `/object_info`.
 pub fn registry() -> Vec<Box<dyn Node>> {
-    Vec::new()
+    vec![
+        Box::new(loaders::CheckpointLoaderSimple),
+        Box::new(loaders::VaeLoader),
+        Box::new(text::ClipTextEncode),
+        Box::new(text::ClipSetLastLayer),
+        Box::new(vae::VaeDecode),
+        Box::new(vae::VaeDecodeTiled),
+        Box::new(vae::VaeEncode),
+        Box::new(vae::VaeEncodeTiled),
+        Box::new(vae::VaeEncodeForInpaint),
+    ]
 }

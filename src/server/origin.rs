@@ -126,8 +126,10 @@ mod tests {
     const ORIGIN_403: Result<(), Refusal> = Err(Refusal::ForeignOrigin);
     const HOST_403: Result<(), Refusal> = Err(Refusal::ForeignHost);
 
-    /// (Host, Origin, Sec-Fetch-Site, Sec-Fetch-Mode, loopback connection, outcome); "-" is absent.
-    const TABLE: &[(&str, &str, &str, &str, bool, Result<(), Refusal>)] = &[
+    /// Host, Origin, Sec-Fetch-Site, Sec-Fetch-Mode ("-" is absent), loopback connection, outcome.
+    type Row = (&'static str, &'static str, &'static str, &'static str, bool, Result<(), Refusal>);
+
+    const TABLE: &[Row] = &[
         ("127.0.0.1:8188", "-", "-", "-", true, OK),
         ("127.0.0.1:8188", "http://127.0.0.1:8188", "same-origin", "cors", true, OK),
         ("127.0.0.1:8188", "http://127.0.0.1:9999", "same-site", "cors", true, ORIGIN_403),

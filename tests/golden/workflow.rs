@@ -48,7 +48,7 @@ impl ProgressSink for Silent {
 }
 
 /// A folder that survives between runs, for synthetic models of gigabytes.
-fn model_folder() -> PathBuf {
+pub fn model_folder() -> PathBuf {
     let target = std::env::var_os("CARGO_TARGET_DIR").map(PathBuf::from);
     target.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("target")).join("golden-models")
 }
@@ -263,8 +263,8 @@ fn png(group: &Group, prompt: &Map<String, Json>, file: &str, index: usize, benc
     let image = values.get(slot).and_then(Value::downcast::<HostTensor>).ok_or("no picture")?;
     let ours: Vec<u8> = image.row(index).iter().map(|v| (v * 255.0).clamp(0.0, 255.0) as u8).collect();
     let bytes = std::fs::read(group.folder.join(file)).map_err(|e| e.to_string())?;
-    let recorded = kiln::image::decode::decode(&bytes).map_err(|e| e.to_string())?;
-    let recorded: Vec<u8> = recorded.image.data().iter().map(|v| (v * 255.0).round() as u8).collect();
+    let recorded = kiln::image::decode(&bytes, &kiln::image::Limits::default()).map_err(|e| e.to_string())?;
+    let recorded: Vec<u8> = recorded.images().data().iter().map(|v| (v * 255.0).round() as u8).collect();
     debug_assert!(bench.base.path().is_dir());
     Ok(compare::pictures(&ours, &recorded))
 }

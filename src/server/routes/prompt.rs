@@ -89,19 +89,19 @@ pub(in crate::server) async fn submit(call: Call) -> Result<Response, Failure> {
         return Ok(response);
     }
     let submission = submission(body)?;
-    let answer = blocking(move || app.engine.submit(submission)).await?;
-    Ok(match answer {
+    let (status, answer) = blocking(move || match app.engine.submit(submission) {
         Ok(accepted) => {
             let body = json!({
                 "prompt_id": accepted.prompt_id,
                 "number": accepted.number,
                 "node_errors": accepted.node_errors,
             });
-            json_response(StatusCode::OK, &body)
+            (StatusCode::OK, body)
         }
         Err(refused) => {
-            let body = json!({"error": refused.error, "node_errors": refused.node_errors});
-            json_response(StatusCode::BAD_REQUEST, &body)
+            (StatusCode::BAD_REQUEST, json!({"error": refused.error, "node_errors": refused.node_errors}))
         }
     })
+    .await?;
+    Ok(json_response(status, &answer))
 }

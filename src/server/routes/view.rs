@@ -24,7 +24,7 @@ enum Form {
 
 impl Form {
     fn of(call: &Call) -> Self {
-        let channel = call.query("channel").unwrap_or_else(|| "rgba".to_owned());
+        let channel = call.query("channel").unwrap_or_default();
         match (call.query("preview"), channel.as_str()) {
             (Some(preview), channel) => Form::Preview(Preview::parse(&preview, channel)),
             (None, "rgb") => Form::Rgb,
