@@ -151,8 +151,8 @@ fn setup(case: &str, desc: &str, group: &Group) -> Setup {
     }
     match case {
         "combine" => setup.positive.push(entry(0.4)),
-        "average" => setup.positive = average(&one(), &[entry(0.4)], 0.3),
-        "concat" => setup.positive = concat(&one(), &[entry(0.4)]),
+        "average" => setup.positive = average(&one(), &[entry(0.4)], 0.3).unwrap(),
+        "concat" => setup.positive = concat(&one(), &[entry(0.4)]).unwrap(),
         "zeroout" => setup.positive = zero_out(&one()),
         "neg_area" => {
             setup.negative = vec![with(-1.0, |c| c.area = Some(area(&[64.0, 64.0, 16.0, 0.0])))];

@@ -6,7 +6,6 @@
 //! 1.5e-5 (worst), zero-terminal-SNR cases by up to 4e-5.
 
 mod conditions;
-mod nodes;
 mod samplers;
 
 use std::collections::HashMap;
