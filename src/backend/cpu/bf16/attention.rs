@@ -266,15 +266,17 @@ impl<'a> HeadTask<'a> {
             let is_bounded = self.scale_bits() * (self.key_norm * query_norm).sqrt() <= LIMIT;
             let pass = Pass { layout: &layout, base, packed, last_key, is_far: group > 1 };
             // SAFETY: passed on from the caller.
-            let totals = unsafe {
+            unsafe {
                 if is_bounded {
-                    self.run_bounded(&pass, blocks, block)
+                    self.run_bounded(&pass, blocks, block);
                 } else {
-                    self.run_online(&pass, blocks, block)
+                    self.run_online(&pass, blocks, block);
                 }
-            };
-            for (i, totals) in totals[..blocks].iter().enumerate() {
+            }
+            for i in 0..blocks {
                 let rows = block(i);
+                // SAFETY: the layout has totals for `group` blocks.
+                let totals = unsafe { &*layout.totals(base, i) };
                 let start = self.sample * self.call.queries + rows.start;
                 let to = out.data.wrapping_add(start * out.stride + self.head * self.call.head_dim);
                 let size = [rows.len(), self.call.head_dim];
@@ -295,12 +297,15 @@ impl<'a> HeadTask<'a> {
         pass: &Pass,
         blocks: usize,
         block: impl Fn(usize) -> Range<usize>,
-    ) -> [[f32; BLOCK]; FAR_GROUP] {
-        let mut sums = [RowSums::START; FAR_GROUP];
+    ) {
+        for i in 0..blocks {
+            // SAFETY: the layout has row sums for `group` blocks.
+            unsafe { pass.layout.row_sums(pass.base, i).write_bytes(0, 1) };
+        }
         let chunks = pass.last_key.div_ceil(K_STEP);
         let stretch = if pass.is_far { BLOCK_KEYS / K_STEP } else { chunks };
         for first in (0..chunks).step_by(stretch) {
-            for (i, sums) in sums[..blocks].iter_mut().enumerate() {
+            for i in 0..blocks {
                 let at = StreamBuffers {
                     queries: pass.layout.queries(pass.base, i).cast_const(),
                     work: pass.layout.scores(pass.base).cast(),
@@ -308,10 +313,18 @@ impl<'a> HeadTask<'a> {
                 };
                 let range = first..(first + stretch).min(chunks);
                 // SAFETY: passed on from the caller; buffers are the layout's.
-                unsafe { stream(self, block(i), range, pass.packed, &at, (sums, first == 0)) };
+                unsafe {
+                    let sums = &mut *pass.layout.row_sums(pass.base, i);
+                    stream(self, block(i), range, pass.packed, &at, (sums, first == 0));
+                }
             }
         }
-        sums.map(|sums| sums.totals())
+        for i in 0..blocks {
+            // SAFETY: as above.
+            unsafe {
+                *pass.layout.totals(pass.base, i) = (*pass.layout.row_sums(pass.base, i)).totals(self.tier);
+            }
+        }
     }
 
     /// All keys for a group of query blocks, with the running maximum.
@@ -324,7 +337,7 @@ impl<'a> HeadTask<'a> {
         pass: &Pass,
         blocks: usize,
         block: impl Fn(usize) -> Range<usize>,
-    ) -> [[f32; BLOCK]; FAR_GROUP] {
+    ) {
         let mut states = [State::START; FAR_GROUP];
         for key in (0..pass.last_key).step_by(BLOCK_KEYS) {
             let keys = key..(key + BLOCK_KEYS).min(self.call.keys);
@@ -338,7 +351,10 @@ impl<'a> HeadTask<'a> {
                 unsafe { self.step(block(i), keys.clone(), &at, (pass.packed, state)) };
             }
         }
-        states.map(|state| state.sum)
+        for (i, state) in states[..blocks].iter().enumerate() {
+            // SAFETY: the layout has totals for `group` blocks.
+            unsafe { *pass.layout.totals(pass.base, i) = state.sum };
+        }
     }
 
     /// Copies 32 queries, zero-padded.
@@ -476,7 +492,8 @@ impl Layout {
         let query_bytes = BLOCK * head_dim.next_multiple_of(K_STEP) * size_of::<bf16>();
         let sum_columns = head_dim.next_multiple_of(BLOCK);
         let sum_bytes = BLOCK * sum_columns * size_of::<f32>();
-        let bytes = WORK_BYTES + group * (query_bytes + sum_bytes);
+        let row_bytes = size_of::<RowSums>() + BLOCK * size_of::<f32>();
+        let bytes = WORK_BYTES + group * (query_bytes + sum_bytes + row_bytes);
         Layout { query_bytes, sum_columns, group, bytes }
     }
 
@@ -491,5 +508,13 @@ impl Layout {
     fn sums(&self, base: *mut u8, block: usize) -> *mut f32 {
         let start = WORK_BYTES + self.group * self.query_bytes;
         base.wrapping_add(start + block * BLOCK * self.sum_columns * size_of::<f32>()).cast()
+    }
+
+    fn row_sums(&self, base: *mut u8, block: usize) -> *mut RowSums {
+        self.sums(base, self.group).cast::<RowSums>().wrapping_add(block)
+    }
+
+    fn totals(&self, base: *mut u8, block: usize) -> *mut [f32; BLOCK] {
+        self.row_sums(base, self.group).cast::<[f32; BLOCK]>().wrapping_add(block)
     }
 }

@@ -101,20 +101,26 @@ pub(super) unsafe fn stream(
         if chunk + 1 < chunks.len() {
             multiply_keys(chunk + 1);
         }
-        // SAFETY: passed on from the caller.
-        unsafe { products.advance(chunks.start, BLOCK_CHUNKS) };
         let first_key = (chunks.start + chunk) * K_STEP;
         let block = ChunkBlock {
             scores: scores(chunk),
             to: probabilities(chunk).wrapping_add(chunk % BLOCK_CHUNKS * K_STEP * size_of::<bf16>()).cast(),
             stride: P_STRIDE,
-            rows: rows.len(),
+            rows: 0..rows.len().min(TILE),
             keys: (head.call.keys - first_key).min(K_STEP),
             causal: head.call.is_causal.then_some(rows.start as isize + 1 - first_key as isize),
             scale: head.scale_bits(),
         };
+        // Tile work before each half: one half's instructions fit the reorder
+        // buffer, so both tile bursts run behind exponentials.
         // SAFETY: the chunk's scores are complete; its probabilities are ours.
-        unsafe { exp_chunk(head.tier, &block, row_sums) };
+        unsafe {
+            exp_chunk(head.tier, &block, row_sums);
+            products.advance(chunks.start, BLOCK_CHUNKS);
+            if rows.len() > TILE {
+                exp_chunk(head.tier, &ChunkBlock { rows: TILE..rows.len(), ..block }, row_sums);
+            }
+        }
         let in_block = chunk % BLOCK_CHUNKS + 1;
         if in_block == BLOCK_CHUNKS || chunk + 1 == chunks.len() {
             // SAFETY: passed on from the caller.

@@ -4,6 +4,7 @@
 //! scores take one pass for the maximum and about twelve instructions for the
 //! exponential, against 56 tile cycles for 256 scores.
 
+use super::block::BLOCK;
 use super::polynomial::{EXP2_CENTRED, EXP2_SHORT};
 use super::softmax::{ChunkBlock, RowSums, SoftmaxBlock, State};
 use half::bf16;
@@ -158,7 +159,7 @@ fn exp2_bounded(score: __m512, scale: __m512) -> __m512 {
 pub(super) unsafe fn exp_chunk(block: &ChunkBlock, sums: &mut RowSums) {
     let scale = _mm512_set1_ps(block.scale);
     let is_whole = block.keys == 32 && block.causal.is_none();
-    for (row, sums) in sums.0.iter_mut().enumerate().take(block.rows) {
+    for (row, sums) in block.rows.clone().zip(&mut sums.0[block.rows.clone()]) {
         // SAFETY: rows of 32 scores and 32 probabilities, 16 lanes of sums.
         unsafe {
             let from = block.scores.add(32 * row);
@@ -174,6 +175,21 @@ pub(super) unsafe fn exp_chunk(block: &ChunkBlock, sums: &mut RowSums) {
             store_pair(block.to.cast::<u8>().add(row * block.stride).cast(), low, high);
         }
     }
+}
+
+/// Each row's total.
+///
+/// # Safety
+///
+/// The CPU has AVX-512.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+pub(super) unsafe fn row_totals(sums: &RowSums) -> [f32; BLOCK] {
+    let mut totals = [0.0; BLOCK];
+    for (total, lanes) in totals.iter_mut().zip(&sums.0) {
+        // SAFETY: 16 lanes.
+        *total = _mm512_reduce_add_ps(unsafe { _mm512_loadu_ps(lanes.as_ptr()) });
+    }
+    totals
 }
 
 /// Σx².

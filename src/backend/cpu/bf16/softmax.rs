@@ -3,6 +3,7 @@
 use super::Tier;
 use super::block::BLOCK;
 use half::bf16;
+use std::ops::Range;
 
 /// Running maximum (in base 2) and sum of each query row of a block.
 #[derive(Clone, Copy)]
@@ -84,12 +85,14 @@ pub(super) fn squared_norm(tier: Tier, values: &[bf16]) -> f32 {
 pub(super) struct RowSums(pub [[f32; 16]; BLOCK]);
 
 impl RowSums {
-    /// No key seen yet.
-    pub const START: RowSums = RowSums([[0.0; 16]; BLOCK]);
-
     /// The lanes' total for each row.
-    pub fn totals(&self) -> [f32; BLOCK] {
-        self.0.map(|lanes| lanes.iter().sum())
+    pub fn totals(&self, tier: Tier) -> [f32; BLOCK] {
+        match tier {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: the tier is available.
+            Tier::Amx | Tier::Avx512Bf16 => unsafe { super::avx512_softmax::row_totals(self) },
+            _ => self.0.map(|lanes| lanes.iter().sum()),
+        }
     }
 }
 
@@ -101,7 +104,8 @@ pub(super) struct ChunkBlock {
     pub to: *mut bf16,
     /// Bytes from one row of probabilities to the next.
     pub stride: usize,
-    pub rows: usize,
+    /// Rows to take.
+    pub rows: Range<usize>,
     /// Keys that exist; probabilities behind them are zero.
     pub keys: usize,
     /// As in [`SoftmaxBlock`].
@@ -141,7 +145,7 @@ pub(super) unsafe fn exp_chunk(tier: Tier, block: &ChunkBlock, sums: &mut RowSum
 ///
 /// As [`exp_chunk`].
 unsafe fn exp_chunk_portable(block: &ChunkBlock, sums: &mut RowSums) {
-    for row in 0..block.rows {
+    for row in block.rows.clone() {
         let limit = block.limit(row);
         for i in 0..BLOCK {
             // SAFETY: inside the row of scores and of probabilities.
