@@ -54,15 +54,19 @@ pub trait Node: Send + Sync {
 
 /// Every node class of this build, in the order of `/object_info`.
 pub fn registry() -> Vec<Box<dyn Node>> {
-    vec![
-        Box::new(loaders::CheckpointLoaderSimple),
-        Box::new(loaders::VaeLoader),
-        Box::new(text::ClipTextEncode),
-        Box::new(text::ClipSetLastLayer),
-        Box::new(vae::VaeDecode),
-        Box::new(vae::VaeDecodeTiled),
-        Box::new(vae::VaeEncode),
-        Box::new(vae::VaeEncodeTiled),
-        Box::new(vae::VaeEncodeForInpaint),
+    [
+        loaders::nodes(),
+        text::nodes(),
+        latent::nodes(),
+        latent_math::nodes(),
+        latent_file::nodes(),
+        vae::nodes(),
+        image::nodes(),
+        image_transform::nodes(),
+        image_file::nodes(),
+        mask::nodes(),
     ]
+    .into_iter()
+    .flatten()
+    .collect()
 }

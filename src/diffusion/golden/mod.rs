@@ -119,5 +119,11 @@ fn report(name: &str, results: &[(String, f64, f64)]) {
         .filter(|(_, distance, tolerance)| !(distance <= tolerance))
         .map(|(case, distance, tolerance)| format!("{case}: {distance:.2e} > {tolerance:.0e}"))
         .collect();
-    assert!(failed.is_empty(), "{} of {} cases of {name} differ:\n{}", failed.len(), results.len(), failed.join("\n"));
+    assert!(
+        failed.is_empty(),
+        "{} of {} cases of {name} differ:\n{}",
+        failed.len(),
+        results.len(),
+        failed.join("\n")
+    );
 }
