@@ -6,8 +6,17 @@
 //! bottom and HTTP never waits for compute.
 
 mod context;
+pub mod image;
+pub mod image_file;
+pub mod image_transform;
+pub mod latent;
+pub mod latent_file;
+pub mod latent_math;
 pub mod loaders;
+pub mod mask;
+mod plane;
 mod sd_model;
+mod shapes;
 pub mod text;
 pub mod vae;
 mod value;
