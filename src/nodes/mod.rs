@@ -5,7 +5,23 @@
 //! which blocks while the device works for it, so node code reads top to
 //! bottom and HTTP never waits for compute.
 
+pub mod canny;
+pub mod compositing;
 mod context;
+#[cfg(test)]
+mod file_tests;
+#[cfg(test)]
+mod golden_tests;
+pub mod image;
+pub mod image_file;
+pub mod image_filter;
+pub mod image_transform;
+pub mod latent;
+pub mod latent_file;
+pub mod latent_math;
+pub mod mask;
+mod plane;
+mod shapes;
 mod value;
 
 pub use crate::graph::Schema;
@@ -50,5 +66,19 @@ pub trait Node: Send + Sync {
 
 /// Every node class of this build, in the order of `/object_info`.
 pub fn registry() -> Vec<Box<dyn Node>> {
-    Vec::new()
+    [
+        latent::nodes(),
+        latent_math::nodes(),
+        latent_file::nodes(),
+        image::nodes(),
+        image_transform::nodes(),
+        image_filter::nodes(),
+        canny::nodes(),
+        compositing::nodes(),
+        image_file::nodes(),
+        mask::nodes(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }
