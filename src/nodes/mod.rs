@@ -5,8 +5,14 @@
 //! which blocks while the device works for it, so node code reads top to
 //! bottom and HTTP never waits for compute.
 
+pub mod conditioning;
 mod context;
+pub mod custom_sampling;
 pub mod loaders;
+mod pure;
+pub mod sampling;
+#[cfg(test)]
+mod sampling_tests;
 mod sd_model;
 pub mod text;
 pub mod vae;
@@ -54,7 +60,7 @@ pub trait Node: Send + Sync {
 
 /// Every node class of this build, in the order of `/object_info`.
 pub fn registry() -> Vec<Box<dyn Node>> {
-    vec![
+    let mut nodes: Vec<Box<dyn Node>> = vec![
         Box::new(loaders::CheckpointLoaderSimple),
         Box::new(loaders::VaeLoader),
         Box::new(text::ClipTextEncode),
@@ -64,5 +70,9 @@ pub fn registry() -> Vec<Box<dyn Node>> {
         Box::new(vae::VaeEncode),
         Box::new(vae::VaeEncodeTiled),
         Box::new(vae::VaeEncodeForInpaint),
-    ]
+    ];
+    nodes.extend(conditioning::nodes());
+    nodes.extend(sampling::nodes());
+    nodes.extend(custom_sampling::nodes());
+    nodes
 }
