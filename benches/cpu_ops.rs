@@ -223,7 +223,9 @@ fn prepare(b: &CpuBackend, kind: Kind) -> Box<dyn FnMut() + '_> {
             let bytes = stored(c);
             let w = b.pack_norm(&raw(&bytes, &[c]), &raw(&bytes, &[c])).expect("weights");
             let mut out = b.alloc(x.shape()).expect("memory");
-            Box::new(move || b.layer_norm(&LayerNorm { x: &x, w: &w, eps: 1e-5 }, &mut out).expect("layer_norm"))
+            Box::new(move || {
+                b.layer_norm(&LayerNorm { x: &x, w: &w, eps: 1e-5 }, &mut out).expect("layer_norm")
+            })
         }
     }
 }
@@ -262,7 +264,13 @@ fn prepare_gemm((m, n, k): (usize, usize, usize)) -> impl FnMut() {
 }
 
 /// Runs one closure under criterion; the best time, if the filter let it run.
-fn measure(c: &mut Criterion<CpuTime>, group: &str, what: &str, flop: f64, mut f: impl FnMut()) -> Option<f64> {
+fn measure(
+    c: &mut Criterion<CpuTime>,
+    group: &str,
+    what: &str,
+    flop: f64,
+    mut f: impl FnMut(),
+) -> Option<f64> {
     let best = RefCell::new(None::<Duration>);
     let mut g = c.benchmark_group(group);
     g.throughput(Throughput::Elements(flop as u64));
@@ -300,7 +308,8 @@ fn main() {
     for &(kind, count) in SHAPES {
         let what = name(kind);
         let Some(own) = measure(&mut c, &group, &what, flop(kind), prepare(&b, kind)) else { continue };
-        let peer = as_gemm(kind).and_then(|p| measure(&mut c, "gemm crate", &what, flop(kind), prepare_gemm(p)));
+        let peer =
+            as_gemm(kind).and_then(|p| measure(&mut c, "gemm crate", &what, flop(kind), prepare_gemm(p)));
         let ratio = peer.map_or(String::new(), |p| format!("{:8.1} {:6.2}", flop(kind) / p / 1e9, p / own));
         lines.push(format!("{what:34} {:9.3} {:8.1} {ratio}", own * 1e3, flop(kind) / own / 1e9));
         step += own * count as f64;

@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
+use super::DiffusionError;
 use super::inpaint::resize_mask;
 use super::schedule::ModelSampling;
 use crate::tensor::HostTensor;
@@ -130,44 +131,56 @@ impl CondEntry {
 }
 
 /// Every conditioning of `to` with the tokens of `from`'s first one appended.
-pub fn concat(to: &[CondEntry], from: &[CondEntry]) -> Conditioning {
-    let Some(other) = from.first() else { return to.to_vec() };
+///
+/// # Errors
+/// [`DiffusionError::Shape`] if the embeddings differ in batch or width.
+pub fn concat(to: &[CondEntry], from: &[CondEntry]) -> Result<Conditioning, DiffusionError> {
+    let Some(other) = from.first() else { return Ok(to.to_vec()) };
     let append = |entry: &CondEntry| {
         let (a, b) = (&entry.cond, &other.cond);
-        let (tokens, width) = (a.dim(1) + b.dim(1), a.dim(2));
-        let rows = a.dim(0).min(b.dim(0));
-        let data: Vec<f32> = (0..rows).flat_map(|i| [a.row(i), b.row(i)].concat()).collect();
-        let cond = HostTensor::new(&[rows, tokens, width], data);
-        CondEntry { cond: cond.map_or_else(|| a.clone(), Arc::new), ..entry.clone() }
+        check_embedding(b, a)?;
+        let data: Vec<f32> = (0..a.dim(0)).flat_map(|i| [a.row(i), b.row(i)].concat()).collect();
+        let cond = HostTensor::new(&[a.dim(0), a.dim(1) + b.dim(1), a.dim(2)], data);
+        Ok(CondEntry { cond: cond.map_or_else(|| a.clone(), Arc::new), ..entry.clone() })
     };
     to.iter().map(append).collect()
 }
 
 /// `strength · to + (1 − strength) · from`, with the first conditioning of `from`
 /// cut or padded with zeros to the token count of each of `to`.
-pub fn average(to: &[CondEntry], from: &[CondEntry], strength: f32) -> Conditioning {
-    let Some(other) = from.first() else { return to.to_vec() };
+///
+/// # Errors
+/// [`DiffusionError::Shape`] if the embeddings differ in batch or width.
+pub fn average(to: &[CondEntry], from: &[CondEntry], strength: f32) -> Result<Conditioning, DiffusionError> {
+    let Some(other) = from.first() else { return Ok(to.to_vec()) };
     let mix = |a: &[f32], b: &[f32]| -> Vec<f32> {
         let padded = b.iter().copied().chain(std::iter::repeat(0.0));
         a.iter().zip(padded).map(|(a, b)| a * strength + b * (1.0 - strength)).collect()
     };
     let average = |entry: &CondEntry| {
-        let mut out = entry.clone();
-        let rows = 0..entry.cond.dim(0);
-        let last = other.cond.dim(0).saturating_sub(1);
-        let data: Vec<f32> =
-            rows.flat_map(|i| mix(entry.cond.row(i), other.cond.row(i.min(last)))).collect();
-        if let Some(cond) = HostTensor::new(entry.cond.shape(), data) {
-            out.cond = Arc::new(cond);
-        }
-        out.pooled = match (&entry.pooled, &other.pooled) {
-            (Some(a), Some(b)) => HostTensor::new(a.shape(), mix(a.data(), b.data())).map(Arc::new),
-            (None, Some(b)) => Some(b.clone()),
-            (a, None) => a.clone(),
+        let (a, b) = (&entry.cond, &other.cond);
+        check_embedding(b, a)?;
+        let data: Vec<f32> = (0..a.dim(0)).flat_map(|i| mix(a.row(i), b.row(i))).collect();
+        let cond = HostTensor::new(a.shape(), data).map_or_else(|| a.clone(), Arc::new);
+        let pooled = match (&entry.pooled, &other.pooled) {
+            (Some(a), Some(b)) if a.len() == b.len() => {
+                HostTensor::new(a.shape(), mix(a.data(), b.data())).map(Arc::new)
+            }
+            (Some(a), _) => Some(a.clone()),
+            (None, b) => b.clone(),
         };
-        out
+        Ok(CondEntry { cond, pooled, ..entry.clone() })
     };
     to.iter().map(average).collect()
+}
+
+/// Whether an embedding `[1, tokens, width]` goes with another one.
+fn check_embedding(got: &HostTensor, with: &HostTensor) -> Result<(), DiffusionError> {
+    if got.shape().len() == 3 && got.dim(0) == with.dim(0) && got.dim(2) == with.dim(2) {
+        return Ok(());
+    }
+    let (got, want) = (got.shape().to_vec(), with.shape().to_vec());
+    Err(DiffusionError::Shape { what: "text embedding of the second conditioning", got, want })
 }
 
 /// The same conditionings with all embeddings zero.

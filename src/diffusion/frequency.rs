@@ -6,8 +6,9 @@ use crate::tensor::HostTensor;
 /// square of half side `cutoff` around zero by `low`, the others by `high`.
 ///
 /// With zero shifted to the centre `(h/2, w/2)`, the square covers rows
-/// `h/2 − cutoff .. h/2 + cutoff`, hence one more negative frequency. A plain
-/// separable transform: latents are small, and this runs once a step.
+/// `h/2 − cutoff .. h/2 + cutoff`, hence one more negative frequency. As in the
+/// reference, a start before the first row counts from the end. A plain separable
+/// transform: latents are small, and this runs once a step.
 pub(super) fn scale_bands(x: &HostTensor, low: f32, high: f32, cutoff: usize) -> HostTensor {
     let (h, w) = (x.dim(2), x.dim(3));
     // The low band is separable, so the result is high·x + (low − high)·band(x).
@@ -35,7 +36,8 @@ pub(super) fn scale_bands(x: &HostTensor, low: f32, high: f32, cutoff: usize) ->
 /// the frequencies kept, as real and imaginary part by distance `d`.
 fn band_kernel(n: usize, cutoff: usize) -> Vec<(f64, f64)> {
     let centre = n / 2;
-    let kept = centre.saturating_sub(cutoff)..(centre + cutoff).min(n);
+    let start = if cutoff > centre { (n + centre).saturating_sub(cutoff) } else { centre - cutoff };
+    let kept = start..(centre + cutoff).min(n);
     (0..n)
         .map(|d| {
             let terms = kept.clone().map(|place| {

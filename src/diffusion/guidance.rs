@@ -249,8 +249,9 @@ pub fn evaluate(
 ) -> Result<Vec<HostTensor>, DiffusionError> {
     let mut pieces: Vec<Piece<'_>> = Vec::new();
     for (side, conds) in sides.iter().enumerate() {
-        let active = conds.iter().copied().flatten().filter(|c| c.is_active(sigma));
-        pieces.extend(active.filter_map(|cond| Piece::new(side, cond, x)));
+        for cond in conds.iter().copied().flatten().filter(|c| c.is_active(sigma)) {
+            pieces.extend(Piece::new(side, cond, x)?);
+        }
     }
     let mut sums: Vec<Option<Sum>> = sides.iter().map(|_| None).collect();
     while let Some(first) = pieces.first() {
@@ -261,10 +262,8 @@ pub fn evaluate(
         pieces = rest;
         batch.reverse();
         let full_size = (x.dim(2), x.dim(3));
-        let items: Vec<DenoiseItem<'_>> = batch
-            .iter()
-            .map(|p| DenoiseItem { x: &p.x, cond: &p.cond.entry, full_size })
-            .collect();
+        let items: Vec<DenoiseItem<'_>> =
+            batch.iter().map(|p| DenoiseItem { x: &p.x, cond: &p.cond.entry, full_size }).collect();
         let outputs = model.denoise(&items, sigma)?;
         for (piece, output) in batch.iter().zip(outputs) {
             if output.shape() != piece.x.shape() {
@@ -285,8 +284,12 @@ const RAMP: usize = 8;
 
 impl<'a> Piece<'a> {
     /// `None` if the area lies outside the latent.
-    fn new(side: usize, cond: &'a ResolvedCond, x: &HostTensor) -> Option<Self> {
+    fn new(side: usize, cond: &'a ResolvedCond, x: &HostTensor) -> Result<Option<Self>, DiffusionError> {
         let (h, w) = (x.dim(2), x.dim(3));
+        if let Some(mask) = cond.mask.as_ref().filter(|m| (m.dim(1), m.dim(2)) != (h, w)) {
+            let (got, want) = (mask.shape().to_vec(), vec![mask.dim(0), h, w]);
+            return Err(DiffusionError::Shape { what: "mask of a conditioning", got, want });
+        }
         let whole = Rect { height: h, width: w, y: 0, x: 0 };
         let rect = cond.rect.map_or(whole, |r| Rect {
             height: r.height.min(h.saturating_sub(r.y)),
@@ -294,7 +297,7 @@ impl<'a> Piece<'a> {
             ..r
         });
         if rect.height == 0 || rect.width == 0 {
-            return None;
+            return Ok(None);
         }
         let part = if rect == whole { x.clone() } else { crop(x, rect) };
         let weights = match (&cond.mask, cond.rect) {
@@ -302,7 +305,7 @@ impl<'a> Piece<'a> {
             (None, Some(_)) => Some(ramp_weights(rect, (h, w), cond.entry.strength as f32)),
             (None, None) => None,
         };
-        Some(Self { side, cond, rect, x: part, weights })
+        Ok(Some(Self { side, cond, rect, x: part, weights }))
     }
 }
 

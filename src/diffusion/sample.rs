@@ -3,12 +3,44 @@
 //! This is what KSampler and SamplerCustom do around a sampler: scaling of latent
 //! and noise to the model's conventions, the inpainting wrapper, and the way back.
 
-use super::DiffusionError;
 use super::guidance::Guider;
 use super::inpaint::{Inpaint, prepare_mask};
-use super::noise::Generator;
+use super::noise::{Generator, prepare_noise};
 use super::samplers::{Guided, Run, RunSetup, Sampler};
+use super::{DiffusionError, Latent};
 use crate::tensor::HostTensor;
+
+/// A schedule on a `SIGMAS` link.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Sigmas(pub Vec<f32>);
+
+/// Initial noise on a `NOISE` link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NoiseSource {
+    /// Gaussian noise from a seed.
+    Seeded(u64),
+    /// No noise.
+    Zero,
+}
+
+impl NoiseSource {
+    /// The seed that samplers draw their own noise from.
+    pub fn seed(self) -> u64 {
+        match self {
+            NoiseSource::Seeded(seed) => seed,
+            NoiseSource::Zero => 0,
+        }
+    }
+
+    /// Noise for a latent.
+    pub fn generate(self, latent: &Latent) -> HostTensor {
+        let shape = latent.samples.shape();
+        match self {
+            NoiseSource::Seeded(seed) => prepare_noise(shape, seed, latent.batch_index.as_deref()),
+            NoiseSource::Zero => HostTensor::zeros(shape),
+        }
+    }
+}
 
 /// Everything a run needs.
 #[derive(Clone, Copy)]
@@ -72,10 +104,7 @@ pub struct Sampled {
 /// # Errors
 /// [`DiffusionError::Shape`] if noise and latent do not fit, whatever the model
 /// returns, and whatever the observer returns (at once).
-pub fn sample(
-    request: &SampleRequest<'_>,
-    observer: &mut dyn Observer,
-) -> Result<Sampled, DiffusionError> {
+pub fn sample(request: &SampleRequest<'_>, observer: &mut dyn Observer) -> Result<Sampled, DiffusionError> {
     let SampleRequest { guider, sampler, sigmas, noise, latent, seed, .. } = *request;
     let Some(&first) = sigmas.first() else {
         return Ok(Sampled { samples: latent.clone(), denoised: None });
@@ -109,6 +138,10 @@ pub fn sample(
         };
         let changed = prepared.mask_at(&inpaint.mask, sigma, sigmas);
         let mask = changed.as_ref().unwrap_or(&inpaint.mask);
+        if x.shape() != mask.shape() {
+            let (got, want) = (mask.shape().to_vec(), x.shape().to_vec());
+            return Err(DiffusionError::Shape { what: "noise mask", got, want });
+        }
         let x = inpaint.before(x, mask, sigma, sampling);
         let mut guided = prepared.predict(&x, sigma, sampler.needs_uncond())?;
         guided.denoised = inpaint.after(&guided.denoised, mask);

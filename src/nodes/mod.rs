@@ -6,8 +6,17 @@
 //! bottom and HTTP never waits for compute.
 
 mod context;
+pub mod image;
+pub mod image_file;
+pub mod image_transform;
+pub mod latent;
+pub mod latent_file;
+pub mod latent_math;
 pub mod loaders;
+pub mod mask;
+mod plane;
 mod sd_model;
+mod shapes;
 pub mod text;
 pub mod vae;
 mod value;
@@ -54,5 +63,19 @@ pub trait Node: Send + Sync {
 
 /// Every node class of this build, in the order of `/object_info`.
 pub fn registry() -> Vec<Box<dyn Node>> {
-    Vec::new()
+    [
+        loaders::nodes(),
+        text::nodes(),
+        latent::nodes(),
+        latent_math::nodes(),
+        latent_file::nodes(),
+        vae::nodes(),
+        image::nodes(),
+        image_transform::nodes(),
+        image_file::nodes(),
+        mask::nodes(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }

@@ -77,7 +77,8 @@ fn changed(case: &str, desc: &str, group: &Group) -> Option<(CondEntry, bool)> {
 }
 
 fn patch(case: &str) -> Option<BuiltinPatch> {
-    let apg = |eta, norm_threshold, momentum| BuiltinPatch::Apg { eta, norm_threshold, momentum, state: None };
+    let apg =
+        |eta, norm_threshold, momentum| BuiltinPatch::Apg { eta, norm_threshold, momentum, state: None };
     Some(match case {
         "RescaleCFG" => BuiltinPatch::RescaleCfg { multiplier: 0.7 },
         "Mahiro" => BuiltinPatch::Mahiro,
@@ -151,8 +152,8 @@ fn setup(case: &str, desc: &str, group: &Group) -> Setup {
     }
     match case {
         "combine" => setup.positive.push(entry(0.4)),
-        "average" => setup.positive = average(&one(), &[entry(0.4)], 0.3),
-        "concat" => setup.positive = concat(&one(), &[entry(0.4)]),
+        "average" => setup.positive = average(&one(), &[entry(0.4)], 0.3).unwrap(),
+        "concat" => setup.positive = concat(&one(), &[entry(0.4)]).unwrap(),
         "zeroout" => setup.positive = zero_out(&one()),
         "neg_area" => {
             setup.negative = vec![with(-1.0, |c| c.area = Some(area(&[64.0, 64.0, 16.0, 0.0])))];
@@ -203,9 +204,7 @@ fn every_conditioning_and_guidance_case() {
     let results: Vec<(String, f64, f64)> = group
         .cases
         .iter()
-        .map(|(name, case)| {
-            (name.clone(), distance(&run(name, case, &group), group.tensor(name)), 1e-4)
-        })
+        .map(|(name, case)| (name.clone(), distance(&run(name, case, &group), group.tensor(name)), 1e-4))
         .collect();
     assert_eq!(results.len(), 67);
     report("cond_cfg_toy", &results);

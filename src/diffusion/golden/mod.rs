@@ -6,7 +6,6 @@
 //! 1.5e-5 (worst), zero-terminal-SNR cases by up to 4e-5.
 
 mod conditions;
-mod nodes;
 mod samplers;
 
 use std::collections::HashMap;
@@ -120,5 +119,11 @@ fn report(name: &str, results: &[(String, f64, f64)]) {
         .filter(|(_, distance, tolerance)| !(distance <= tolerance))
         .map(|(case, distance, tolerance)| format!("{case}: {distance:.2e} > {tolerance:.0e}"))
         .collect();
-    assert!(failed.is_empty(), "{} of {} cases of {name} differ:\n{}", failed.len(), results.len(), failed.join("\n"));
+    assert!(
+        failed.is_empty(),
+        "{} of {} cases of {name} differ:\n{}",
+        failed.len(),
+        results.len(),
+        failed.join("\n")
+    );
 }

@@ -3,8 +3,12 @@
 //! Sources: Ho et al., "Denoising diffusion probabilistic models", 2020; Luo et
 //! al., "Latent consistency models", 2023.
 
+use std::fmt;
+use std::sync::Arc;
+
 use super::{Run, lincomb, slope};
 use crate::diffusion::DiffusionError;
+use crate::diffusion::noise::Generator;
 use crate::tensor::HostTensor;
 
 /// Ancestral DDPM steps between arbitrary noise levels.
@@ -42,6 +46,60 @@ pub(super) fn lcm(run: &mut Run<'_>, mut x: HostTensor) -> Result<HostTensor, Di
             let noise = run.noise_like(&x, from, to)?;
             let keep = run.space().alpha(to);
             x = lincomb(&[(to, &noise), (keep, &x)]);
+        }
+    }
+    Ok(x)
+}
+
+/// Resizes a latent `[B, C, h, w]` to a height and width.
+#[derive(Clone)]
+pub struct Resizer(pub Arc<ResizeFn>);
+
+/// What a [`Resizer`] does.
+pub type ResizeFn = dyn Fn(&HostTensor, usize, usize) -> Result<HostTensor, DiffusionError> + Send + Sync;
+
+impl fmt::Debug for Resizer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Resizer")
+    }
+}
+
+/// Settings of LCM with enlargement.
+#[derive(Clone, Debug)]
+pub struct LcmUpscaleOptions {
+    /// Factor on both sides after the last enlargement.
+    pub scale: f64,
+    /// Number of enlargements; `None`: half the steps.
+    pub steps: Option<usize>,
+    /// The interpolation.
+    pub resizer: Resizer,
+}
+
+/// LCM whose predictions grow to the final size over the first steps.
+pub(super) fn lcm_upscale(
+    run: &mut Run<'_>,
+    mut x: HostTensor,
+    opt: &LcmUpscaleOptions,
+) -> Result<HostTensor, DiffusionError> {
+    let sigmas = run.steps() + 1;
+    let growths = opt.steps.map_or_else(|| (sigmas / 2).max(1), |n| n.min(sigmas));
+    let (height, width) = (x.dim(2), x.dim(3));
+    // Noise continues the generator of the initial noise.
+    let mut generator = Generator::new(run.seed());
+    generator.randn(x.shape());
+    for i in 0..run.steps() {
+        let (from, to) = (run.sigma(i), run.sigma(i + 1));
+        let denoised = run.denoise(&x, from)?;
+        run.report(i, &x, &denoised)?;
+        x = denoised;
+        if i < growths {
+            let factor = 1.0 + (opt.scale - 1.0) * (i + 1) as f64 / growths as f64;
+            let side = |n: usize| (n as f64 * factor).round_ties_even() as usize;
+            x = (opt.resizer.0)(&x, side(height), side(width))?;
+        }
+        if to > 0.0 {
+            let noise = generator.randn(x.shape());
+            x = lincomb(&[(1.0, &x), (to, &noise)]);
         }
     }
     Ok(x)

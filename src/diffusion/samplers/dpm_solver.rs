@@ -226,6 +226,10 @@ pub(super) fn adaptive(
     let mut before = x.clone();
     let mut attempt = 0;
     while s < end - END_TOLERANCE {
+        if !(pid.h.is_finite() && s + pid.h > s) {
+            let what = format!("the step size became {} at t = {s}; allow a larger error", pid.h);
+            return Err(DiffusionError::Sampler { sampler: "dpm_adaptive", what });
+        }
         let t = end.min(s + pid.h);
         let (target, up) = if opt.eta > 0.0 {
             let (down, _) = split_variance((-s).exp(), (-t).exp(), opt.eta);
@@ -246,7 +250,6 @@ pub(super) fn adaptive(
             (leg.second(&e1, 1.0 / 3.0), leg.third(run, &e1)?)
         };
         let error = error_norm(&low, &high, &before, &opt);
-        let h_used = pid.h;
         if pid.propose(error) {
             before = low;
             x = high;
@@ -255,9 +258,6 @@ pub(super) fn adaptive(
                 x = lincomb(&[(1.0, &x), (up * opt.s_noise, &noise)]);
             }
             s = t;
-        } else if !(pid.h.is_finite() && pid.h > 0.0 && s + pid.h > s) {
-            let what = format!("the step size fell from {h_used} to {} (error {error})", pid.h);
-            return Err(DiffusionError::Sampler { sampler: "dpm_adaptive", what });
         }
         run.report(attempt, &x, &denoised)?;
         attempt += 1;

@@ -22,6 +22,7 @@ mod seeds;
 mod snr;
 mod uni_pc;
 
+pub use consistency::{LcmUpscaleOptions, Resizer};
 pub use dpm_solver::AdaptiveOptions;
 pub use er_sde::{ErSdeOptions, NoiseScaler};
 pub use names::SAMPLERS;
@@ -64,7 +65,7 @@ pub enum SolverType {
 }
 
 /// A sampling method with its settings.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub enum Algorithm {
     /// Euler; ancestral if stochastic.
     Euler(Stochastic),
@@ -115,6 +116,8 @@ pub enum Algorithm {
     Ddpm,
     /// LCM.
     Lcm,
+    /// LCM that enlarges the latent on the way.
+    LcmUpscale(LcmUpscaleOptions),
     /// iPNDM.
     Ipndm,
     /// iPNDM for unequal steps.
@@ -153,7 +156,7 @@ pub enum Algorithm {
 }
 
 /// A sampler: a method, and how it fills the kept part of an inpainted latent.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub struct Sampler {
     /// The method.
     pub algorithm: Algorithm,
@@ -205,6 +208,7 @@ impl Sampler {
             A::Dpmpp3mSde(opt) => dpmpp_sde::three_m(run, x, opt),
             A::Ddpm => consistency::ddpm(run, x),
             A::Lcm => consistency::lcm(run, x),
+            A::LcmUpscale(ref opt) => consistency::lcm_upscale(run, x, opt),
             A::Ipndm => multistep::ipndm(run, x),
             A::IpndmV => multistep::ipndm_v(run, x),
             A::Deis => multistep::deis(run, x),

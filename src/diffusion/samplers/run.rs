@@ -80,6 +80,11 @@ impl<'a> Run<'a> {
         self.sigmas.get(i).map_or(0.0, |&s| f64::from(s))
     }
 
+    /// Seed of all noise drawn on the way.
+    pub(super) fn seed(&self) -> u64 {
+        self.seed
+    }
+
     /// The model's noise levels.
     pub(super) fn sampling(&self) -> &ModelSampling {
         self.sampling

@@ -25,6 +25,7 @@ mod avx512_epilogue;
 #[cfg(target_arch = "x86_64")]
 mod avx512_softmax;
 pub mod attention;
+mod attention_stream;
 mod block;
 pub mod conv;
 mod convert;
