@@ -8,7 +8,8 @@ use super::Exec;
 use super::check::{columns, elements_mut, shape, size};
 use super::matmul::Input;
 use super::scratch::Scratch;
-use super::simd::attend::{Attend, KEYS, pack_keys};
+use super::simd::attend::{Attend, MAX_KEYS};
+use super::simd::attend_pack::{PackKeys, PackQueries, PackValues, SLACK, UnpackResult};
 use super::simd::element::Element;
 use super::simd::product::PANEL;
 use super::simd::shared::{TileMut, tiles_mut};
@@ -24,8 +25,15 @@ struct HeadScratch {
     k: Scratch,
     v: Scratch,
     q: Scratch,
-    scores: Scratch,
+    weights: Scratch,
+    state: Scratch,
     out: Scratch,
+}
+
+/// Panels of queries that share a pass over the keys: their queries and
+/// results should fill no more than a quarter of the L2 cache.
+fn panels_at_a_time(d: usize) -> usize {
+    ((512 << 10) / (2 * d * PANEL * size_of::<f32>())).clamp(1, 16)
 }
 
 struct Heads<'a, E> {
@@ -95,42 +103,39 @@ pub(super) fn attention<E: Element>(
 
 impl<E: Element> Heads<'_, E> {
     fn task(&self, exec: &Exec, mut tile: TileMut<'_, E>, scratch: &mut HeadScratch) {
-        let HeadScratch { rows, k, v, q, scores, out } = scratch;
+        let HeadScratch { rows, k, v, q, weights, state, out } = scratch;
         let (d, keys, height) = (self.d, self.keys, exec.isa.tile_rows());
+        let group = panels_at_a_time(d).min(tile.rows.div_ceil(PANEL));
         let sample = tile.row / self.queries;
         let first_key = if self.is_shared { 0 } else { sample * keys };
-        let rows = rows.take(keys.max(PANEL) * d);
-        let k = k.take(keys.next_multiple_of(height) * d);
-        let v = v.take(keys * d);
-        let q = q.take(PANEL * d);
-        let out = out.take(PANEL * d);
-        let scores = scores.take(KEYS * PANEL);
+        let rows = rows.take(keys.max(PANEL) * d.next_multiple_of(SLACK) + SLACK);
+        let k = k.take(keys.next_multiple_of(height) * d + SLACK);
+        let v = v.take(keys * d + SLACK);
+        let q = q.take(group * PANEL * d);
+        let out = out.take(group * PANEL * d);
+        let weights = weights.take(MAX_KEYS * PANEL);
+        let state = state.take(group * 2 * PANEL);
         self.read(exec, &self.k, first_key, tile.column, &mut rows[..keys * d]);
-        pack_keys(&rows[..keys * d], d, height, k);
-        self.read(exec, &self.v, first_key, tile.column, v);
-        for row in (0..tile.rows).step_by(PANEL) {
-            let count = (tile.rows - row).min(PANEL);
-            let from = &mut rows[..count * d];
-            self.read(exec, &self.q, tile.row + row, tile.column, from);
-            for (i, lanes) in q.chunks_exact_mut(PANEL).enumerate() {
-                for (j, lane) in lanes.iter_mut().enumerate() {
-                    *lane = if j < count { from[j * d + i] * self.factor } else { 0.0 };
-                }
+        exec.isa.launch(PackKeys { from: &rows[..keys * d], d, to: k });
+        self.read(exec, &self.v, first_key, tile.column, &mut rows[..keys * d]);
+        exec.isa.launch(PackValues { from: rows, d, keys, to: v });
+        for row in (0..tile.rows).step_by(group * PANEL) {
+            let count = (tile.rows - row).min(group * PANEL);
+            let panels = count.div_ceil(PANEL);
+            for (p, q) in q.chunks_exact_mut(PANEL * d).enumerate().take(panels) {
+                let from = &mut rows[..(count - p * PANEL).min(PANEL) * d];
+                self.read(exec, &self.q, tile.row + row + p * PANEL, tile.column, from);
+                exec.isa.launch(PackQueries { from, d, factor: self.factor, to: q });
             }
             let position = tile.row + row - sample * self.queries;
-            exec.isa.launch(Attend {
-                q,
-                k,
-                v,
-                keys,
-                d,
-                causal_from: self.is_causal.then_some(position),
-                scores,
-                out,
-            });
-            for j in 0..count {
-                for (i, o) in tile.row_mut(row + j, 0, d).iter_mut().enumerate() {
-                    *o = E::from_f32(out[i * PANEL + j]);
+            let causal_from = self.is_causal.then_some(position);
+            exec.isa.launch(Attend { q, panels, k, v, keys, d, causal_from, weights, state, out });
+            for (p, out) in out.chunks_exact(PANEL * d).enumerate().take(panels) {
+                exec.isa.launch(UnpackResult { from: out, d, to: rows });
+                let first = row + p * PANEL;
+                let rows = rows.chunks_exact(d.next_multiple_of(SLACK));
+                for (j, values) in (first..tile.rows.min(first + PANEL)).zip(rows) {
+                    E::narrow_into(exec.isa, &values[..d], tile.row_mut(j, 0, d));
                 }
             }
         }

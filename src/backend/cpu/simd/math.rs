@@ -67,17 +67,14 @@ unsafe fn clamp<S: Simd>(x: S::V, low: f32, high: f32) -> S::V {
     unsafe { S::min(S::splat(high), S::max(S::splat(low), x)) }
 }
 
-/// 2^x; x is clamped to [-126, 127].
+/// 2^x for x ≤ 127; below -126 it stays at 2^-126.
 ///
 /// # Safety
 /// As [`poly`].
 #[inline(always)]
 pub unsafe fn exp2<S: Simd>(x: S::V) -> S::V {
     // SAFETY: see the function's contract.
-    unsafe {
-        let x = clamp::<S>(x, -126.0, 127.0);
-        exp2_in_range::<S>(x)
-    }
+    unsafe { exp2_in_range::<S>(S::max(S::splat(-126.0), x)) }
 }
 
 /// 2^x for -126 ≤ x ≤ 127.

@@ -16,6 +16,7 @@ mod avx512;
 mod portable;
 
 pub mod attend;
+pub mod attend_pack;
 pub mod element;
 pub mod finish;
 pub mod map;
@@ -74,13 +75,38 @@ pub unsafe trait Simd: Copy + 'static {
     unsafe fn copysign(magnitude: Self::V, sign: Self::V) -> Self::V;
     /// `then` in lanes with `a < b`, `otherwise` elsewhere.
     unsafe fn select_less(a: Self::V, b: Self::V, then: Self::V, otherwise: Self::V) -> Self::V;
+    /// Whether any lane has `a < b`.
+    unsafe fn any_less(a: Self::V, b: Self::V) -> bool;
     /// `v · 2^n`, where `magic` is `n + 1.5·2²³` (so `n` stands in its low bits)
     /// and both `v` and the result are normal numbers.
     unsafe fn scale_by_power(v: Self::V, magic: Self::V) -> Self::V;
     /// Sum of the lanes, in one fixed order.
     unsafe fn sum(v: Self::V) -> f32;
+    /// Transposes a block of `b.rows × b.columns ≤ LANES × LANES` values: for each
+    /// column, in order, `LANES` values are written at `b.to_stride` (missing rows
+    /// are zero; what lies behind is overwritten too).
+    unsafe fn transpose(b: Block);
     /// Asks for the cache line at `p` to be fetched into the second-level cache.
     unsafe fn prefetch(p: *const u8);
+}
+
+/// Operands of [`Simd::transpose`].
+#[derive(Clone, Copy)]
+pub struct Block {
+    /// First value.
+    pub from: *const f32,
+    /// Distance between rows.
+    pub stride: usize,
+    /// Rows.
+    pub rows: usize,
+    /// Columns.
+    pub columns: usize,
+    /// Multiplies every value.
+    pub factor: f32,
+    /// First result.
+    pub to: *mut f32,
+    /// Distance between results.
+    pub to_stride: usize,
 }
 
 /// A leaf loop, generic over the vector type.
