@@ -9,6 +9,7 @@ use serde_json::{Value as Json, json};
 use tokio_tungstenite::tungstenite::Message;
 
 use super::client::Client;
+use super::local::LocalServer;
 use super::progress::Bar;
 use super::setup::RuntimeArgs;
 use crate::files::DEMO_CHECKPOINT;
@@ -59,7 +60,7 @@ pub fn run(args: DemoArgs) -> Result<()> {
 }
 
 async fn draw(args: &DemoArgs, folder: &Path, began: Instant) -> Result<()> {
-    let server = super::serve::start_local(&args.runtime, folder).await?;
+    let server = LocalServer::start(&args.runtime, folder).await?;
     let client = Client::new(server.address());
     let stats = client.get_json("/system_stats").await?;
     println!("kiln {} on {}", env!("CARGO_PKG_VERSION"), stats["devices"][0]["name"].as_str().unwrap_or("?"));
@@ -69,7 +70,8 @@ async fn draw(args: &DemoArgs, folder: &Path, began: Instant) -> Result<()> {
     let mut socket = client.socket(&id).await?;
     let prompt = workflow(args);
     let accepted = client.post_json("/prompt", &json!({"prompt": prompt, "client_id": id})).await?;
-    let prompt_id = accepted["prompt_id"].as_str().context("the server's answer has no prompt_id")?.to_owned();
+    let prompt_id =
+        accepted["prompt_id"].as_str().context("the server's answer has no prompt_id")?.to_owned();
 
     let mut stages = Stages::default();
     let bar = Bar::new();
@@ -104,7 +106,9 @@ async fn draw(args: &DemoArgs, folder: &Path, began: Instant) -> Result<()> {
     println!("{} ({} bytes) in {:.2} s from start", path.display(), png.len(), began.elapsed().as_secs_f64());
     println!();
     println!("next: kiln demo \"a purple cat on a yellow background\"   another picture");
-    println!("      kiln serve                                         ComfyUI's API on http://127.0.0.1:8188");
+    println!(
+        "      kiln serve                                         ComfyUI's API on http://127.0.0.1:8188"
+    );
     println!("      kiln run WORKFLOW.json --set 6.text=\"...\"            a workflow without a server");
     Ok(())
 }

@@ -1,6 +1,74 @@
 //! The command line: one file a sub-command.
 
+mod bench;
+pub mod client;
+mod demo;
+mod info;
+pub mod local;
+mod process;
+mod progress;
+mod run;
+pub mod serve;
+pub mod setup;
+mod synth;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use tracing_subscriber::EnvFilter;
+
+/// ComfyUI's whole API in one binary, no Python.
+#[derive(Parser, Debug)]
+#[command(name = "kiln", version, about, max_term_width = 110)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(clap::Subcommand, Debug)]
+enum Command {
+    /// Serve ComfyUI's API over HTTP and WebSocket.
+    Serve(Box<serve::ServeArgs>),
+    /// Draw a picture with the model inside the binary, over real HTTP.
+    Demo(demo::DemoArgs),
+    /// Run a workflow file (API format) without a server.
+    Run(run::RunArgs),
+    /// Show what a model file holds, or what this build and machine are.
+    Info(info::InfoArgs),
+    /// Write a synthetic checkpoint of real size.
+    Synth(synth::SynthArgs),
+    /// Measure speed against a ceiling in the same run.
+    Bench(bench::BenchArgs),
+}
+
 /// Entry point of the binary.
-pub fn main() -> std::process::ExitCode {
-    std::process::ExitCode::SUCCESS
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let result = match cli.command {
+        Command::Serve(args) => serve::run(&args),
+        command => {
+            log_to_stderr();
+            match command {
+                Command::Demo(args) => demo::run(args),
+                Command::Run(args) => run::run(args),
+                Command::Info(args) => info::run(args),
+                Command::Synth(args) => synth::run(args),
+                Command::Bench(args) => bench::run(args),
+                Command::Serve(_) => Ok(()),
+            }
+        }
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Warnings and errors on the terminal; `RUST_LOG` asks for more.
+fn log_to_stderr() {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
 }

@@ -9,6 +9,7 @@ use tokio::sync::broadcast::error::RecvError;
 use super::progress::Bar;
 use super::setup::{self, RuntimeArgs};
 use crate::engine::{Engine, EngineConfig, EventKind, Submission};
+use crate::files::{Folders, Kind};
 
 /// Arguments of `kiln run`.
 #[derive(clap::Args, Debug)]
@@ -32,7 +33,9 @@ pub fn run(args: RunArgs) -> Result<()> {
         apply(&mut prompt, change)?;
     }
     std::fs::create_dir_all(&args.out).with_context(|| format!("making {}", args.out.display()))?;
-    let services = setup::services(&args.runtime, Some(&args.out))?;
+    let scratch = tempfile::tempdir().context("making a temporary folder")?;
+    let services =
+        setup::services(&args.runtime, &setup::local_folders(&args.runtime, &args.out, scratch.path()))?;
     let folders = services.folders.clone();
     let engine = Engine::new(EngineConfig::new(services, crate::nodes::registry()));
     let mut events = engine.subscribe();
@@ -61,7 +64,9 @@ pub fn run(args: RunArgs) -> Result<()> {
             }
             EventKind::Executing { node: None, .. } => break,
             EventKind::Progress { value, max, .. } => bar.set(*value, *max),
-            EventKind::ExecutionError(e) => failure = Some(format!("node {} ({}): {}", e.node_id, e.node_type, e.exception_message)),
+            EventKind::ExecutionError(e) => {
+                failure = Some(format!("node {} ({}): {}", e.node_id, e.node_type, e.exception_message))
+            }
             _ => {}
         }
     }
@@ -77,7 +82,8 @@ pub fn run(args: RunArgs) -> Result<()> {
 
 fn read(path: &Path) -> Result<Map<String, Json>> {
     let text = std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
-    let json: Json = serde_json::from_str(&text).with_context(|| format!("{} is not JSON", path.display()))?;
+    let json: Json =
+        serde_json::from_str(&text).with_context(|| format!("{} is not JSON", path.display()))?;
     let Json::Object(mut object) = json else { bail!("{} holds no JSON object", path.display()) };
     if object.contains_key("nodes") && object.contains_key("links") {
         bail!("{} is a workflow of the web page; export it in API format first", path.display());
@@ -91,14 +97,15 @@ fn read(path: &Path) -> Result<Map<String, Json>> {
 
 /// Applies `NODE.INPUT=VALUE`; the value is JSON if it parses, else text.
 fn apply(prompt: &mut Map<String, Json>, change: &str) -> Result<()> {
-    let (target, value) = change.split_once('=').with_context(|| format!("--set {change}: expected NODE.INPUT=VALUE"))?;
-    let (node, input) = target.rsplit_once('.').with_context(|| format!("--set {change}: expected NODE.INPUT=VALUE"))?;
+    let (target, value) =
+        change.split_once('=').with_context(|| format!("--set {change}: expected NODE.INPUT=VALUE"))?;
+    let (node, input) =
+        target.rsplit_once('.').with_context(|| format!("--set {change}: expected NODE.INPUT=VALUE"))?;
     let known: Vec<String> = prompt.keys().cloned().collect();
-    let inputs = prompt
-        .get_mut(node)
-        .and_then(|n| n.get_mut("inputs"))
-        .and_then(Json::as_object_mut)
-        .with_context(|| format!("--set {change}: no node '{node}'; the workflow has {}", known.join(", ")))?;
+    let inputs =
+        prompt.get_mut(node).and_then(|n| n.get_mut("inputs")).and_then(Json::as_object_mut).with_context(
+            || format!("--set {change}: no node '{node}'; the workflow has {}", known.join(", ")),
+        )?;
     let is_text = inputs.get(input).is_some_and(Json::is_string);
     let value = match serde_json::from_str(value) {
         Ok(Json::String(text)) => Json::String(text),
@@ -109,14 +116,19 @@ fn apply(prompt: &mut Map<String, Json>, change: &str) -> Result<()> {
     Ok(())
 }
 
-fn print_outputs(outputs: &Json, folders: &crate::files::Folders) {
+fn print_outputs(outputs: &Json, folders: &Folders) {
     for (node, output) in outputs.as_object().into_iter().flatten() {
         for (kind, files) in output.as_object().into_iter().flatten() {
             for file in files.as_array().into_iter().flatten() {
                 match file["filename"].as_str() {
                     Some(name) => {
-                        let root = if file["type"] == "temp" { folders.temp() } else { folders.output() };
-                        println!("{}", root.join(file["subfolder"].as_str().unwrap_or_default()).join(name).display());
+                        let kind = Kind::from_name(file["type"].as_str().unwrap_or_default())
+                            .unwrap_or(Kind::Output);
+                        let root = folders.root(kind);
+                        println!(
+                            "{}",
+                            root.join(file["subfolder"].as_str().unwrap_or_default()).join(name).display()
+                        );
                     }
                     None => println!("node {node} {kind}: {file}"),
                 }
@@ -130,7 +142,8 @@ mod tests {
     use super::*;
 
     fn prompt() -> Map<String, Json> {
-        let json = serde_json::json!({"6": {"class_type": "CLIPTextEncode", "inputs": {"text": "a", "n": 3}}});
+        let json =
+            serde_json::json!({"6": {"class_type": "CLIPTextEncode", "inputs": {"text": "a", "n": 3}}});
         json.as_object().cloned().unwrap()
     }
 
@@ -148,7 +161,9 @@ mod tests {
     #[test]
     fn set_names_what_is_wrong() {
         let mut p = prompt();
-        assert!(apply(&mut p, "7.text=x").unwrap_err().to_string().contains("no node '7'; the workflow has 6"));
+        assert!(
+            apply(&mut p, "7.text=x").unwrap_err().to_string().contains("no node '7'; the workflow has 6")
+        );
         assert!(apply(&mut p, "nonsense").unwrap_err().to_string().contains("NODE.INPUT=VALUE"));
     }
 }

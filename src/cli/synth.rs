@@ -37,7 +37,11 @@ pub fn run(args: SynthArgs) -> Result<()> {
         None => {
             let built_in: Vec<_> = Manifest::built_in_names().collect();
             let text = std::fs::read_to_string(&args.manifest).with_context(|| {
-                format!("'{}' is neither a built-in manifest ({}) nor a readable file", args.manifest, built_in.join(", "))
+                format!(
+                    "'{}' is neither a built-in manifest ({}) nor a readable file",
+                    args.manifest,
+                    built_in.join(", ")
+                )
             })?;
             Manifest::from_json(&text).with_context(|| format!("reading {}", args.manifest))?
         }

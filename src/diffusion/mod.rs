@@ -1,7 +1,25 @@
 //! The diffusion process around a model that is seen as a function: schedules,
 //! samplers, noise, guidance, conditioning.
 
+pub mod conditioning;
+mod error;
+mod frequency;
+pub mod guidance;
+pub mod guidance_patch;
+pub mod inpaint;
 mod latent;
+pub mod model;
 pub mod noise;
+pub mod preview;
+pub mod sample;
+pub mod samplers;
+pub mod schedule;
 
+pub use conditioning::{CondEntry, Conditioning};
+pub use error::DiffusionError;
+pub use guidance::{Guidance, Guider};
 pub use latent::Latent;
+pub use model::{DenoiseItem, Model, ModelHandle};
+
+#[cfg(test)]
+mod golden;

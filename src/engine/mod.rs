@@ -269,12 +269,12 @@ impl Engine {
     }
 
     /// Checks a prompt and queues it.
-    pub fn submit(&self, submission: Submission) -> Result<Accepted, Refused> {
+    pub fn submit(&self, submission: Submission) -> Result<Accepted, Box<Refused>> {
         let Submission { mut prompt, prompt_id, number, front, mut extra_data, client_id, .. } = submission;
         let number = self.take_number(number, front);
         let targets = submission.partial_execution_targets;
         let validated = graph::validate(&mut prompt, &self.shared.catalog, targets.as_deref())
-            .map_err(|r| Refused { error: r.error, node_errors: r.node_errors })?;
+            .map_err(|r| Box::new(Refused { error: r.error, node_errors: r.node_errors }))?;
         if let Some(client_id) = client_id {
             extra_data.insert("client_id".to_owned(), Json::String(client_id));
         }

@@ -14,6 +14,8 @@ mod validate;
 use serde_json::{Map, Value as Json};
 
 pub use info::object_info;
+pub use prompt::{Graph, GraphNode, Source};
+pub use python::{repr, text};
 pub use schema::{ComboSource, FileList, Input, InputKind, Output, Presence, Schema};
 pub use validate::{Refusal, Validated, validate};
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::ModelError;
-use super::config::ClipConfig;
+use super::detect::{self, ClipConfig};
 use super::layers::{LazyEmbedding, LazyLinear, LazyNorm, Loader, Ops, fused_self_attention};
 use crate::tensor::{Activation, Backend, Embed, EmbedRow, HostTensor, Linear, Shape, Tensor};
 
@@ -76,7 +76,7 @@ impl ClipText {
         }
         Ok(Self {
             tokens: embeddings.embedding("token_embedding", config.vocab, c)?,
-            positions: embeddings.embedding("position_embedding", config.positions, c)?,
+            positions: embeddings.embedding("position_embedding", config.max_positions, c)?,
             final_norm: loader.norm("final_layer_norm", c)?,
             layers,
             config,
@@ -100,7 +100,7 @@ impl ClipText {
         let mut rows: Vec<Vec<ClipToken>> =
             chunks.iter().map(|c| c.iter().map(|t| t.token.clone()).collect()).collect();
         if is_weighted || rows.is_empty() {
-            rows.push(empty_chunk(chunks.first().map_or(self.config.positions, Vec::len)));
+            rows.push(empty_chunk(chunks.first().map_or(self.config.max_positions, Vec::len)));
         }
         let (hidden, pooled) = self.forward(&rows, skip_last)?;
         let count = chunks.len().max(1);
@@ -137,11 +137,16 @@ impl ClipText {
         let mut kept: Option<HostTensor> = None;
         for (i, layer) in self.layers.iter().enumerate() {
             if i == keep {
-                kept = Some(ops.download_tokens(&ops.layer_norm(&x, &self.final_norm)?)?);
+                kept = Some(ops.download_tokens(&ops.layer_norm(
+                    &x,
+                    &self.final_norm,
+                    self.config.layer_norm_eps,
+                )?)?);
             }
             x = self.layer(ops, layer, x)?;
         }
-        let last = ops.download_tokens(&ops.layer_norm(&x, &self.final_norm)?)?;
+        let last =
+            ops.download_tokens(&ops.layer_norm(&x, &self.final_norm, self.config.layer_norm_eps)?)?;
         let pooled = pool(rows, &last);
         Ok((kept.unwrap_or(last), pooled))
     }
@@ -175,12 +180,15 @@ impl ClipText {
     }
 
     fn layer(&self, ops: Ops<'_>, layer: &Layer, x: Tensor) -> Result<Tensor, ModelError> {
-        let normed = ops.layer_norm(&x, &layer.norm1)?;
+        let normed = ops.layer_norm(&x, &layer.norm1, self.config.layer_norm_eps)?;
         let qkv = ops.linear(&Linear::new(&normed, layer.qkv.get()?))?;
         let attended = ops.attention(&fused_self_attention(&qkv, self.config.heads, true))?;
         let x = ops.linear(&Linear { residual: Some(&x), ..Linear::new(&attended, layer.out.get()?) })?;
-        let normed = ops.layer_norm(&x, &layer.norm2)?;
-        let act = if self.config.is_quick_gelu { Activation::QuickGelu } else { Activation::Gelu };
+        let normed = ops.layer_norm(&x, &layer.norm2, self.config.layer_norm_eps)?;
+        let act = match self.config.activation {
+            detect::Activation::QuickGelu => Activation::QuickGelu,
+            detect::Activation::Gelu => Activation::Gelu,
+        };
         let inner = ops.linear(&Linear { act, ..Linear::new(&normed, layer.fc1.get()?) })?;
         ops.linear(&Linear { residual: Some(&x), ..Linear::new(&inner, layer.fc2.get()?) })
     }

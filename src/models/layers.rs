@@ -236,9 +236,9 @@ impl Ops<'_> {
         self.with(op.x.shape().with_channels(c), |out| self.0.group_norm(op, out))
     }
 
-    /// Layer normalisation with ε = 1e-5.
-    pub fn layer_norm(&self, x: &Tensor, w: &LazyNorm) -> Result<Tensor, ModelError> {
-        let op = LayerNorm { x, w: w.get()?, eps: 1e-5 };
+    /// Layer normalisation.
+    pub fn layer_norm(&self, x: &Tensor, w: &LazyNorm, eps: f32) -> Result<Tensor, ModelError> {
+        let op = LayerNorm { x, w: w.get()?, eps };
         self.with(x.shape(), |out| self.0.layer_norm(&op, out))
     }
 

@@ -4,22 +4,12 @@
 //! and runs on any [`Backend`](crate::tensor::Backend).
 
 pub mod clip;
-pub mod config;
+pub mod detect;
 mod error;
 pub mod layers;
+mod store;
 pub mod unet;
 pub mod vae;
 
 pub use error::ModelError;
-
-/// Loaded models and the backend they run on.
-#[derive(Default)]
-pub struct ModelStore {}
-
-impl ModelStore {
-    /// Drops all loaded models.
-    pub fn unload_all(&self) {}
-
-    /// Gives back memory that is not needed.
-    pub fn trim(&self) {}
-}
+pub use store::{ModelFile, ModelSource, ModelStore};

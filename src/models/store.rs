@@ -1,9 +1,9 @@
 //! Loaded models: opened once, shared by all prompts, unloaded on request.
 //!
-//! Nodes hold light handles to a [`Checkpoint`]. What is heavy — the memory
-//! map and the packed weights — hangs off one slot of it, so [`ModelStore::unload_all`]
-//! frees the memory while cached node outputs keep their handles; the next use
-//! opens the file again.
+//! Nodes hold light handles to a [`ModelFile`]. What is heavy — the memory
+//! map and the packed weights — hangs off one slot of it, so
+//! [`ModelStore::unload_all`] frees the memory while cached node outputs keep
+//! their handles; the next use opens the file again.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -11,12 +11,12 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::ModelError;
 use super::clip::ClipText;
-use super::detect::{self, Detected};
+use super::detect::{self, ClipConfig, DetectError, Kind, SamplingConfig, VaeConfig};
 use super::layers::{Loader, WeightSource};
 use super::unet::Unet;
 use super::vae::Vae;
 use crate::tensor::{Backend, RawTensor};
-use crate::weights::{OpenOptions, WeightsFile};
+use crate::weights::{OpenOptions, WeightsError, WeightsFile};
 
 /// Where a model file's bytes are.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -30,6 +30,18 @@ pub enum ModelSource {
         /// The whole file.
         bytes: &'static [u8],
     },
+}
+
+impl From<DetectError> for ModelError {
+    fn from(e: DetectError) -> Self {
+        ModelError::File(e.to_string())
+    }
+}
+
+impl From<WeightsError> for ModelError {
+    fn from(e: WeightsError) -> Self {
+        ModelError::File(e.to_string())
+    }
 }
 
 struct FileSource(Arc<WeightsFile>);
@@ -47,14 +59,39 @@ impl WeightSource for FileSource {
 /// What hangs off an opened file.
 struct Opened {
     file: Arc<WeightsFile>,
-    detected: Detected,
+    /// What the file says about itself; `None` for a VAE's own file.
+    checkpoint: Option<detect::Checkpoint>,
     unet: OnceLock<Arc<Unet>>,
     clip: OnceLock<Arc<ClipText>>,
     vae: OnceLock<Arc<Vae>>,
 }
 
+impl Opened {
+    fn lacks(&self, what: &str) -> ModelError {
+        ModelError::File(format!(
+            "{} holds no {what}; load one from another file",
+            self.file.path().display()
+        ))
+    }
+
+    fn checkpoint(&self, what: &str) -> Result<&detect::Checkpoint, ModelError> {
+        self.checkpoint.as_ref().ok_or_else(|| self.lacks(what))
+    }
+
+    fn clip_config(&self) -> Result<ClipConfig, ModelError> {
+        self.checkpoint("text encoder")?.clip.clone().ok_or_else(|| self.lacks("text encoder"))
+    }
+
+    fn vae_config(&self) -> Result<VaeConfig, ModelError> {
+        match &self.checkpoint {
+            Some(checkpoint) => checkpoint.vae.clone().ok_or_else(|| self.lacks("VAE")),
+            None => Ok(detect::detect_vae(&self.file)?),
+        }
+    }
+}
+
 /// A model file. Cheap to hold: its weights come and go.
-pub struct Checkpoint {
+pub struct ModelFile {
     source: ModelSource,
     backend: Arc<dyn Backend>,
     options: OpenOptions,
@@ -65,94 +102,65 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl Checkpoint {
+impl ModelFile {
     fn open(&self) -> Result<Arc<Opened>, ModelError> {
         let mut slot = lock(&self.opened);
         if let Some(opened) = slot.as_ref() {
             return Ok(opened.clone());
         }
         let file = match &self.source {
-            ModelSource::File(path) => WeightsFile::open_with(path, self.options),
-            ModelSource::Embedded { name, bytes } => WeightsFile::from_static(bytes, name),
-        }
-        .map_err(|e| ModelError::File(e.to_string()))?;
-        let detected = detect::detect(&file).map_err(|e| ModelError::File(e.to_string()))?;
-        let opened = Arc::new(Opened {
-            file,
-            detected,
-            unet: OnceLock::new(),
-            clip: OnceLock::new(),
-            vae: OnceLock::new(),
-        });
+            ModelSource::File(path) => WeightsFile::open_with(path, self.options)?,
+            ModelSource::Embedded { name, bytes } => WeightsFile::from_static(bytes, name)?,
+        };
+        let checkpoint = match detect::kind_of(&file) {
+            Kind::Vae => None,
+            _ => Some(detect::detect(&file)?),
+        };
+        let (unet, clip, vae) = (OnceLock::new(), OnceLock::new(), OnceLock::new());
+        let opened = Arc::new(Opened { file, checkpoint, unet, clip, vae });
         *slot = Some(opened.clone());
         Ok(opened)
     }
 
-    /// What the file holds.
-    pub fn detected(&self) -> Result<Detected, ModelError> {
-        Ok(self.open()?.detected.clone())
-    }
-
-    fn part<T>(
+    /// A network of the file, loaded when first asked for.
+    fn part<C, T>(
         &self,
         cell: impl Fn(&Opened) -> &OnceLock<Arc<T>>,
-        prefix: impl Fn(&Detected) -> Option<&str>,
-        missing: &'static str,
-        load: impl FnOnce(&Detected, &Loader) -> Result<T, ModelError>,
+        config: impl FnOnce(&Opened) -> Result<C, ModelError>,
+        prefix: impl FnOnce(&C) -> String,
+        load: impl FnOnce(C, Arc<dyn Backend>, &Loader) -> Result<T, ModelError>,
     ) -> Result<Arc<T>, ModelError> {
         let opened = self.open()?;
         if let Some(part) = cell(&opened).get() {
             return Ok(part.clone());
         }
-        opened.file.verify_unchanged().map_err(|e| ModelError::File(e.to_string()))?;
-        let prefix = prefix(&opened.detected)
-            .ok_or_else(|| ModelError::File(format!("{} holds no {missing}", opened.file.path().display())))?;
+        opened.file.verify_unchanged()?;
+        let config = config(&opened)?;
         let source = Arc::new(FileSource(opened.file.clone()));
-        let loader = Loader::new(source, self.backend.clone(), prefix);
-        let part = Arc::new(load(&opened.detected, &loader)?);
+        let loader = Loader::new(source, self.backend.clone(), &prefix(&config));
+        let part = Arc::new(load(config, self.backend.clone(), &loader)?);
         Ok(cell(&opened).get_or_init(|| part).clone())
+    }
+
+    /// What samplers must know about the diffusion model.
+    pub fn sampling(&self) -> Result<SamplingConfig, ModelError> {
+        Ok(self.open()?.checkpoint("diffusion model")?.sampling)
     }
 
     /// The diffusion model.
     pub fn unet(&self) -> Result<Arc<Unet>, ModelError> {
-        let backend = self.backend.clone();
-        self.part(
-            |o| &o.unet,
-            |d| d.unet.as_ref().map(|p| p.prefix.as_str()),
-            "diffusion model",
-            |d, loader| match &d.unet {
-                Some(part) => Unet::load(part.config.clone(), backend, loader),
-                None => Err(ModelError::Missing { name: "model.diffusion_model".into() }),
-            },
-        )
+        let config = |o: &Opened| Ok(o.checkpoint("diffusion model")?.unet.clone());
+        self.part(|o| &o.unet, config, |c| c.prefix.clone(), Unet::load)
     }
 
     /// The text encoder.
     pub fn clip(&self) -> Result<Arc<ClipText>, ModelError> {
-        let backend = self.backend.clone();
-        self.part(
-            |o| &o.clip,
-            |d| d.clip.as_ref().map(|p| p.prefix.as_str()),
-            "text encoder",
-            |d, loader| match &d.clip {
-                Some(part) => ClipText::load(part.config.clone(), backend, loader),
-                None => Err(ModelError::Missing { name: "cond_stage_model".into() }),
-            },
-        )
+        self.part(|o| &o.clip, Opened::clip_config, |c| c.prefix.clone(), ClipText::load)
     }
 
     /// The autoencoder.
     pub fn vae(&self) -> Result<Arc<Vae>, ModelError> {
-        let backend = self.backend.clone();
-        self.part(
-            |o| &o.vae,
-            |d| d.vae.as_ref().map(|p| p.prefix.as_str()),
-            "VAE",
-            |d, loader| match &d.vae {
-                Some(part) => Vae::load(part.config.clone(), backend, loader),
-                None => Err(ModelError::Missing { name: "first_stage_model".into() }),
-            },
-        )
+        self.part(|o| &o.vae, Opened::vae_config, |c| c.prefix.clone(), Vae::load)
     }
 
     /// Drops the memory map and all packed weights; they come back on the next use.
@@ -165,13 +173,13 @@ impl Checkpoint {
 pub struct ModelStore {
     backend: Arc<dyn Backend>,
     options: OpenOptions,
-    checkpoints: Mutex<HashMap<ModelSource, Arc<Checkpoint>>>,
+    files: Mutex<HashMap<ModelSource, Arc<ModelFile>>>,
 }
 
 impl ModelStore {
     /// An empty store.
     pub fn new(backend: Arc<dyn Backend>, options: OpenOptions) -> Self {
-        Self { backend, options, checkpoints: Mutex::default() }
+        Self { backend, options, files: Mutex::default() }
     }
 
     /// The backend that models run on.
@@ -179,17 +187,13 @@ impl ModelStore {
         &self.backend
     }
 
-    /// The checkpoint at `source`. A file that changed on disk since it was
+    /// The model file at `source`. A file that changed on disk since it was
     /// opened is opened anew.
-    pub fn checkpoint(&self, source: ModelSource) -> Arc<Checkpoint> {
-        let mut all = lock(&self.checkpoints);
-        let entry = all.entry(source.clone()).or_insert_with(|| {
-            Arc::new(Checkpoint {
-                source,
-                backend: self.backend.clone(),
-                options: self.options,
-                opened: Mutex::new(None),
-            })
+    pub fn file(&self, source: ModelSource) -> Arc<ModelFile> {
+        let mut files = lock(&self.files);
+        let entry = files.entry(source.clone()).or_insert_with(|| {
+            let (backend, options) = (self.backend.clone(), self.options);
+            Arc::new(ModelFile { source, backend, options, opened: Mutex::new(None) })
         });
         let is_stale = lock(&entry.opened).as_ref().is_some_and(|o| o.file.verify_unchanged().is_err());
         if is_stale {
@@ -200,7 +204,7 @@ impl ModelStore {
 
     /// Frees every model's memory. Handles stay valid and load again when used.
     pub fn unload_all(&self) {
-        lock(&self.checkpoints).values().for_each(|c| c.unload());
+        lock(&self.files).values().for_each(|file| file.unload());
         self.trim();
     }
 

@@ -48,6 +48,10 @@ pub trait ProgressSink: Send + Sync {
     fn progress(&self, node_id: &str, value: u64, max: u64, preview: Option<PreviewFrame>);
     /// A finished picture that the node sends to the client right away.
     fn picture(&self, node_id: &str, image: &HostTensor);
+    /// A text that the client shows on the node while or after it runs.
+    fn text(&self, node_id: &str, text: &str) {
+        let _ = (node_id, text);
+    }
     /// Whether the user asked to stop the prompt.
     fn is_interrupted(&self) -> bool;
 }

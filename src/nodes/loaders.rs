@@ -7,13 +7,13 @@ use super::{Inputs, Node, NodeCtx, NodeError, NodeOutput, Schema, Services, Valu
 use crate::diffusion::ModelHandle;
 use crate::files::ModelPath;
 use crate::graph::Input;
-use crate::models::{Checkpoint, ModelError, ModelSource};
+use crate::models::{ModelError, ModelFile, ModelSource};
 
 /// What travels on a `CLIP` link.
 #[derive(Clone)]
 pub struct ClipHandle {
     /// The file that holds the encoder.
-    pub checkpoint: Arc<Checkpoint>,
+    pub file: Arc<ModelFile>,
     /// Layers left out at the end ("clip skip").
     pub skip_last: usize,
 }
@@ -22,7 +22,7 @@ pub struct ClipHandle {
 #[derive(Clone)]
 pub struct VaeHandle {
     /// The file that holds the autoencoder.
-    pub checkpoint: Arc<Checkpoint>,
+    pub file: Arc<ModelFile>,
 }
 
 impl From<ModelError> for NodeError {
@@ -32,13 +32,19 @@ impl From<ModelError> for NodeError {
     }
 }
 
-fn checkpoint(services: &Services, folder: &str, name: &str) -> Result<Arc<Checkpoint>, NodeError> {
-    let path = services.folders.model_path(folder, name).map_err(|e| NodeError::failed("FileNotFoundError", e))?;
+fn model_file(services: &Services, folder: &str, name: &str) -> Result<Arc<ModelFile>, NodeError> {
+    let path =
+        services.folders.model_path(folder, name).map_err(|e| NodeError::failed("FileNotFoundError", e))?;
     let source = match path {
         ModelPath::File(path) => ModelSource::File(path),
         ModelPath::Embedded { name, bytes } => ModelSource::Embedded { name, bytes },
     };
-    Ok(services.models.checkpoint(source))
+    Ok(services.models.file(source))
+}
+
+/// The loaders.
+pub fn nodes() -> Vec<Box<dyn Node>> {
+    vec![Box::new(CheckpointLoaderSimple), Box::new(VaeLoader)]
 }
 
 /// `CheckpointLoaderSimple`.
@@ -56,13 +62,13 @@ impl Node for CheckpointLoaderSimple {
     }
 
     fn execute(&self, ctx: &mut NodeCtx<'_>, inputs: &Inputs) -> Result<NodeOutput, NodeError> {
-        let checkpoint = checkpoint(ctx.services, "checkpoints", inputs.string("ckpt_name")?)?;
-        let model = SdModel::new(checkpoint.clone())?;
-        let clip = ClipHandle { checkpoint: checkpoint.clone(), skip_last: 0 };
+        let file = model_file(ctx.services, "checkpoints", inputs.string("ckpt_name")?)?;
+        let model = SdModel::new(file.clone())?;
+        let clip = ClipHandle { file: file.clone(), skip_last: 0 };
         Ok(NodeOutput::many(vec![
             Value::object("MODEL", ModelHandle(Arc::new(model))),
             Value::object("CLIP", clip),
-            Value::object("VAE", VaeHandle { checkpoint }),
+            Value::object("VAE", VaeHandle { file }),
         ]))
     }
 }
@@ -80,8 +86,8 @@ impl Node for VaeLoader {
     }
 
     fn execute(&self, ctx: &mut NodeCtx<'_>, inputs: &Inputs) -> Result<NodeOutput, NodeError> {
-        let checkpoint = checkpoint(ctx.services, "vae", inputs.string("vae_name")?)?;
-        checkpoint.vae()?;
-        Ok(NodeOutput::one(Value::object("VAE", VaeHandle { checkpoint })))
+        let file = model_file(ctx.services, "vae", inputs.string("vae_name")?)?;
+        file.vae()?;
+        Ok(NodeOutput::one(Value::object("VAE", VaeHandle { file })))
     }
 }

@@ -19,9 +19,13 @@ pub mod image_transform;
 pub mod latent;
 pub mod latent_file;
 pub mod latent_math;
+pub mod loaders;
 pub mod mask;
 mod plane;
+mod sd_model;
 mod shapes;
+pub mod text;
+pub mod vae;
 mod value;
 
 pub use crate::graph::Schema;
@@ -67,9 +71,12 @@ pub trait Node: Send + Sync {
 /// Every node class of this build, in the order of `/object_info`.
 pub fn registry() -> Vec<Box<dyn Node>> {
     [
+        loaders::nodes(),
+        text::nodes(),
         latent::nodes(),
         latent_math::nodes(),
         latent_file::nodes(),
+        vae::nodes(),
         image::nodes(),
         image_transform::nodes(),
         image_filter::nodes(),

@@ -5,17 +5,13 @@ use std::sync::Arc;
 use crate::diffusion::preview::Latent2Rgb;
 use crate::diffusion::schedule::{Betas, ModelSampling, Prediction};
 use crate::diffusion::{DenoiseItem, DiffusionError, Model};
-use crate::models::detect::PredictionKind;
 use crate::models::unet::UnetInput;
-use crate::models::{Checkpoint, ModelError};
+use crate::models::{ModelError, ModelFile, detect};
 use crate::tensor::HostTensor;
-
-/// Weights from SD1.x latent channels to red, green and blue (the linear fit that is in common use).
-const SD1_PREVIEW: Latent2Rgb = crate::diffusion::preview::SD1_LATENT2RGB;
 
 /// The diffusion model of an SD-family checkpoint.
 pub struct SdModel {
-    checkpoint: Arc<Checkpoint>,
+    file: Arc<ModelFile>,
     sampling: ModelSampling,
     latent_scale: f32,
     channels: usize,
@@ -23,26 +19,26 @@ pub struct SdModel {
 
 impl SdModel {
     /// Reads what the file says about the model; loads no weights.
-    pub fn new(checkpoint: Arc<Checkpoint>) -> Result<Self, ModelError> {
-        let detected = checkpoint.detected()?;
-        let prediction = match detected.prediction {
-            PredictionKind::Eps => Prediction::Eps,
-            PredictionKind::V => Prediction::V,
+    pub fn new(file: Arc<ModelFile>) -> Result<Self, ModelError> {
+        let config = file.sampling()?;
+        let prediction = match config.prediction {
+            detect::Prediction::Epsilon => Prediction::Eps,
+            detect::Prediction::V => Prediction::V,
         };
-        let sampling = ModelSampling::discrete(prediction, Betas::default());
-        let unet = checkpoint.unet()?;
-        let channels = unet.config().in_channels;
-        Ok(Self { checkpoint, sampling, latent_scale: detected.latent_scale, channels })
+        let detect::BetaSchedule { start, end, steps } = config.beta_schedule;
+        let sampling = ModelSampling::discrete(prediction, Betas { start, end, steps, ..Betas::default() });
+        let channels = file.unet()?.config().in_channels;
+        Ok(Self { file, sampling, latent_scale: config.latent_scale as f32, channels })
     }
 
     fn run(&self, items: &[DenoiseItem<'_>], sigma: f32) -> Result<Vec<HostTensor>, ModelError> {
-        let unet = self.checkpoint.unet()?;
+        let unet = self.file.unet()?;
         let shape = items.first().map(|i| i.x.shape().to_vec()).unwrap_or_default();
         let each: usize = shape.iter().product();
         let mut data = Vec::with_capacity(items.len() * each);
         items.iter().for_each(|item| data.extend_from_slice(item.x.data()));
-        let mut stacked = shape.clone();
         let batch = shape.first().copied().unwrap_or(0);
+        let mut stacked = shape;
         if let Some(first) = stacked.first_mut() {
             *first = items.len() * batch;
         }
@@ -56,8 +52,8 @@ impl SdModel {
         let context = unet.context(&conds)?;
         let timesteps = vec![self.sampling.timestep(sigma); x.dim(0)];
         let input = self.sampling.calculate_input(sigma, &x);
-        let input = UnetInput { x: &input, timesteps: &timesteps, context: &context };
-        let output = unet.forward(&input, None)?;
+        let output =
+            unet.forward(&UnetInput { x: &input, timesteps: &timesteps, context: &context }, None)?;
         let denoised = self.sampling.calculate_denoised(sigma, &output, &x);
         Ok((0..items.len()).map(|i| denoised.rows(i * batch, batch)).collect())
     }
@@ -81,6 +77,6 @@ impl Model for SdModel {
     }
 
     fn preview_factors(&self) -> Option<&Latent2Rgb> {
-        Some(&SD1_PREVIEW)
+        Some(&crate::diffusion::preview::SD1)
     }
 }

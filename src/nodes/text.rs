@@ -7,8 +7,13 @@ use super::{Inputs, Node, NodeCtx, NodeError, NodeOutput, Schema, Services, Valu
 use crate::diffusion::{CondEntry, Conditioning};
 use crate::graph::Input;
 use crate::models::clip::{ClipToken, WeightedToken};
-use crate::tokenizer::{self, EmbeddingLookup, Token, TokenizerOptions};
+use crate::tokenizer::{self, EmbeddingLookup, EmbeddingRows, Token, TokenizerOptions};
 use crate::weights::WeightsFile;
+
+/// The text nodes.
+pub fn nodes() -> Vec<Box<dyn Node>> {
+    vec![Box::new(ClipTextEncode), Box::new(ClipSetLastLayer)]
+}
 
 /// `CLIPTextEncode`.
 pub struct ClipTextEncode;
@@ -26,7 +31,7 @@ impl Node for ClipTextEncode {
     fn execute(&self, ctx: &mut NodeCtx<'_>, inputs: &Inputs) -> Result<NodeOutput, NodeError> {
         let clip = inputs.object::<ClipHandle>("clip")?;
         let chunks = tokenize(ctx.services, inputs.string("text")?, &clip)?;
-        let encoder = clip.checkpoint.clip()?;
+        let encoder = clip.file.clip()?;
         let encoded = encoder.encode(&chunks, clip.skip_last)?;
         let mut entry = CondEntry::new(Arc::new(encoded.cond));
         entry.pooled = Some(Arc::new(encoded.pooled));
@@ -34,8 +39,12 @@ impl Node for ClipTextEncode {
     }
 }
 
-fn tokenize(services: &Services, text: &str, clip: &ClipHandle) -> Result<Vec<Vec<WeightedToken>>, NodeError> {
-    let width = clip.checkpoint.clip()?.config().width;
+fn tokenize(
+    services: &Services,
+    text: &str,
+    clip: &ClipHandle,
+) -> Result<Vec<Vec<WeightedToken>>, NodeError> {
+    let width = clip.file.clip()?.config().width;
     let lookup = EmbeddingFiles { services, width };
     let chunks = tokenizer::tokenize(text, &TokenizerOptions::sd1(), &lookup);
     let convert = |(token, weight)| WeightedToken {
@@ -55,7 +64,7 @@ struct EmbeddingFiles<'a> {
 }
 
 impl EmbeddingLookup for EmbeddingFiles<'_> {
-    fn vectors(&self, name: &str) -> Option<Vec<Arc<[f32]>>> {
+    fn rows(&self, name: &str) -> Option<EmbeddingRows> {
         let path = self.services.folders.embedding(name)?;
         let file = WeightsFile::open(&path)
             .inspect_err(|e| tracing::warn!("embedding '{name}' can't be used: {e}"))
@@ -67,7 +76,11 @@ impl EmbeddingLookup for EmbeddingFiles<'_> {
         let raw = file.get(&table)?;
         let values = raw.to_f32();
         if raw.shape.last() != Some(&self.width) {
-            tracing::warn!("embedding '{name}' has vectors of {:?}, the text encoder needs {}", raw.shape, self.width);
+            tracing::warn!(
+                "embedding '{name}' has vectors of {:?}, the text encoder needs {}",
+                raw.shape,
+                self.width
+            );
             return None;
         }
         Some(values.chunks_exact(self.width).map(Arc::from).collect())

@@ -115,6 +115,14 @@ impl Inputs {
         }
     }
 
+    /// All values of an input, for classes whose inputs are given as whole lists.
+    pub fn list(&self, name: &str) -> Result<&[Value], NodeError> {
+        match self.required(name)? {
+            Value::List(items) => Ok(items),
+            single => Ok(std::slice::from_ref(single)),
+        }
+    }
+
     /// A whole number (floats are truncated, as validation does).
     pub fn int(&self, name: &str) -> Result<i64, NodeError> {
         let value = self.required(name)?;

@@ -1,1 +1,168 @@
-//! (to be written)
+//! HTTP and WebSocket: ComfyUI's API over an [`Engine`].
+//!
+//! ```text
+//! connection (limits, timeouts) ─▶ router (origin, /api alias) ─▶ routes/* ─▶ Engine, Folders
+//!                                                            └─▶ ws ◀── engine events
+//! ```
+//!
+//! | module | what |
+//! | --- | --- |
+//! | [`connection`] | accept, serve, shut down |
+//! | [`stream`], [`limits`] | what a peer may cost: time, bytes, memory |
+//! | [`router`], [`origin`], [`compress`] | what every request and answer passes |
+//! | [`http`], [`json`], [`download`] | bodies and answers |
+//! | [`routes`] | one file a group of routes |
+//! | [`ws`] | events to clients |
+//!
+//! hyper is used directly: four middlewares are clearer as four functions.
+//! Nothing here waits for a node, and whatever takes CPU time (validation,
+//! images, large JSON) or touches files runs on blocking threads.
+//!
+//! A program that embeds kiln binds its own listener and calls [`run`]:
+//!
+//! ```no_run
+//! # async fn example(engine: std::sync::Arc<kiln::engine::Engine>, folders: std::sync::Arc<kiln::files::Folders>)
+//! # -> Result<(), Box<dyn std::error::Error>> {
+//! use kiln::server::{App, ServerConfig, run};
+//! let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
+//! let app = App::new(engine, folders, ServerConfig::default())?;
+//! run(vec![listener], app, std::future::pending()).await?;
+//! # Ok(())
+//! # }
+//! ```
+
+mod compress;
+mod connection;
+mod download;
+mod host;
+mod http;
+mod json;
+mod limits;
+mod origin;
+mod router;
+mod routes;
+mod stream;
+#[cfg(test)]
+mod tests;
+mod ws;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use serde_json::{Value as Json, json};
+use tokio::sync::Semaphore;
+use tokio::time::Instant;
+
+use crate::engine::Engine;
+use crate::files::Folders;
+pub use connection::run;
+use limits::BodyBudget;
+pub use limits::Limits;
+pub use origin::OriginPolicy;
+use router::Router;
+use ws::Sockets;
+
+/// The ComfyUI version whose API this is; clients compare it.
+pub const COMFYUI_VERSION: &str = "0.3.64";
+
+/// Pictures decoded at the same time.
+const IMAGE_SLOTS: usize = 2;
+
+/// How a server behaves.
+#[derive(Clone, Debug)]
+pub struct ServerConfig {
+    /// What peers may cost.
+    pub limits: Limits,
+    /// Which web pages may talk to the server.
+    pub origin: OriginPolicy,
+    /// Whether text answers are compressed for clients that accept gzip.
+    pub compress: bool,
+    /// How long a running prompt may take to end at shutdown.
+    pub shutdown_timeout: Duration,
+    /// The command line, shown in `/system_stats`.
+    pub argv: Vec<String>,
+}
+
+impl Default for ServerConfig {
+    fn default() -> Self {
+        Self {
+            limits: Limits::default(),
+            origin: OriginPolicy::default(),
+            compress: false,
+            shutdown_timeout: Duration::from_secs(60),
+            argv: Vec::new(),
+        }
+    }
+}
+
+/// A server's state: what handlers share.
+pub struct App {
+    engine: Arc<Engine>,
+    folders: Arc<Folders>,
+    config: ServerConfig,
+    router: Router,
+    sockets: Sockets,
+    body_budget: BodyBudget,
+    /// Places for decoding pictures, which takes memory in proportion to their size.
+    image_slots: Semaphore,
+    is_stopping: AtomicBool,
+}
+
+/// A server that can't be set up.
+#[derive(Debug, thiserror::Error)]
+#[error("the routes contradict each other: {0}")]
+pub struct SetupError(#[from] matchit::InsertError);
+
+impl App {
+    /// A server over an engine; [`run`] starts it.
+    pub fn new(
+        engine: Arc<Engine>,
+        folders: Arc<Folders>,
+        config: ServerConfig,
+    ) -> Result<Arc<Self>, SetupError> {
+        Ok(Arc::new(Self {
+            engine,
+            folders,
+            body_budget: BodyBudget::new(config.limits.buffered_bytes),
+            config,
+            router: routes::all().build()?,
+            sockets: Sockets::default(),
+            image_slots: Semaphore::new(IMAGE_SLOTS),
+            is_stopping: AtomicBool::new(false),
+        }))
+    }
+
+    /// What the server can do, for `/features` and the WebSocket's `feature_flags`.
+    fn features(&self) -> Json {
+        json!({"supports_preview_metadata": true, "max_upload_size": self.config.limits.max_body_bytes})
+    }
+
+    /// Whether new prompts are refused because the server stops.
+    fn is_stopping(&self) -> bool {
+        self.is_stopping.load(Ordering::Acquire)
+    }
+
+    fn begin_shutdown(&self) {
+        self.is_stopping.store(true, Ordering::Release);
+    }
+
+    /// Drops what waits, lets what runs end within the shutdown timeout, then stops it.
+    async fn drain_engine(&self) {
+        let waiting = self.engine.queue().pending.len();
+        if waiting > 0 {
+            tracing::warn!(waiting, "prompts were waiting; the server stops without running them");
+            self.engine.clear_pending();
+        }
+        let deadline = Instant::now() + self.config.shutdown_timeout;
+        while self.engine.queue_remaining() > 0 && Instant::now() < deadline {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        if self.engine.queue_remaining() > 0 {
+            tracing::warn!("the running prompt did not end in time and is stopped");
+            self.engine.interrupt(None);
+        }
+        // lets the closing events reach the sockets
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}

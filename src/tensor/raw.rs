@@ -39,24 +39,31 @@ impl RawTensor<'_> {
     /// Every element as f32, rounded to nearest where f32 cannot hold it.
     ///
     /// Converts as many elements as `bytes` holds in full; for tensors from a
-    /// checked file that is [`numel`](Self::numel). Tensors of more than 65,536 elements are
-    /// converted on rayon's pool.
+    /// checked file that is [`numel`](Self::numel).
     pub fn to_f32(&self) -> Vec<f32> {
+        let mut out = vec![0.0f32; self.bytes.len() / self.dtype.size()];
+        self.to_f32_into(&mut out);
+        out
+    }
+
+    /// The first `out.len()` elements as f32, into memory of the caller: for
+    /// large tensors most of [`to_f32`](Self::to_f32)'s time goes into fresh pages.
+    ///
+    /// Places of `out` beyond the last element stay as they are. More than 65,536
+    /// elements are converted on rayon's pool.
+    pub fn to_f32_into(&self, out: &mut [f32]) {
         let size = self.dtype.size();
-        let count = self.bytes.len() / size;
-        let mut out = vec![0.0f32; count];
-        if count <= BLOCK {
-            convert(self.dtype, &self.bytes[..count * size], &mut out);
+        if out.len() <= BLOCK {
+            convert(self.dtype, &self.bytes, out);
         } else {
             out.par_chunks_mut(BLOCK)
                 .zip(self.bytes.par_chunks(BLOCK * size))
                 .for_each(|(out, bytes)| convert(self.dtype, bytes, out));
         }
-        out
     }
 }
 
-/// Converts `out.len()` elements of `bytes`.
+/// Converts elements of `bytes` until one side is at its end.
 fn convert(dtype: DType, bytes: &[u8], out: &mut [f32]) {
     match dtype {
         DType::F32 => each(bytes, out, f32::from_le_bytes),
@@ -90,12 +97,13 @@ fn each<const N: usize>(bytes: &[u8], out: &mut [f32], f: impl Fn([u8; N]) -> f3
 /// f16 through an aligned stage, so that the processor's own conversion instruction is used.
 fn convert_f16(bytes: &[u8], out: &mut [f32]) {
     let mut stage = [f16::ZERO; STAGE];
-    for (out, bytes) in out.chunks_mut(STAGE).zip(bytes.chunks(STAGE * 2)) {
-        let (elements, _) = bytes.as_chunks::<2>();
+    let (elements, _) = bytes.as_chunks::<2>();
+    for (out, elements) in out.chunks_mut(STAGE).zip(elements.chunks(STAGE)) {
         for (s, &b) in stage.iter_mut().zip(elements) {
             *s = f16::from_le_bytes(b);
         }
-        stage[..out.len()].convert_to_f32_slice(out);
+        let count = out.len().min(elements.len());
+        stage[..count].convert_to_f32_slice(&mut out[..count]);
     }
 }
 
@@ -184,6 +192,19 @@ mod tests {
         let got = raw(DType::F16, &[count], &bytes[1..]);
         assert_eq!(got.len(), count);
         assert!(got.iter().zip(&values).all(|(g, v)| *g == v.to_f32()));
+    }
+
+    #[test]
+    fn memory_of_the_caller_is_filled_as_far_as_elements_go() {
+        for dtype in [DType::F16, DType::F32, DType::U8] {
+            let raw = RawTensor { dtype, shape: &[3], bytes: Cow::Owned(vec![0; 3 * dtype.size()]) };
+            let mut out = [9.0; 5];
+            raw.to_f32_into(&mut out);
+            assert_eq!(out, [0.0, 0.0, 0.0, 9.0, 9.0], "{dtype:?}");
+            let mut out = [9.0; 2];
+            raw.to_f32_into(&mut out);
+            assert_eq!(out, [0.0, 0.0], "{dtype:?}");
+        }
     }
 
     #[test]

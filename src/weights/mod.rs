@@ -10,11 +10,16 @@
 //! What it is not: a reader of pickles. `.ckpt` and `.pt` files can run code
 //! when opened, so they are recognised only to say how to convert them.
 
+#[forbid(unsafe_code)]
 mod error;
+#[forbid(unsafe_code)]
 mod file;
+#[forbid(unsafe_code)]
 mod header;
 mod mmap;
+#[forbid(unsafe_code)]
 mod sniff;
+#[forbid(unsafe_code)]
 pub mod synth;
 
 pub use error::{HeaderFault, WeightsError};

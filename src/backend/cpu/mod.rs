@@ -1,1 +1,261 @@
-//! The CPU backend.
+//! The CPU backend: f32 throughout, or bf16 activations with f32 sums.
+//!
+//! | file | what |
+//! | --- | --- |
+//! | `arena` | activation memory, recycled |
+//! | `weights` | panels in the file's type |
+//! | `matmul`, `layers` | convolution and linear layers, one blocked product |
+//! | `attention` | online softmax, a head at a time |
+//! | `norm`, `elementwise` | the rest |
+//! | `simd` | inner loops, generic over the instruction set; the only `unsafe` |
+//!
+//! Work is cut into tasks that compute disjoint pieces of the output, each
+//! element in an order that doesn't depend on the cut: the same bits on any
+//! number of threads.
+
+mod arena;
+mod attention;
+pub mod ceiling;
+mod check;
+mod elementwise;
+mod layers;
+mod matmul;
+mod norm;
+mod scratch;
+pub mod simd;
+#[cfg(test)]
+mod tests;
+mod weights;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use half::bf16;
+
+use self::arena::Arena;
+use self::check::size;
+use self::elementwise::Table;
+use self::norm::NormParams;
+use self::simd::Isa;
+use self::weights::{PanelSource, Panels, WeightMemory, check_len, decode};
+use crate::tensor::*;
+
+/// How to run on the CPU.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct CpuOptions {
+    /// Worker threads; all CPUs if not given.
+    pub threads: Option<usize>,
+    /// Keep activations in bf16: half the memory, about 3 decimal digits.
+    pub bf16: bool,
+    /// Most bytes of activations.
+    pub memory_limit: Option<usize>,
+}
+
+/// What a backend's weights may be.
+enum Weight {
+    /// Linear and convolution weights.
+    Panels(Panels),
+    /// Scale and shift.
+    Norm(NormParams),
+    /// Embedding table.
+    Table(Table),
+}
+
+/// What every op needs to know.
+struct Exec {
+    /// Instruction set.
+    isa: Isa,
+    /// Worker threads.
+    threads: usize,
+}
+
+/// Runs the op set on the CPU.
+pub struct CpuBackend {
+    exec: Exec,
+    pool: rayon::ThreadPool,
+    arena: Arc<Arena>,
+    weights: Arc<AtomicUsize>,
+    is_bf16: bool,
+}
+
+/// Calls a generic op with the backend's element type, inside its pool.
+macro_rules! run {
+    ($self:ident, $module:ident :: $op:ident, $($arg:expr),*) => {
+        $self.pool.install(|| if $self.is_bf16 { $module::$op::<bf16>($($arg),*) } else { $module::$op::<f32>($($arg),*) })
+    };
+}
+
+impl CpuBackend {
+    /// A backend with a thread pool of its own.
+    ///
+    /// Fails if the system can't start the threads.
+    pub fn new(options: CpuOptions) -> Result<Self, TensorError> {
+        Self::with_isa(options, Isa::best())
+    }
+
+    /// As [`CpuBackend::new`], with a given instruction set.
+    pub fn with_isa(options: CpuOptions, isa: Isa) -> Result<Self, TensorError> {
+        let threads = options
+            .threads
+            .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()))
+            .max(1);
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .thread_name(|i| format!("cpu-{i}"))
+            .build()
+            .map_err(|e| TensorError::Unsupported {
+                op: "cpu backend",
+                what: format!("starting {threads} threads ({e})"),
+            })?;
+        Ok(Self {
+            exec: Exec { isa, threads },
+            pool,
+            arena: Arena::new(options.memory_limit),
+            weights: Arc::default(),
+            is_bf16: options.bf16,
+        })
+    }
+
+    fn dtype(&self) -> DType {
+        if self.is_bf16 { DType::BF16 } else { DType::F32 }
+    }
+}
+
+impl Backend for CpuBackend {
+    fn info(&self) -> BackendInfo {
+        let storage = if self.is_bf16 { "bf16" } else { "f32" };
+        BackendInfo {
+            kind: "cpu",
+            name: format!("cpu {storage} ({})", self.exec.isa.name()),
+            threads: self.exec.threads,
+            element_bytes: self.dtype().size(),
+        }
+    }
+
+    fn memory(&self) -> MemoryUse {
+        MemoryUse { weights: self.weights.load(Ordering::Relaxed), ..self.arena.memory() }
+    }
+
+    fn trim(&self) {
+        self.arena.trim();
+    }
+
+    fn alloc(&self, shape: Shape) -> Result<Tensor, TensorError> {
+        let bytes = [shape.n, shape.h, shape.w, shape.c, self.dtype().size()]
+            .iter()
+            .try_fold(1usize, |a, &b| a.checked_mul(b))
+            .unwrap_or(usize::MAX);
+        Ok(Tensor::new(shape, self.dtype(), Storage::Host(self.arena.alloc(bytes)?)))
+    }
+
+    fn pack_linear(&self, parts: &LinearParts<'_>) -> Result<LinearWeight, TensorError> {
+        const OP: &str = "pack_linear";
+        let k = parts.weights.first().map_or(0, |w| w.shape.get(1).copied().unwrap_or(1));
+        for w in parts.weights {
+            size(OP, "inputs of a matrix", k, w.shape.iter().skip(1).product())?;
+        }
+        let source = PanelSource {
+            op: OP,
+            matrices: parts.weights,
+            biases: parts.biases,
+            cin: k,
+            taps: 1,
+            is_geglu: parts.is_geglu,
+        };
+        let panels = self.pool.install(|| source.pack(&self.weights))?;
+        let (n, is_geglu) = (panels.n, panels.is_geglu);
+        Ok(LinearWeight { n, k, is_geglu, packed: Packed::new(Weight::Panels(panels)) })
+    }
+
+    fn pack_conv(
+        &self,
+        weight: &RawTensor<'_>,
+        bias: Option<&RawTensor<'_>>,
+    ) -> Result<ConvWeight, TensorError> {
+        const OP: &str = "pack_conv";
+        size(OP, "dimensions of the weight", 4, weight.shape.len())?;
+        let &[cout, cin, kh, kw] = weight.shape else {
+            return Err(TensorError::Size {
+                op: OP,
+                what: "dimensions of the weight",
+                expected: 4,
+                found: 0,
+            });
+        };
+        let source = PanelSource {
+            op: OP,
+            matrices: std::slice::from_ref(weight),
+            biases: bias.map_or(&[], std::slice::from_ref),
+            cin,
+            taps: kh * kw,
+            is_geglu: false,
+        };
+        let panels = self.pool.install(|| source.pack(&self.weights))?;
+        Ok(ConvWeight { cout, cin, kh, kw, packed: Packed::new(Weight::Panels(panels)) })
+    }
+
+    fn pack_norm(&self, scale: &RawTensor<'_>, shift: &RawTensor<'_>) -> Result<NormWeight, TensorError> {
+        let (scale, shift) = (decode(scale)?, decode(shift)?);
+        size("pack_norm", "length of the shift", scale.len(), shift.len())?;
+        Ok(NormWeight { c: scale.len(), packed: Packed::new(Weight::Norm(NormParams { scale, shift })) })
+    }
+
+    fn pack_embedding(&self, table: &RawTensor<'_>) -> Result<Embedding, TensorError> {
+        const OP: &str = "pack_embedding";
+        let &[rows, width] = table.shape else {
+            let found = table.shape.len();
+            return Err(TensorError::Size { op: OP, what: "dimensions of the table", expected: 2, found });
+        };
+        check_len(OP, table, rows * width)?;
+        if matches!(table.dtype, DType::Bool) || weights::decode_into(table.dtype, &[], &mut []).is_err() {
+            return Err(TensorError::WeightType(table.dtype));
+        }
+        let memory = WeightMemory::copy_of(&table.bytes, &self.weights)?;
+        let packed = Packed::new(Weight::Table(Table { memory, dtype: table.dtype }));
+        Ok(Embedding { rows, width, packed })
+    }
+
+    fn upload(&self, data: &[f32], layout: HostLayout, out: &mut Tensor) -> Result<(), TensorError> {
+        run!(self, elementwise::upload, data, layout, out)
+    }
+
+    fn download(&self, x: &Tensor, layout: HostLayout, out: &mut [f32]) -> Result<(), TensorError> {
+        run!(self, elementwise::download, x, layout, out)
+    }
+
+    fn conv2d(&self, op: &Conv2d<'_>, out: &mut Tensor) -> Result<(), TensorError> {
+        run!(self, layers::conv2d, &self.exec, op, out)
+    }
+
+    fn linear(&self, op: &Linear<'_>, out: &mut Tensor) -> Result<(), TensorError> {
+        run!(self, layers::linear, &self.exec, op, out)
+    }
+
+    fn attention(&self, op: &Attention<'_>, out: &mut Tensor) -> Result<(), TensorError> {
+        run!(self, attention::attention, &self.exec, op, out)
+    }
+
+    fn group_norm(&self, op: &GroupNorm<'_>, out: &mut Tensor) -> Result<(), TensorError> {
+        run!(self, norm::group_norm, &self.exec, op, out)
+    }
+
+    fn layer_norm(&self, op: &LayerNorm<'_>, out: &mut Tensor) -> Result<(), TensorError> {
+        run!(self, norm::layer_norm, &self.exec, op, out)
+    }
+
+    fn embed(&self, op: &Embed<'_>, out: &mut Tensor) -> Result<(), TensorError> {
+        run!(self, elementwise::embed, op, out)
+    }
+
+    fn timestep_embedding(&self, timesteps: &[f32], out: &mut Tensor) -> Result<(), TensorError> {
+        run!(self, elementwise::timestep_embedding, timesteps, out)
+    }
+
+    fn activate(&self, x: &Tensor, act: Activation, out: &mut Tensor) -> Result<(), TensorError> {
+        run!(self, elementwise::activate, &self.exec, x, act, out)
+    }
+
+    fn axpby(&self, a: f32, x: &Tensor, b: f32, y: &Tensor, out: &mut Tensor) -> Result<(), TensorError> {
+        run!(self, elementwise::axpby, &self.exec, (a, x), (b, y), out)
+    }
+}

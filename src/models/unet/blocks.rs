@@ -1,7 +1,7 @@
 //! The UNet's building blocks: ResBlock, spatial transformer, upsampling.
 
 use crate::models::ModelError;
-use crate::models::config::UnetConfig;
+use crate::models::detect::UnetConfig;
 use crate::models::layers::{LazyConv, LazyLinear, LazyNorm, Loader, Ops, fused_self_attention, head_scale};
 use crate::tensor::{Attention, Cols, Conv2d, ConvWeight, GroupNorm, Linear, Tensor};
 
@@ -132,7 +132,7 @@ impl SpatialTransformer {
         }
         Ok(Self {
             groups: config.norm_groups,
-            heads: config.heads.heads(c),
+            heads: config.heads_of(c),
             norm: loader.norm("norm", c)?,
             proj_in: loader.linear("proj_in", c, c)?,
             blocks,
@@ -180,14 +180,14 @@ impl SpatialTransformer {
         name: &str,
     ) -> Result<Tensor, ModelError> {
         let (ops, heads, c) = (scope.ops, self.heads, x.shape().c);
-        let normed = ops.layer_norm(&x, &block.norm1)?;
+        let normed = ops.layer_norm(&x, &block.norm1, 1e-5)?;
         (scope.probe)(&format!("{name}.norm1"), &normed);
         let qkv = ops.linear(&Linear::new(&normed, block.qkv.get()?))?;
         let attended = ops.attention(&fused_self_attention(&qkv, heads, false))?;
         drop(qkv);
         let x = ops.linear(&Linear { residual: Some(&x), ..Linear::new(&attended, block.out1.get()?) })?;
 
-        let normed = ops.layer_norm(&x, &block.norm2)?;
+        let normed = ops.layer_norm(&x, &block.norm2, 1e-5)?;
         let q = ops.linear(&Linear::new(&normed, block.q.get()?))?;
         let (expected, found) = (context + 1, scope.context.len());
         let kv = scope.context.get(context).ok_or(ModelError::Input {
@@ -205,7 +205,7 @@ impl SpatialTransformer {
         })?;
         let x = ops.linear(&Linear { residual: Some(&x), ..Linear::new(&attended, block.out2.get()?) })?;
 
-        let normed = ops.layer_norm(&x, &block.norm3)?;
+        let normed = ops.layer_norm(&x, &block.norm3, 1e-5)?;
         let inner = ops.linear(&Linear::new(&normed, block.ff1.get()?))?;
         ops.linear(&Linear { residual: Some(&x), ..Linear::new(&inner, block.ff2.get()?) })
     }

@@ -6,7 +6,7 @@ mod context;
 use std::sync::Arc;
 
 use super::ModelError;
-use super::config::UnetConfig;
+use super::detect::UnetConfig;
 use super::layers::{LazyConv, LazyLinear, LazyNorm, Loader, Ops};
 use crate::tensor::{Activation, Backend, Cols, Conv2d, GroupNorm, HostTensor, Linear, Tensor};
 use blocks::{ResBlock, Scope, SpatialTransformer};
@@ -76,7 +76,7 @@ struct Builder<'a> {
 
 impl Builder<'_> {
     fn emb_width(&self) -> usize {
-        self.config.model_channels * 4
+        self.config.time_embed_dim
     }
 
     fn stage(&mut self, name: String, channels: (usize, usize), depth: usize) -> Result<Stage, ModelError> {
@@ -127,7 +127,7 @@ impl Builder<'_> {
                 stages.push(self.stage(
                     name,
                     (channels, width),
-                    Self::depth(&config.input_depths, res_index),
+                    Self::depth(&config.input_depth, res_index),
                 )?);
                 res_index += 1;
                 channels = width;
@@ -174,7 +174,7 @@ impl Builder<'_> {
             for block in 0..blocks {
                 let index = stages.len();
                 let name = format!("output_blocks.{index}");
-                let depth = Self::depth(&config.output_depths, index);
+                let depth = Self::depth(&config.output_depth, index);
                 let cin = channels + skips.pop().unwrap_or(0);
                 let mut stage = self.stage(name.clone(), (cin, width), depth)?;
                 channels = width;

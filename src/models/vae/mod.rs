@@ -8,7 +8,7 @@ pub mod tiled;
 use std::sync::Arc;
 
 use super::ModelError;
-use super::config::VaeConfig;
+use super::detect::VaeConfig;
 use super::layers::{LazyConv, LazyLinear, LazyNorm, Loader, Ops};
 use crate::tensor::{Backend, Conv2d, GroupNorm, HostTensor, Linear, Pad, Tensor};
 use blocks::{AttnBlock, ResBlock};
@@ -140,8 +140,7 @@ impl Vae {
     /// its width at full size (input, normalised input, output).
     pub fn decode_bytes(&self, h: usize, w: usize, element_bytes: usize) -> usize {
         let scale = self.config.downscale();
-        let wide = self.config.channels
-            * self.config.channel_mult.get(1).or(self.config.channel_mult.first()).unwrap_or(&1);
+        let wide = self.config.ch * self.config.ch_mult.get(1).or(self.config.ch_mult.first()).unwrap_or(&1);
         h.saturating_mul(w)
             .saturating_mul(scale * scale)
             .saturating_mul(wide * 3)
@@ -170,17 +169,17 @@ impl Vae {
 
 fn load_encoder(config: &VaeConfig, loader: &Loader) -> Result<Coder, ModelError> {
     let e = loader.sub("encoder");
-    let (ch, groups, z) = (config.channels, config.norm_groups, config.z_channels);
+    let (ch, groups, z) = (config.ch, config.norm_groups, config.z_channels);
     let mut levels = Vec::new();
     let mut channels = ch;
-    for (i, mult) in config.channel_mult.iter().enumerate() {
+    for (i, mult) in config.ch_mult.iter().enumerate() {
         let down = e.sub("down").sub(i);
         let mut blocks = Vec::new();
         for b in 0..config.num_res_blocks {
             blocks.push(ResBlock::load(&down.sub("block").sub(b), groups, channels, ch * mult)?);
             channels = ch * mult;
         }
-        let is_last = i + 1 == config.channel_mult.len();
+        let is_last = i + 1 == config.ch_mult.len();
         let resample = (!is_last).then(|| down.conv("downsample.conv", channels, channels, 3)).transpose()?;
         levels.push(Level { blocks, resample });
     }
@@ -196,11 +195,11 @@ fn load_encoder(config: &VaeConfig, loader: &Loader) -> Result<Coder, ModelError
 
 fn load_decoder(config: &VaeConfig, loader: &Loader) -> Result<Coder, ModelError> {
     let d = loader.sub("decoder");
-    let (ch, groups, z) = (config.channels, config.norm_groups, config.z_channels);
-    let top = ch * config.channel_mult.last().copied().unwrap_or(1);
+    let (ch, groups, z) = (config.ch, config.norm_groups, config.z_channels);
+    let top = ch * config.ch_mult.last().copied().unwrap_or(1);
     let mut channels = top;
     let mut levels = Vec::new();
-    for (i, mult) in config.channel_mult.iter().enumerate().rev() {
+    for (i, mult) in config.ch_mult.iter().enumerate().rev() {
         let up = d.sub("up").sub(i);
         let mut blocks = Vec::new();
         for b in 0..=config.num_res_blocks {

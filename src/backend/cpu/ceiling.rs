@@ -1,0 +1,69 @@
+//! What one core can do at best: the yardstick that benchmarks print beside their figures.
+//!
+//! f32: the `gemm` crate on the shape that holds most of SD1.5's convolution
+//! work, written as a matrix product. It is a peer, not a part of the product.
+
+use std::time::Instant;
+
+/// A measured ceiling.
+#[derive(Clone, Debug)]
+pub struct Ceiling {
+    /// GFLOP/s of one core.
+    pub gflops: f64,
+    /// How it was measured.
+    pub what: String,
+}
+
+/// The best of this many runs counts: the machine may be busy.
+const RUNS: usize = 7;
+
+/// Runs the yardstick for f32 or bf16 on one core.
+pub fn measure(is_bf16: bool) -> Ceiling {
+    if is_bf16 { bf16() } else { f32() }
+}
+
+/// 320→320 channels, 3×3, at 64×64, batch 2.
+const SHAPE: (usize, usize, usize) = (8192, 320, 2880);
+
+fn f32() -> Ceiling {
+    let (m, n, k) = SHAPE;
+    let a = vec![0.5f32; m * k];
+    let b = vec![0.25f32; n * k];
+    let mut c = vec![0.0f32; m * n];
+    let mut best = f64::INFINITY;
+    for _ in 0..RUNS {
+        let began = Instant::now();
+        // SAFETY: a is m×k row-major, b is n×k row-major (read as k×n through
+        // its strides), c is m×n row-major; all live through the call and c overlaps neither.
+        unsafe {
+            gemm::gemm(
+                m,
+                n,
+                k,
+                c.as_mut_ptr(),
+                1,
+                n as isize,
+                false,
+                a.as_ptr(),
+                1,
+                k as isize,
+                b.as_ptr(),
+                k as isize,
+                1,
+                0.0f32,
+                1.0f32,
+                false,
+                false,
+                false,
+                gemm::Parallelism::None,
+            );
+        }
+        best = best.min(began.elapsed().as_secs_f64());
+    }
+    let gflops = 2.0 * (m * n * k) as f64 / best / 1e9;
+    Ceiling { gflops, what: format!("gemm crate, f32, {m}x{n}x{k}") }
+}
+
+fn bf16() -> Ceiling {
+    f32()
+}

@@ -1,0 +1,67 @@
+//! Element by element: activations and linear combinations.
+
+use super::element::Element;
+use super::finish::{read, write};
+use super::{Kernel, Simd, math};
+use crate::tensor::Activation;
+
+/// `out = act(x)`.
+pub struct Activate<'a, E> {
+    /// Input.
+    pub x: &'a [E],
+    /// Activation.
+    pub act: Activation,
+    /// Output, as long as the input.
+    pub out: &'a mut [E],
+}
+
+impl<E: Element> Kernel for Activate<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let n = self.out.len();
+        assert_eq!(self.x.len(), n);
+        for i in (0..n).step_by(S::LANES) {
+            let part = (n - i).min(S::LANES);
+            // SAFETY: i + part ≤ n, the length of both.
+            unsafe {
+                let v = math::activate::<S>(self.act, read::<S, E>(self.x, i, part));
+                write::<S, E>(self.out, i, part, v);
+            }
+        }
+    }
+}
+
+/// `out = a·x + b·y`.
+pub struct Axpby<'a, E> {
+    /// Factor of `x`.
+    pub a: f32,
+    /// First input.
+    pub x: &'a [E],
+    /// Factor of `y`.
+    pub b: f32,
+    /// Second input.
+    pub y: &'a [E],
+    /// Output, as long as the inputs.
+    pub out: &'a mut [E],
+}
+
+impl<E: Element> Kernel for Axpby<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let n = self.out.len();
+        assert!(self.x.len() == n && self.y.len() == n);
+        for i in (0..n).step_by(S::LANES) {
+            let part = (n - i).min(S::LANES);
+            // SAFETY: i + part ≤ n, the length of all three.
+            unsafe {
+                let by = S::mul(S::splat(self.b), read::<S, E>(self.y, i, part));
+                let v = S::fma(S::splat(self.a), read::<S, E>(self.x, i, part), by);
+                write::<S, E>(self.out, i, part, v);
+            }
+        }
+    }
+}

@@ -1,0 +1,354 @@
+//! `kiln serve`: the server, with ComfyUI's flags.
+
+mod ignored;
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use clap::{Args, ValueEnum};
+use tokio::net::TcpListener;
+use tokio::signal;
+use tracing_subscriber::EnvFilter;
+
+pub use ignored::IgnoredFlags;
+
+use super::setup::{self, RuntimeArgs};
+
+use crate::engine::{Engine, EngineConfig};
+use crate::files::{FolderOptions, Folders, Kind};
+use crate::nodes::{self, PreviewMethod, Services};
+use crate::server::{App, Limits, OriginPolicy, ServerConfig};
+
+/// What `--listen` without an address means.
+const EVERYWHERE: &str = "0.0.0.0,::";
+
+/// `--preview-method`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum PreviewChoice {
+    /// No previews while sampling.
+    None,
+    /// The best method at hand.
+    Auto,
+    /// A linear projection of the latent.
+    Latent2rgb,
+    /// A small decoder; the linear projection where there is none.
+    Taesd,
+}
+
+/// The flags of `kiln serve`.
+#[derive(Clone, Debug, Args)]
+pub struct ServeArgs {
+    /// Addresses to listen on, separated by commas; without a value on all of them
+    #[arg(long, value_name = "IP[,IP]", num_args = 0..=1, default_value = "127.0.0.1",
+          default_missing_value = EVERYWHERE)]
+    pub listen: String,
+
+    /// Port to listen on; 0 takes a free one
+    #[arg(long, default_value_t = 8188)]
+    pub port: u16,
+
+    /// Folder of results
+    #[arg(long, value_name = "DIR")]
+    pub output_directory: Option<PathBuf>,
+
+    /// Folder of uploads
+    #[arg(long, value_name = "DIR")]
+    pub input_directory: Option<PathBuf>,
+
+    /// Folder in which 'temp' is made
+    #[arg(long, value_name = "DIR")]
+    pub temp_directory: Option<PathBuf>,
+
+    /// Folder of settings and workflows
+    #[arg(long, value_name = "DIR")]
+    pub user_directory: Option<PathBuf>,
+
+    /// Run on the CPU (the only device of this build)
+    #[arg(long)]
+    pub cpu: bool,
+
+    /// Folders, device and threads
+    #[command(flatten)]
+    pub runtime: RuntimeArgs,
+
+    /// How previews are made while sampling
+    #[arg(long, value_enum, default_value_t = PreviewChoice::None)]
+    pub preview_method: PreviewChoice,
+
+    /// Longer side of previews in pixels
+    #[arg(long, value_name = "PIXELS", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub preview_size: u32,
+
+    /// Largest request body
+    #[arg(long, value_name = "MB", default_value_t = 100.0)]
+    pub max_upload_size: f64,
+
+    /// How much is logged: DEBUG, INFO, WARNING, ERROR, CRITICAL
+    #[arg(long, value_name = "LEVEL", num_args = 0..=1, default_value = "INFO", default_missing_value = "DEBUG",
+          ignore_case = true, value_parser = ["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"])]
+    pub verbose: String,
+
+    /// Don't save prompts in pictures
+    #[arg(long)]
+    pub disable_metadata: bool,
+
+    /// Let pages of this origin use the server; without a value pages of all origins
+    #[arg(long, value_name = "ORIGIN", num_args = 0..=1, default_missing_value = "*")]
+    pub enable_cors_header: Option<String>,
+
+    /// Further host names under which this server may be reached
+    #[arg(long, value_name = "NAME[,NAME]", value_delimiter = ',')]
+    pub allowed_hosts: Vec<String>,
+
+    /// Compress text answers
+    #[arg(long)]
+    pub enable_compress_response_body: bool,
+
+    /// How long a running prompt may take to end when the server is stopped
+    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+    pub shutdown_timeout: u64,
+
+    /// Prompts that may wait; further ones are refused with 429
+    #[arg(long, value_name = "N", default_value_t = 10_000)]
+    pub max_queue: usize,
+
+    /// ComfyUI's flags without effect here
+    #[command(flatten)]
+    pub ignored: IgnoredFlags,
+}
+
+/// Runs the server until it is told to stop.
+pub fn run(args: &ServeArgs) -> anyhow::Result<()> {
+    start_log(&args.verbose);
+    if !args.ignored.given.is_empty() {
+        tracing::info!(flags = args.ignored.given.join(" "), "flags without effect in kiln");
+    }
+    if let Some(threads) = args.runtime.threads {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
+        pool.context("--threads: the thread pool exists already")?;
+    }
+    let config = config(args)?;
+    let services = services(args)?;
+    let folders = services.folders.clone();
+    empty(folders.root(Kind::Temp));
+    let engine = Engine::new(EngineConfig::new(services, nodes::registry()));
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .thread_name("kiln-http")
+        .enable_all()
+        .build()
+        .context("the HTTP threads can't be started")?;
+    let outcome = runtime.block_on(serve(args, engine.clone(), folders, config));
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    engine.shutdown();
+    outcome
+}
+
+fn start_log(level: &str) {
+    let level = match level.to_ascii_uppercase().as_str() {
+        "DEBUG" => "debug",
+        "WARNING" => "warn",
+        "ERROR" | "CRITICAL" => "error",
+        _ => "info",
+    };
+    let filter = EnvFilter::try_from_env("KILN_LOG").unwrap_or_else(|_| EnvFilter::new(level));
+    // an embedding program may have a log of its own
+    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
+}
+
+/// Throws away the temporary results of the last run.
+fn empty(temp: &Path) {
+    for entry in std::fs::read_dir(temp).into_iter().flatten().flatten() {
+        let path = entry.path();
+        let is_folder = entry.file_type().is_ok_and(|kind| kind.is_dir());
+        let outcome = if is_folder { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
+        if let Err(error) = outcome {
+            tracing::warn!(%error, path = %path.display(), "an old temporary file stays");
+        }
+    }
+}
+
+fn services(args: &ServeArgs) -> anyhow::Result<Services> {
+    let options = FolderOptions {
+        input: args.input_directory.clone(),
+        output: args.output_directory.clone(),
+        temp: args.temp_directory.clone(),
+        user: args.user_directory.clone(),
+        ..args.runtime.folders()
+    };
+    Ok(Services {
+        save_metadata: !args.disable_metadata,
+        preview: match args.preview_method {
+            PreviewChoice::None => PreviewMethod::None,
+            _ => PreviewMethod::Latent2Rgb,
+        },
+        ..setup::services(&args.runtime, &options)?
+    })
+}
+
+fn config(args: &ServeArgs) -> anyhow::Result<ServerConfig> {
+    let bytes = args.max_upload_size * 1024.0 * 1024.0;
+    if !(1.0..1e15).contains(&bytes) {
+        bail!("--max-upload-size {}: must be a positive number of megabytes", args.max_upload_size);
+    }
+    Ok(ServerConfig {
+        limits: Limits { max_body_bytes: bytes as u64, queued_prompts: args.max_queue, ..Limits::default() },
+        origin: OriginPolicy {
+            cors: args.enable_cors_header.clone(),
+            allowed_hosts: args.allowed_hosts.clone(),
+        },
+        compress: args.enable_compress_response_body,
+        shutdown_timeout: Duration::from_secs(args.shutdown_timeout),
+        argv: std::env::args().collect(),
+    })
+}
+
+/// The addresses of `--listen`; IPv6 addresses may stand in brackets.
+fn addresses(listen: &str, port: u16) -> anyhow::Result<Vec<SocketAddr>> {
+    listen
+        .split(',')
+        .map(|part| part.trim().trim_start_matches('[').trim_end_matches(']'))
+        .filter(|part| !part.is_empty())
+        .map(|part| {
+            let part = if part.eq_ignore_ascii_case("localhost") { "127.0.0.1" } else { part };
+            let ip: IpAddr =
+                part.parse().with_context(|| format!("--listen {part}: this is no IP address"))?;
+            Ok(SocketAddr::new(ip, port))
+        })
+        .collect()
+}
+
+async fn bind(args: &ServeArgs) -> anyhow::Result<Vec<TcpListener>> {
+    let mut listeners = Vec::new();
+    for address in addresses(&args.listen, args.port)? {
+        match TcpListener::bind(address).await {
+            Ok(listener) => listeners.push(listener),
+            // "::" often covers 0.0.0.0 as well, and some machines have no IPv6
+            Err(error) if !listeners.is_empty() && address.ip().is_unspecified() => {
+                tracing::debug!(%address, %error, "not bound");
+            }
+            Err(error) => return Err(error).with_context(|| format!("can't listen on {address}")),
+        }
+    }
+    if listeners.is_empty() {
+        bail!("--listen {}: no address", args.listen);
+    }
+    Ok(listeners)
+}
+
+async fn serve(
+    args: &ServeArgs,
+    engine: Arc<Engine>,
+    folders: Arc<Folders>,
+    config: ServerConfig,
+) -> anyhow::Result<()> {
+    let listeners = bind(args).await?;
+    for listener in &listeners {
+        let address = listener.local_addr()?;
+        tracing::info!("listening on http://{address}");
+        if !address.ip().is_loopback() {
+            tracing::warn!(
+                "everybody who can reach {address} can use this server: it has no authentication; \
+                 put it behind a proxy that does"
+            );
+        }
+    }
+    let app = App::new(engine, folders, config)?;
+    crate::server::run(listeners, app, stop_signal()).await?;
+    Ok(())
+}
+
+/// Resolves at the first SIGTERM or ctrl-c; a second one ends the process at once.
+async fn stop_signal() {
+    next_signal().await;
+    tracing::info!("stopping: the running prompt may end, a second signal ends it at once");
+    tokio::spawn(async {
+        next_signal().await;
+        std::process::exit(130);
+    });
+}
+
+#[cfg(unix)]
+async fn next_signal() {
+    match signal::unix::signal(signal::unix::SignalKind::terminate()) {
+        Ok(mut terminate) => tokio::select! {
+            _ = terminate.recv() => {}
+            _ = signal::ctrl_c() => {}
+        },
+        Err(error) => {
+            tracing::warn!(%error, "SIGTERM can't be watched");
+            let _ = signal::ctrl_c().await;
+        }
+    }
+}
+
+#[cfg(not(unix))]
+async fn next_signal() {
+    let _ = signal::ctrl_c().await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        args: ServeArgs,
+    }
+
+    fn parse(line: &str) -> Result<ServeArgs, clap::Error> {
+        Line::try_parse_from(std::iter::once("kiln").chain(line.split_whitespace())).map(|l| l.args)
+    }
+
+    #[test]
+    fn defaults_are_comfyuis() {
+        let args = parse("").unwrap();
+        assert_eq!((args.listen.as_str(), args.port), ("127.0.0.1", 8188));
+        assert_eq!((args.preview_method, args.preview_size), (PreviewChoice::None, 512));
+        assert_eq!((args.max_upload_size, args.verbose.as_str()), (100.0, "INFO"));
+        assert_eq!((args.enable_cors_header, args.ignored.given.len()), (None, 0));
+        assert_eq!(config(&parse("").unwrap()).unwrap().limits.max_body_bytes, 104_857_600);
+    }
+
+    #[test]
+    fn values_may_be_left_out_where_comfyui_lets_them() {
+        let args = parse("--listen --enable-cors-header --verbose").unwrap();
+        assert_eq!(args.listen, "0.0.0.0,::");
+        assert_eq!(args.enable_cors_header.as_deref(), Some("*"));
+        assert_eq!(args.verbose, "DEBUG");
+        let args = parse("--listen 10.0.0.1,[::1] --port 0 --max-upload-size 0.5 --verbose warning").unwrap();
+        assert_eq!(
+            addresses(&args.listen, args.port).unwrap(),
+            ["10.0.0.1:0".parse::<SocketAddr>().unwrap(), "[::1]:0".parse().unwrap()]
+        );
+        assert_eq!(config(&args).unwrap().limits.max_body_bytes, 524_288);
+        assert!(config(&parse("--max-upload-size 0").unwrap()).is_err());
+        assert!(addresses("somewhere", 1).is_err());
+    }
+
+    #[test]
+    fn the_temp_folder_is_emptied() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir_all(dir.path().join("a/b")).unwrap();
+        std::fs::write(dir.path().join("a/b/c.png"), b"x").unwrap();
+        std::fs::write(dir.path().join("d.png"), b"x").unwrap();
+        empty(dir.path());
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn gpu_flags_are_accepted_and_named() {
+        let args =
+            parse("--fp16-vae --reserve-vram 1.5 --cuda-device 0 --fast fp16_accumulation --lowvram --cpu")
+                .unwrap();
+        assert_eq!(args.ignored.given, ["fp16-vae", "lowvram", "cuda-device", "reserve-vram", "fast"]);
+        assert!(args.cpu);
+        assert!(parse("--no-such-flag").is_err());
+        assert!(parse("--tls-keyfile x").is_err(), "what can't be done is not ignored");
+    }
+}

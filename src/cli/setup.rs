@@ -1,0 +1,83 @@
+//! From options to services: what `serve`, `run`, `demo` and `bench` share.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result};
+
+use crate::backend::{self, DeviceOptions};
+use crate::files::{FolderOptions, Folders};
+use crate::models::ModelStore;
+use crate::nodes::{PreviewMethod, Services};
+use crate::weights::OpenOptions;
+
+/// PNG compression of outputs: fast, a few per cent larger than the slow levels.
+const PNG_LEVEL: u8 = 1;
+
+/// Options of every command that runs models.
+#[derive(clap::Args, Clone, Debug, Default)]
+pub struct RuntimeArgs {
+    /// Folder that holds models, input, output, temp and user; the current one if not given.
+    #[arg(long, value_name = "DIR", default_value = ".")]
+    pub base_directory: PathBuf,
+    /// ComfyUI's extra_model_paths.yaml; may be given several times.
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    pub extra_model_paths_config: Vec<PathBuf>,
+    /// Worker threads; all cores if not given.
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
+    /// Compute in bf16 (AMX tiles where the CPU has them): several times faster, about 3 decimal digits.
+    #[arg(long)]
+    pub cpu_bf16: bool,
+    /// Most memory for activations, in MiB; larger pictures are then decoded in tiles.
+    #[arg(long, value_name = "MIB")]
+    pub memory_limit: Option<usize>,
+    /// Reads model files into memory instead of mapping them.
+    #[arg(long, alias = "disable-mmap")]
+    pub no_mmap: bool,
+}
+
+impl RuntimeArgs {
+    /// The device part.
+    pub fn device(&self) -> DeviceOptions {
+        DeviceOptions {
+            threads: self.threads,
+            cpu_bf16: self.cpu_bf16,
+            memory_limit: self.memory_limit.map(|mib| mib << 20),
+        }
+    }
+
+    /// The folder part.
+    pub fn folders(&self) -> FolderOptions {
+        FolderOptions {
+            base: self.base_directory.clone(),
+            extra_model_paths: self.extra_model_paths_config.clone(),
+            ..FolderOptions::default()
+        }
+    }
+}
+
+/// Services over folders and a device.
+pub fn services(args: &RuntimeArgs, folders: &FolderOptions) -> Result<Services> {
+    let folders = Folders::open(folders).context("setting up the folders")?;
+    let models = ModelStore::new(backend::open(args.device())?, OpenOptions { mmap: !args.no_mmap });
+    Ok(Services {
+        folders: Arc::new(folders),
+        models: Arc::new(models),
+        save_metadata: true,
+        png_level: PNG_LEVEL,
+        preview: PreviewMethod::default(),
+    })
+}
+
+/// Folders that write below `output` only: what commands without a server use.
+pub fn local_folders(args: &RuntimeArgs, output: &Path, scratch: &Path) -> FolderOptions {
+    let has_input = args.base_directory.join("input").is_dir();
+    FolderOptions {
+        input: (!has_input).then(|| scratch.join("input")),
+        output: Some(output.to_owned()),
+        temp: Some(scratch.to_owned()),
+        user: Some(scratch.join("user")),
+        ..args.folders()
+    }
+}

@@ -1,0 +1,184 @@
+//! A model as the sampling loop sees it: a function from noisy latents to
+//! denoised ones.
+
+use std::fmt;
+use std::sync::Arc;
+
+use super::conditioning::CondEntry;
+use super::guidance_patch::GuidancePatch;
+use super::schedule::ModelSampling;
+use super::{DiffusionError, Latent};
+use crate::tensor::HostTensor;
+
+/// One piece of a model call.
+#[derive(Clone, Copy, Debug)]
+pub struct DenoiseItem<'a> {
+    /// Noisy latents `[b, C, h, w]` in the model's own scale; a part of the
+    /// picture if the conditioning has an area.
+    pub x: &'a HostTensor,
+    /// What to denoise towards, for every latent of `x`.
+    pub cond: &'a CondEntry,
+    /// Height and width of the whole latent, for models that are told the picture's size.
+    pub full_size: (usize, usize),
+}
+
+/// A diffusion model.
+///
+/// Implementations may split a call as memory demands; the result must not
+/// depend on it beyond rounding.
+pub trait Model: Send + Sync {
+    /// The denoised prediction for every item. Items of one call share the shape
+    /// of `x` and are pairwise [batchable](Model::can_batch).
+    ///
+    /// # Errors
+    /// Whatever stops the model from running, as [`DiffusionError::Model`].
+    fn denoise(&self, items: &[DenoiseItem<'_>], sigma: f32) -> Result<Vec<HostTensor>, DiffusionError>;
+
+    /// The model's noise levels.
+    fn sampling(&self) -> &ModelSampling;
+
+    /// Factor from a latent on a link to the model's own scale (SD1.x: 0.18215).
+    fn latent_scale(&self) -> f32;
+
+    /// Subtracted from a latent on a link before it is scaled.
+    fn latent_shift(&self) -> f32 {
+        0.0
+    }
+
+    /// Channels of the model's latents.
+    fn latent_channels(&self) -> usize {
+        4
+    }
+
+    /// Weights from latent channels to red, green and blue, for previews.
+    fn preview_factors(&self) -> Option<&super::preview::Latent2Rgb> {
+        None
+    }
+
+    /// Whether two conditionings can run in one call.
+    fn can_batch(&self, a: &CondEntry, b: &CondEntry) -> bool {
+        tokens_batch(a.cond.dim(1), b.cond.dim(1)) && a.cond.dim(2) == b.cond.dim(2)
+    }
+
+    /// Patches of the guidance step, in the order they were attached.
+    fn guidance_patches(&self) -> &[Arc<dyn GuidancePatch>] {
+        &[]
+    }
+}
+
+/// Most repetitions of a conditioning to reach a common token count.
+const MAX_TOKEN_REPEATS: usize = 4;
+
+/// Whether conditionings of `a` and `b` tokens can share a call: each is repeated
+/// to the least common multiple, at most four times.
+pub fn tokens_batch(a: usize, b: usize) -> bool {
+    if a == b {
+        return true;
+    }
+    if a == 0 || b == 0 {
+        return false;
+    }
+    let multiple = a / gcd(a, b) * b;
+    multiple / a.min(b) <= MAX_TOKEN_REPEATS
+}
+
+fn gcd(a: usize, b: usize) -> usize {
+    if b == 0 { a } else { gcd(b, a % b) }
+}
+
+/// A model on a `MODEL` link.
+#[derive(Clone)]
+pub struct ModelHandle(pub Arc<dyn Model>);
+
+impl fmt::Debug for ModelHandle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("ModelHandle")
+    }
+}
+
+impl ModelHandle {
+    /// The same model with one more guidance patch.
+    pub fn with_patch(&self, patch: Arc<dyn GuidancePatch>) -> Self {
+        let mut patches = self.0.guidance_patches().to_vec();
+        patches.push(patch);
+        Self(Arc::new(PatchedModel { inner: self.0.clone(), patches }))
+    }
+
+    /// An all-zero latent with the channels of this model; other latents as they are.
+    pub fn fit_empty_latent(&self, latent: &Latent) -> Latent {
+        let shape = latent.samples.shape();
+        let channels = self.0.latent_channels();
+        match shape {
+            &[b, c, h, w] if c != channels && latent.samples.is_zero() => {
+                latent.with_samples(HostTensor::zeros(&[b, channels, h, w]))
+            }
+            _ => latent.clone(),
+        }
+    }
+
+    /// A latent on a link in the model's scale.
+    pub fn latent_in(&self, latent: &HostTensor) -> HostTensor {
+        let (scale, shift) = (self.0.latent_scale(), self.0.latent_shift());
+        latent.map(|v| (v - shift) * scale)
+    }
+
+    /// A latent of the model as it goes on a link.
+    pub fn latent_out(&self, latent: &HostTensor) -> HostTensor {
+        let (scale, shift) = (self.0.latent_scale(), self.0.latent_shift());
+        latent.map(|v| v / scale + shift)
+    }
+}
+
+/// A model with its own list of guidance patches.
+struct PatchedModel {
+    inner: Arc<dyn Model>,
+    patches: Vec<Arc<dyn GuidancePatch>>,
+}
+
+impl Model for PatchedModel {
+    fn denoise(&self, items: &[DenoiseItem<'_>], sigma: f32) -> Result<Vec<HostTensor>, DiffusionError> {
+        self.inner.denoise(items, sigma)
+    }
+
+    fn sampling(&self) -> &ModelSampling {
+        self.inner.sampling()
+    }
+
+    fn latent_scale(&self) -> f32 {
+        self.inner.latent_scale()
+    }
+
+    fn latent_shift(&self) -> f32 {
+        self.inner.latent_shift()
+    }
+
+    fn latent_channels(&self) -> usize {
+        self.inner.latent_channels()
+    }
+
+    fn preview_factors(&self) -> Option<&super::preview::Latent2Rgb> {
+        self.inner.preview_factors()
+    }
+
+    fn can_batch(&self, a: &CondEntry, b: &CondEntry) -> bool {
+        self.inner.can_batch(a, b)
+    }
+
+    fn guidance_patches(&self) -> &[Arc<dyn GuidancePatch>] {
+        &self.patches
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::tokens_batch;
+
+    #[test]
+    fn token_counts_batch_up_to_four_repeats() {
+        assert!(tokens_batch(77, 77));
+        assert!(tokens_batch(77, 308));
+        assert!(!tokens_batch(77, 385));
+        assert!(tokens_batch(154, 231));
+        assert!(!tokens_batch(308, 385));
+    }
+}

@@ -1,0 +1,205 @@
+//! From a path to a handler, and what every answer gets on its way out.
+//!
+//! Every route answers under its own path and under `/api` + path, except
+//! `/internal/*`. A wrong method is 405 with `Allow`; `GET` on a route that only
+//! takes `POST` is 404, as in ComfyUI, where a file could have that name.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+
+use hyper::body::Incoming;
+use hyper::header::{ALLOW, CACHE_CONTROL, HeaderName, HeaderValue, X_CONTENT_TYPE_OPTIONS};
+use hyper::{Method, Request, StatusCode};
+
+use super::App;
+use super::compress;
+use super::http::{self, Call, Failure, Peer, Response};
+use super::origin::Refusal;
+
+type Outcome = Pin<Box<dyn Future<Output = Result<Response, Failure>> + Send>>;
+type Handler = Arc<dyn Fn(Call) -> Outcome + Send + Sync>;
+
+#[derive(Default, Clone)]
+struct Entry {
+    handlers: Vec<(Method, Handler)>,
+}
+
+impl Entry {
+    fn find(&self, method: &Method) -> Option<&Handler> {
+        let wanted = if method == Method::HEAD { &Method::GET } else { method };
+        self.handlers.iter().find(|(m, _)| m == wanted).map(|(_, h)| h)
+    }
+
+    /// `GET` and `HEAD` are always listed: they are answered, if only with 404.
+    fn allowed(&self) -> String {
+        let mut names = vec!["GET", "HEAD"];
+        names.extend(self.handlers.iter().map(|(m, _)| m.as_str()).filter(|m| *m != "GET"));
+        names.join(",")
+    }
+}
+
+/// The routes of a server.
+#[derive(Default)]
+pub(super) struct Router {
+    routes: Vec<(String, Entry)>,
+    table: matchit::Router<Entry>,
+}
+
+impl Router {
+    /// Adds a handler for a path pattern such as `/history/{id}`.
+    pub(super) fn on<F, Fut>(mut self, method: Method, path: &str, handler: F) -> Self
+    where
+        F: Fn(Call) -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = Result<Response, Failure>> + Send + 'static,
+    {
+        let handler: Handler = Arc::new(move |call| Box::pin(handler(call)));
+        let at = match self.routes.iter().position(|(p, _)| p == path) {
+            Some(at) => at,
+            None => {
+                self.routes.push((path.to_owned(), Entry::default()));
+                self.routes.len() - 1
+            }
+        };
+        self.routes[at].1.handlers.push((method, handler));
+        self
+    }
+
+    /// Adds a `GET` handler.
+    pub(super) fn get<F, Fut>(self, path: &str, handler: F) -> Self
+    where
+        F: Fn(Call) -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = Result<Response, Failure>> + Send + 'static,
+    {
+        self.on(Method::GET, path, handler)
+    }
+
+    /// Adds a `POST` handler.
+    pub(super) fn post<F, Fut>(self, path: &str, handler: F) -> Self
+    where
+        F: Fn(Call) -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = Result<Response, Failure>> + Send + 'static,
+    {
+        self.on(Method::POST, path, handler)
+    }
+
+    /// Builds the lookup table.
+    pub(super) fn build(mut self) -> Result<Self, matchit::InsertError> {
+        for (path, entry) in &self.routes {
+            self.table.insert(path.clone(), entry.clone())?;
+            if !path.starts_with("/internal") && path != "/" {
+                self.table.insert(format!("/api{path}"), entry.clone())?;
+            }
+        }
+        Ok(self)
+    }
+}
+
+/// Answers one request.
+pub(super) async fn answer(app: Arc<App>, peer: Peer, request: Request<Incoming>) -> Response {
+    let (method, uri) = (request.method().clone(), request.uri().clone());
+    let accepts_gzip = compress::accepts_gzip(request.headers());
+    let mut response = match app.config.origin.check(&method, request.headers(), peer.via_loopback) {
+        Ok(()) if method == Method::OPTIONS => http::empty(StatusCode::OK),
+        Ok(()) => route(app.clone(), peer, request).await,
+        Err(refusal) => refuse(refusal, request.headers().get("host")),
+    };
+    finish(&mut response, uri.path());
+    app.config.origin.add_cors(response.headers_mut());
+    if app.config.compress && accepts_gzip {
+        response = compress::gzip(response).await;
+    }
+    tracing::debug!(target: "kiln::http", %method, path = uri.path(), status = response.status().as_u16());
+    response
+}
+
+fn refuse(refusal: Refusal, host: Option<&HeaderValue>) -> Response {
+    match refusal {
+        Refusal::ForeignOrigin => http::empty(StatusCode::FORBIDDEN),
+        Refusal::ForeignHost => {
+            let host = host.map_or_else(String::new, |h| String::from_utf8_lossy(h.as_bytes()).into_owned());
+            let hint =
+                format!("the Host '{host}' is not a name of this server; allow it with --allowed-hosts");
+            http::text(StatusCode::FORBIDDEN, hint)
+        }
+    }
+}
+
+async fn route(app: Arc<App>, peer: Peer, request: Request<Incoming>) -> Response {
+    let (entry, params) = match app.router.table.at(request.uri().path()) {
+        Err(_) => return http::empty(StatusCode::NOT_FOUND),
+        Ok(found) => {
+            let params = found.params.iter().map(|(k, v)| (k.to_owned(), http::decode(v))).collect();
+            (found.value.clone(), params)
+        }
+    };
+    let method = request.method();
+    let Some(handler) = entry.find(method) else {
+        if matches!(*method, Method::GET | Method::HEAD) {
+            return http::empty(StatusCode::NOT_FOUND);
+        }
+        let mut response = http::text(StatusCode::METHOD_NOT_ALLOWED, "405: Method Not Allowed");
+        if let Ok(allow) = HeaderValue::from_str(&entry.allowed()) {
+            response.headers_mut().insert(ALLOW, allow);
+        }
+        return response;
+    };
+    match handler(Call { app, request, params, peer }).await {
+        Ok(response) => response,
+        Err(failure) => {
+            tracing::debug!(target: "kiln::http", %failure);
+            failure.into_response()
+        }
+    }
+}
+
+const IMAGE_ENDINGS: &[&str] = &[".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"];
+const CODE_ENDINGS: &[&str] = &[".js", ".css", "index.json"];
+
+/// Adds the headers that depend on the path and the status.
+fn finish(response: &mut Response, path: &str) {
+    let path = path.to_ascii_lowercase();
+    let ends = |endings: &[&str]| endings.iter().any(|e| path.ends_with(e));
+    let caching = if ends(CODE_ENDINGS) {
+        Some("no-cache")
+    } else if ends(IMAGE_ENDINGS) && response.status().is_success() {
+        Some("public, max-age=86400")
+    } else if ends(IMAGE_ENDINGS) && response.status() == StatusCode::NOT_FOUND {
+        Some("public, max-age=3600")
+    } else {
+        None
+    };
+    let mut add = |name: HeaderName, value| {
+        response.headers_mut().entry(name).or_insert(HeaderValue::from_static(value));
+    };
+    if let Some(value) = caching {
+        add(CACHE_CONTROL, value);
+    }
+    add(X_CONTENT_TYPE_OPTIONS, "nosniff");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn caching_depends_on_the_path() {
+        for (path, status, wanted) in [
+            ("/userdata/a.png", 200, Some("public, max-age=86400")),
+            ("/userdata/a.WEBP", 200, Some("public, max-age=86400")),
+            ("/userdata/a.png", 404, Some("public, max-age=3600")),
+            ("/userdata/a.png", 403, None),
+            ("/x/a.js", 404, Some("no-cache")),
+            ("/x/a.css", 200, Some("no-cache")),
+            ("/templates/index.json", 200, Some("no-cache")),
+            ("/x/a.json", 200, None),
+            ("/view", 200, None),
+        ] {
+            let mut response = http::empty(StatusCode::from_u16(status).unwrap());
+            finish(&mut response, path);
+            let got = response.headers().get(CACHE_CONTROL).map(|v| v.to_str().unwrap());
+            assert_eq!(got, wanted, "{path} {status}");
+            assert_eq!(response.headers()[X_CONTENT_TYPE_OPTIONS], "nosniff");
+        }
+    }
+}

@@ -1,0 +1,83 @@
+//! The routes, one file a group.
+
+mod history;
+mod models;
+mod prompt;
+mod queue;
+mod system;
+mod upload;
+mod view;
+
+use serde_json::Value as Json;
+
+use super::http::Failure;
+use super::router::Router;
+use super::ws;
+use crate::files::{PathError, names};
+
+/// Every route of this server.
+pub(super) fn all() -> Router {
+    Router::default()
+        .get("/", system::page)
+        .get("/ws", ws::upgrade)
+        .get("/system_stats", system::stats)
+        .get("/features", system::features)
+        .get("/extensions", system::extensions)
+        .get("/object_info", system::object_info)
+        .get("/object_info/{class}", system::object_info)
+        .post("/free", system::free)
+        .get("/prompt", prompt::info)
+        .post("/prompt", prompt::submit)
+        .get("/queue", queue::list)
+        .post("/queue", queue::edit)
+        .post("/interrupt", queue::interrupt)
+        .get("/history", history::list)
+        .get("/history/{id}", history::one)
+        .post("/history", history::edit)
+        .get("/models", models::folders)
+        .get("/models/{folder}", models::files)
+        .get("/view_metadata/{folder}", models::metadata)
+        .get("/embeddings", models::embeddings)
+        .get("/view", view::view)
+        .post("/upload/image", upload::image)
+        .post("/upload/mask", upload::mask)
+}
+
+/// Runs file or CPU work on a blocking thread.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Failure> {
+    tokio::task::spawn_blocking(work).await.map_err(Failure::internal)
+}
+
+/// A list of ids: texts, and numbers as texts.
+fn ids(value: &Json) -> Result<Vec<String>, Failure> {
+    let list = value.as_array().ok_or_else(|| Failure::bad_request("'delete' must be a list of ids"))?;
+    list.iter()
+        .map(|id| match id {
+            Json::String(id) => Ok(id.clone()),
+            Json::Number(id) => Ok(id.to_string()),
+            other => Err(Failure::bad_request(format!("'delete' holds {other}, which is no id"))),
+        })
+        .collect()
+}
+
+/// What a Python server takes for true: not null, false, zero, or empty.
+fn is_truthy(value: Option<&Json>) -> bool {
+    match value {
+        None | Some(Json::Null) => false,
+        Some(Json::Bool(b)) => *b,
+        Some(Json::Number(n)) => n.as_f64() != Some(0.0),
+        Some(Json::String(s)) => !s.is_empty(),
+        Some(Json::Array(a)) => !a.is_empty(),
+        Some(Json::Object(o)) => !o.is_empty(),
+    }
+}
+
+/// What a path that may not be, or is not there, means to a client.
+fn refuse_path(error: PathError) -> Failure {
+    match error {
+        PathError::Invalid { .. } => Failure::BAD_REQUEST,
+        PathError::OutsideRoot { .. } => Failure::FORBIDDEN,
+        PathError::NotFound { .. } | PathError::UnknownFolder(_) => Failure::NOT_FOUND,
+        PathError::Io { .. } => Failure::internal(error),
+    }
+}

@@ -1,0 +1,88 @@
+//! `/`, `/system_stats`, `/features`, `/extensions`, `/object_info`, `/free`.
+
+use hyper::StatusCode;
+use hyper::header::{CACHE_CONTROL, CONTENT_SECURITY_POLICY};
+use serde_json::{Value as Json, json};
+
+use super::{blocking, is_truthy};
+use crate::engine::FreeRequest;
+use crate::server::http::{self, Call, Failure, Response, json_response, json_text};
+use crate::server::{COMFYUI_VERSION, host};
+
+/// Versions of ComfyUI's web page and templates that belong to [`COMFYUI_VERSION`]; clients compare them.
+const FRONTEND_VERSION: &str = "1.27.10";
+const TEMPLATES_VERSION: &str = "0.1.95";
+
+/// `GET /`: the built-in page.
+pub(in crate::server) async fn page(_call: Call) -> Result<Response, Failure> {
+    let mut response = http::html(include_str!("../page.html"));
+    http::set(&mut response, CACHE_CONTROL, "no-cache");
+    http::set(
+        &mut response,
+        CONTENT_SECURITY_POLICY,
+        "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; frame-ancestors 'none'",
+    );
+    Ok(response)
+}
+
+/// `GET /system_stats`. A CPU device's memory is the machine's.
+pub(in crate::server) async fn stats(call: Call) -> Result<Response, Failure> {
+    let memory = blocking(host::memory).await?;
+    let kiln = format!("none (kiln {}, no Python)", env!("CARGO_PKG_VERSION"));
+    let body = json!({
+        "system": {
+            "os": if cfg!(windows) { "nt" } else { "posix" },
+            "ram_total": memory.total,
+            "ram_free": memory.free,
+            "comfyui_version": COMFYUI_VERSION,
+            "required_frontend_version": FRONTEND_VERSION,
+            "installed_templates_version": TEMPLATES_VERSION,
+            "required_templates_version": TEMPLATES_VERSION,
+            "python_version": kiln,
+            "pytorch_version": kiln,
+            "embedded_python": false,
+            "argv": call.app.config.argv,
+        },
+        "devices": [{
+            "name": "cpu",
+            "type": "cpu",
+            "index": null,
+            "vram_total": memory.total,
+            "vram_free": memory.free,
+            "torch_vram_total": memory.total,
+            "torch_vram_free": memory.free,
+        }],
+    });
+    Ok(json_response(StatusCode::OK, &body))
+}
+
+/// `GET /features`: what the server can do.
+pub(in crate::server) async fn features(call: Call) -> Result<Response, Failure> {
+    Ok(json_response(StatusCode::OK, &call.app.features()))
+}
+
+/// `GET /extensions`: scripts that a web page should load; kiln brings none.
+pub(in crate::server) async fn extensions(_call: Call) -> Result<Response, Failure> {
+    Ok(json_response(StatusCode::OK, &json!([])))
+}
+
+/// `GET /object_info` and `/object_info/{class}`: node classes, with the files of now.
+pub(in crate::server) async fn object_info(call: Call) -> Result<Response, Failure> {
+    let text = blocking(move || {
+        let class = Some(call.param("class")).filter(|class| !class.is_empty());
+        call.app.engine.object_info(class).to_string()
+    })
+    .await?;
+    Ok(json_text(StatusCode::OK, text))
+}
+
+/// `POST /free`: `{"unload_models": bool, "free_memory": bool}`.
+pub(in crate::server) async fn free(call: Call) -> Result<Response, Failure> {
+    let (app, body) = call.into_json().await?;
+    let body = body.unwrap_or(Json::Null);
+    app.engine.free(FreeRequest {
+        unload_models: is_truthy(body.get("unload_models")),
+        free_memory: is_truthy(body.get("free_memory")),
+    });
+    Ok(http::empty(StatusCode::OK))
+}

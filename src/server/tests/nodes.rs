@@ -1,0 +1,98 @@
+//! Tiny nodes, so that the server's tests need no model and no picture.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::{Map, json};
+
+use crate::files::{FolderOptions, Folders};
+use crate::graph::{Input, Schema};
+use crate::models::ModelStore;
+use crate::nodes::{
+    Inputs, Node, NodeCtx, NodeError, NodeOutput, PreviewFrame, PreviewMethod, Services, Value,
+};
+use crate::tensor::HostTensor;
+
+/// Gives its number.
+struct Number;
+/// Shows a number to the client.
+struct Show;
+/// Works in steps of 5 ms until it is stopped, with a preview a step.
+struct Slow;
+/// Sends a picture.
+struct Picture;
+
+impl Node for Number {
+    fn schema(&self) -> Schema {
+        Schema::new("Number", "test").input(Input::int("value", 0, 0, u64::MAX)).output("INT")
+    }
+
+    fn execute(&self, _: &mut NodeCtx<'_>, inputs: &Inputs) -> Result<NodeOutput, NodeError> {
+        Ok(NodeOutput::one(Value::Json(inputs.seed("value")?.into())))
+    }
+}
+
+impl Node for Show {
+    fn schema(&self) -> Schema {
+        Schema::new("Show", "test").input(Input::link("value", "INT")).sink()
+    }
+
+    fn execute(&self, _: &mut NodeCtx<'_>, inputs: &Inputs) -> Result<NodeOutput, NodeError> {
+        let ui = json!({"text": [inputs.seed("value")?]});
+        Ok(NodeOutput::ui(ui.as_object().cloned().unwrap_or_else(Map::new)))
+    }
+}
+
+impl Node for Slow {
+    fn schema(&self) -> Schema {
+        Schema::new("Slow", "test")
+            .input(Input::int("steps", 1, 1, 1_000_000))
+            .input(Input::int("salt", 0, 0, u64::MAX))
+            .sink()
+    }
+
+    fn execute(&self, ctx: &mut NodeCtx<'_>, inputs: &Inputs) -> Result<NodeOutput, NodeError> {
+        let steps = inputs.seed("steps")?;
+        for step in 1..=steps {
+            std::thread::sleep(Duration::from_millis(5));
+            let preview = PreviewFrame { image: HostTensor::full(&[1, 4, 8, 3], 0.5), max_size: 64 };
+            ctx.progress(step, steps, Some(preview))?;
+        }
+        Ok(NodeOutput::ui(Map::new()))
+    }
+}
+
+impl Node for Picture {
+    fn schema(&self) -> Schema {
+        Schema::new("Picture", "test").input(Input::int("side", 8, 1, 4096)).sink()
+    }
+
+    fn execute(&self, ctx: &mut NodeCtx<'_>, inputs: &Inputs) -> Result<NodeOutput, NodeError> {
+        let side = inputs.size("side")?;
+        ctx.sink.picture(ctx.node_id, &HostTensor::full(&[1, side, side, 3], 0.25));
+        Ok(NodeOutput::default())
+    }
+
+    fn is_cacheable(&self) -> bool {
+        false
+    }
+}
+
+pub(super) fn all() -> Vec<Box<dyn Node>> {
+    vec![Box::new(Number), Box::new(Show), Box::new(Slow), Box::new(Picture)]
+}
+
+pub(super) fn folders(base: &Path) -> Folders {
+    Folders::open(&FolderOptions { base: base.to_owned(), ..FolderOptions::default() }).unwrap()
+}
+
+pub(super) fn services(folders: Arc<Folders>) -> Services {
+    Services {
+        folders,
+        models: Arc::new(ModelStore::default()),
+        save_metadata: true,
+        png_level: 1,
+        preview: PreviewMethod::None,
+    }
+}

@@ -1,0 +1,294 @@
+//! The WebSocket: handshake, targets, order, binary frames, slow and rude clients.
+
+use std::time::Duration;
+
+use futures_util::{SinkExt, StreamExt};
+use serde_json::{Value as Json, json};
+use tokio::net::TcpStream;
+use tokio::time::{Instant, sleep, timeout};
+use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
+use tokio_tungstenite::tungstenite::{Error, Message};
+use tokio_tungstenite::{WebSocketStream, client_async};
+
+use super::{PATIENCE, Server};
+
+struct Client(WebSocketStream<TcpStream>);
+
+/// A message, binary ones as `{"bin": kind, "bytes": n}`.
+fn brief(message: &Message) -> Option<Json> {
+    match message {
+        Message::Text(text) => Some(serde_json::from_str(text).unwrap()),
+        Message::Binary(bytes) => {
+            let kind = u32::from_be_bytes(bytes[..4].try_into().unwrap());
+            Some(json!({"bin": kind, "bytes": bytes.len()}))
+        }
+        _ => None,
+    }
+}
+
+/// `type:node`, or `bin:kind`.
+fn name(message: &Json) -> String {
+    match message.get("bin") {
+        Some(kind) => format!("bin:{kind}"),
+        None => match &message["data"]["node"] {
+            Json::String(node) => format!("{}:{node}", message["type"].as_str().unwrap()),
+            _ => message["type"].as_str().unwrap().to_owned(),
+        },
+    }
+}
+
+impl Client {
+    async fn connect(server: &Server, path: &str) -> Self {
+        let stream = server.connect().await;
+        let (socket, _) = client_async(format!("ws://{}{path}", server.addr), stream).await.unwrap();
+        Self(socket)
+    }
+
+    async fn next(&mut self) -> Json {
+        loop {
+            let message = timeout(PATIENCE, self.0.next()).await.unwrap().unwrap().unwrap();
+            if let Some(found) = brief(&message) {
+                return found;
+            }
+        }
+    }
+
+    /// Messages up to the closing `executing` of a prompt.
+    async fn until_done(&mut self, prompt: &str) -> Vec<Json> {
+        let mut seen = Vec::new();
+        loop {
+            seen.push(self.next().await);
+            let last = &seen[seen.len() - 1];
+            if last["type"] == "executing" && last["data"] == json!({"node": null, "prompt_id": prompt}) {
+                return seen;
+            }
+        }
+    }
+
+    /// Messages until nothing comes for a while.
+    async fn drain(&mut self) -> Vec<Json> {
+        let mut seen = Vec::new();
+        while let Ok(Some(Ok(message))) = timeout(Duration::from_millis(300), self.0.next()).await {
+            seen.extend(brief(&message));
+        }
+        seen
+    }
+
+    async fn send(&mut self, message: Json) {
+        self.0.send(Message::text(message.to_string())).await.unwrap();
+    }
+}
+
+fn show(value: u64) -> Json {
+    json!({"1": {"class_type": "Number", "inputs": {"value": value}},
+           "2": {"class_type": "Show", "inputs": {"value": ["1", 0]}}})
+}
+
+fn slow(steps: u64, salt: u64) -> Json {
+    json!({"1": {"class_type": "Slow", "inputs": {"steps": steps, "salt": salt}}})
+}
+
+fn idle(sid: &str) -> Json {
+    json!({"type": "status", "data": {"status": {"exec_info": {"queue_remaining": 0}}, "sid": sid}})
+}
+
+#[tokio::test]
+async fn the_first_message_carries_the_id() {
+    let server = Server::start().await;
+    assert_eq!(Client::connect(&server, "/ws?clientId=me%20too").await.next().await, idle("me too"));
+    assert_eq!(Client::connect(&server, "/api/ws?clientId=me").await.next().await, idle("me"));
+    for path in ["/ws", "/ws?clientId="] {
+        let first = Client::connect(&server, path).await.next().await;
+        let sid = first["data"]["sid"].as_str().unwrap();
+        assert!(sid.len() == 32 && sid.bytes().all(|b| b.is_ascii_hexdigit()), "{sid}");
+    }
+    let plain = server.get("/ws").await;
+    assert_eq!(plain.status, 400, "no handshake");
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn events_go_to_the_owner_or_to_everybody() {
+    let server = Server::start().await;
+    let mut owner = Client::connect(&server, "/ws?clientId=owner").await;
+    let mut other = Client::connect(&server, "/ws?clientId=other").await;
+    assert_eq!((owner.next().await, other.next().await), (idle("owner"), idle("other")));
+    let prompt = server.queue(show(5), Some("owner")).await;
+    let seen: Vec<String> =
+        owner.until_done(&prompt).await.iter().map(name).filter(|n| n != "progress_state").collect();
+    assert_eq!(
+        seen,
+        [
+            "status",
+            "status",
+            "execution_start",
+            "execution_cached",
+            "executing:1",
+            "executing:2",
+            "executed:2",
+            "execution_success",
+            "status",
+            "executing"
+        ]
+    );
+    let counts: Vec<Json> = other
+        .drain()
+        .await
+        .iter()
+        .map(|m| m["data"]["status"]["exec_info"]["queue_remaining"].clone())
+        .collect();
+    assert_eq!(counts, [json!(1), json!(1), json!(0)], "the other one sees only the queue");
+    let nobodys = server.queue(show(6), None).await;
+    for client in [&mut owner, &mut other] {
+        let seen = client.until_done(&nobodys).await;
+        assert!(seen.iter().any(|m| m["type"] == "executed" && m["data"]["output"] == json!({"text": [6]})));
+    }
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn a_second_connection_takes_over_and_is_told_what_runs() {
+    let server = Server::start().await;
+    let mut old = Client::connect(&server, "/ws?clientId=me").await;
+    old.next().await;
+    let prompt = server.queue(slow(1_000_000, 1), Some("me")).await;
+    while old.next().await["type"] != "progress" {}
+    let mut new = Client::connect(&server, "/ws?clientId=me").await;
+    let first = new.next().await;
+    assert_eq!(first["data"]["status"]["exec_info"]["queue_remaining"], 1);
+    let second = new.next().await;
+    assert_eq!(second["type"], "executing");
+    assert_eq!(second["data"], json!({"node": "1", "display_node": "1", "prompt_id": prompt}));
+    old.drain().await;
+    server.post("/interrupt", &json!({})).await;
+    let seen = new.until_done(&prompt).await;
+    assert!(seen.iter().any(|m| m["type"] == "execution_interrupted"));
+    assert_eq!(old.drain().await, Vec::<Json>::new(), "the old connection is silent");
+    drop(old);
+    sleep(Duration::from_millis(50)).await;
+    let again = server.queue(show(1), Some("me")).await;
+    assert!(!new.until_done(&again).await.is_empty(), "closing the old connection leaves the new one");
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn preview_frames_depend_on_the_feature_flags() {
+    let server = Server::start().await;
+    let flags = |on: bool| json!({"type": "feature_flags", "data": {"supports_preview_metadata": on}});
+    let mut plain = Client::connect(&server, "/ws?clientId=plain").await;
+    plain.next().await;
+    let mut modern = Client::connect(&server, "/ws?clientId=modern").await;
+    modern.next().await;
+    modern.send(flags(true)).await;
+    let features = server.get("/features").await.json();
+    assert_eq!(modern.next().await, json!({"type": "feature_flags", "data": features}));
+    let mut late = Client::connect(&server, "/ws?clientId=late").await;
+    late.next().await;
+    late.0.send(Message::text("this is no JSON")).await.unwrap();
+    late.send(flags(true)).await;
+    for (client, owner, wanted) in [
+        (&mut plain, "plain", ["progress:1", "bin:1", "progress:1", "bin:1"]),
+        (&mut modern, "modern", ["bin:4", "progress:1", "bin:4", "progress:1"]),
+        (&mut late, "late", ["progress:1", "bin:1", "progress:1", "bin:1"]),
+    ] {
+        let prompt = server.queue(slow(2, owner.len() as u64), Some(owner)).await;
+        let seen = client.until_done(&prompt).await;
+        assert!(seen.iter().all(|m| m["type"] != "feature_flags"), "{owner}");
+        let order: Vec<String> =
+            seen.iter().map(name).filter(|n| n.starts_with("progress:") || n.starts_with("bin")).collect();
+        assert_eq!(order, wanted, "{owner}");
+    }
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn pictures_arrive_as_png() {
+    let server = Server::start().await;
+    let mut client = Client::connect(&server, "/ws?clientId=me").await;
+    client.next().await;
+    server.queue(json!({"7": {"class_type": "Picture", "inputs": {"side": 3}}}), Some("me")).await;
+    let frame = loop {
+        if let Message::Binary(frame) = timeout(PATIENCE, client.0.next()).await.unwrap().unwrap().unwrap() {
+            break frame;
+        }
+    };
+    assert_eq!(&frame[..8], b"\x00\x00\x00\x01\x00\x00\x00\x02", "an image, PNG");
+    let picture = image::load_from_memory(&frame[8..]).unwrap().to_rgb8();
+    assert_eq!((picture.dimensions(), picture.get_pixel(1, 1).0), ((3, 3), [63, 63, 63]));
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn rude_clients_are_closed_and_nobody_else_notices() {
+    let server = Server::start().await;
+    let mut honest = Client::connect(&server, "/ws?clientId=honest").await;
+    honest.next().await;
+    let mut rude = Client::connect(&server, "/ws?clientId=rude").await;
+    rude.next().await;
+    let too_long = "x".repeat(2 * 1024 * 1024);
+    // the server may close while the message is still on its way
+    let _ = rude.0.send(Message::text(too_long)).await;
+    let end = timeout(PATIENCE, async {
+        loop {
+            match rude.0.next().await {
+                None | Some(Err(_) | Ok(Message::Close(_))) => break,
+                Some(Ok(_)) => {}
+            }
+        }
+    });
+    assert!(end.await.is_ok(), "a message over 1 MiB ends the connection");
+    let mut pinging = Client::connect(&server, "/ws?clientId=pings").await;
+    for _ in 0..10_000 {
+        pinging.0.feed(Message::Ping(vec![1_u8; 10].into())).await.unwrap();
+    }
+    pinging.0.flush().await.unwrap();
+    let prompt = server.queue(show(77), Some("honest")).await;
+    assert!(honest.until_done(&prompt).await.len() >= 8);
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn silent_clients_delay_nobody() {
+    let server = Server::start().await;
+    let mut silent = Vec::new();
+    for i in 0..50 {
+        silent.push(Client::connect(&server, &format!("/ws?clientId=silent{i}")).await);
+    }
+    let mut honest = Client::connect(&server, "/ws?clientId=honest").await;
+    honest.next().await;
+    let broadcast = server.queue(slow(100, 9), None).await;
+    let began = Instant::now();
+    let seen = honest.until_done(&broadcast).await;
+    let frames = seen.iter().filter(|m| m.get("bin").is_some()).count();
+    assert_eq!(frames, 100, "who reads gets every preview");
+    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+    drop(silent);
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn sockets_are_counted_and_closed_with_1001() {
+    let server = Server::with(|config| config.limits.web_sockets = 2).await;
+    let mut one = Client::connect(&server, "/ws").await;
+    let two = Client::connect(&server, "/ws").await;
+    one.next().await;
+    let refused = client_async(format!("ws://{}/ws", server.addr), server.connect().await).await;
+    assert!(matches!(&refused, Err(Error::Http(answer)) if answer.status() == 503), "{refused:?}");
+    drop(two);
+    let end = Instant::now() + PATIENCE;
+    while client_async(format!("ws://{}/ws", server.addr), server.connect().await).await.is_err() {
+        assert!(Instant::now() < end, "the place of a closed socket becomes free");
+        sleep(Duration::from_millis(10)).await;
+    }
+    let stopping = tokio::spawn(server.stop());
+    let code = loop {
+        match timeout(PATIENCE, one.0.next()).await.unwrap() {
+            Some(Ok(Message::Close(Some(frame)))) => break Some(frame.code),
+            None | Some(Ok(Message::Close(None)) | Err(_)) => break None,
+            Some(Ok(_)) => {}
+        }
+    };
+    assert_eq!(code, Some(CloseCode::Away));
+    drop(one);
+    stopping.await.unwrap();
+}

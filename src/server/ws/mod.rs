@@ -1,0 +1,305 @@
+//! `/ws`: events to clients.
+//!
+//! One task a socket reads and writes; [`pump`] turns engine events into frames
+//! and puts them into the sockets' bounded queues ([`outbox`]), so that a slow
+//! client costs nobody else anything. A client that connects under an id that
+//! is in use takes over its events (the older socket stays open and silent:
+//! closing it would make two tabs with one id evict each other for ever).
+
+mod frames;
+mod outbox;
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use futures_util::{SinkExt, StreamExt};
+use hyper::StatusCode;
+use hyper::header::{
+    CONNECTION, HeaderMap, HeaderValue, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_VERSION,
+    UPGRADE,
+};
+use hyper::upgrade::{OnUpgrade, Upgraded};
+use hyper_util::rt::TokioIo;
+use serde_json::{Value as Json, json};
+use tokio::sync::{broadcast, watch};
+use tokio::time::{Instant, interval_at, timeout};
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
+use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
+use tokio_tungstenite::tungstenite::protocol::{CloseFrame, Role, WebSocketConfig};
+use tokio_tungstenite::tungstenite::{Bytes, Message};
+
+use super::App;
+use super::connection::is_true;
+use super::http::{self, Call, Failure, Peer, Response};
+use crate::engine::{Event, EventKind};
+use frames::Frames;
+use outbox::{Outbox, Weight};
+
+/// Largest message and frame that a client may send.
+const MAX_INCOMING: usize = 1024 * 1024;
+/// Largest message that may be written: bounds a picture, not what piles up
+/// (messages are written one at a time; [`outbox`] bounds what waits).
+const MAX_OUTGOING: usize = 256 * 1024 * 1024;
+/// How often an idle connection is kept alive.
+const PING_INTERVAL: Duration = Duration::from_secs(25);
+/// Longest time for one message; with it a client that reads nothing is given up.
+const SEND_TIMEOUT: Duration = Duration::from_secs(25);
+
+/// One client's connection.
+#[derive(Debug, Default)]
+struct Socket {
+    outbox: Outbox,
+    knows_preview_metadata: AtomicBool,
+}
+
+/// The open WebSockets, by client id.
+#[derive(Debug, Default)]
+pub(super) struct Sockets {
+    by_client: Mutex<HashMap<String, Arc<Socket>>>,
+    open: AtomicUsize,
+    closing: watch::Sender<bool>,
+}
+
+impl Sockets {
+    fn by_client(&self) -> MutexGuard<'_, HashMap<String, Arc<Socket>>> {
+        self.by_client.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Registers a socket whose queue begins with the first `status` and, on a
+    /// reconnection, with the node that runs right now.
+    fn connect(&self, client_id: &str, app: &App) -> Arc<Socket> {
+        let socket = Arc::new(Socket::default());
+        let mut by_client = self.by_client();
+        let queue_remaining = app.engine.queue_remaining();
+        let status = EventKind::Status { queue_remaining };
+        let mut data = status.data();
+        data["sid"] = client_id.into();
+        socket.outbox.push(Weight::Vital, message("status", &data));
+        if let Some((prompt_id, node)) = app.engine.executing(client_id) {
+            let data = json!({"node": node, "display_node": node, "prompt_id": prompt_id});
+            socket.outbox.push(Weight::Vital, message("executing", &data));
+        }
+        by_client.insert(client_id.to_owned(), socket.clone());
+        socket
+    }
+
+    fn disconnect(&self, client_id: &str, socket: &Arc<Socket>) {
+        let mut by_client = self.by_client();
+        if by_client.get(client_id).is_some_and(|current| Arc::ptr_eq(current, socket)) {
+            by_client.remove(client_id);
+        }
+    }
+
+    /// The sockets that an event is for.
+    fn targets(&self, event: &Event) -> Vec<Arc<Socket>> {
+        let by_client = self.by_client();
+        match &event.client_id {
+            Some(id) => by_client.get(&**id).cloned().into_iter().collect(),
+            None => by_client.values().cloned().collect(),
+        }
+    }
+
+    /// Asks every socket to close with 1001.
+    pub(super) fn close_all(&self) {
+        self.closing.send_replace(true);
+    }
+}
+
+fn message(kind: &str, data: &Json) -> Message {
+    Message::text(json!({"type": kind, "data": data}).to_string())
+}
+
+/// Distributes engine events until the engine ends.
+pub(super) async fn pump(app: Arc<App>, mut events: broadcast::Receiver<Arc<Event>>) {
+    loop {
+        let event = match events.recv().await {
+            Ok(event) => event,
+            Err(broadcast::error::RecvError::Closed) => return,
+            Err(broadcast::error::RecvError::Lagged(count)) => {
+                tracing::warn!(count, "events were lost: the sockets could not be served in time");
+                continue;
+            }
+        };
+        let targets = app.sockets.targets(&event);
+        if targets.is_empty() {
+            continue;
+        }
+        let frames = if event.kind.has_picture() {
+            let event = event.clone();
+            tokio::task::spawn_blocking(move || Frames::new(&event)).await.unwrap_or_default()
+        } else {
+            Frames::new(&event)
+        };
+        for socket in targets {
+            let knows_metadata = socket.knows_preview_metadata.load(Ordering::Acquire);
+            for (weight, message) in frames.for_client(knows_metadata) {
+                socket.outbox.push(weight, message);
+            }
+        }
+    }
+}
+
+/// Whether a comma separated header holds a token.
+fn has_token(headers: &HeaderMap, name: hyper::header::HeaderName, token: &str) -> bool {
+    headers
+        .get_all(name)
+        .iter()
+        .filter_map(|v| v.to_str().ok())
+        .flat_map(|v| v.split(','))
+        .any(|t| t.trim().eq_ignore_ascii_case(token))
+}
+
+/// The handshake's answer key; fails if this is no WebSocket handshake.
+fn accept_key(headers: &HeaderMap) -> Result<HeaderValue, Failure> {
+    let refuse =
+        |what: &str| Failure::Text(StatusCode::BAD_REQUEST, format!("no WebSocket handshake: {what}"));
+    if !has_token(headers, UPGRADE, "websocket") || !has_token(headers, CONNECTION, "upgrade") {
+        return Err(refuse("the Upgrade header is missing"));
+    }
+    if headers.get(SEC_WEBSOCKET_VERSION).map(HeaderValue::as_bytes) != Some(b"13") {
+        return Err(refuse("only version 13 is spoken"));
+    }
+    let key = headers.get(SEC_WEBSOCKET_KEY).ok_or_else(|| refuse("the key is missing"))?;
+    HeaderValue::from_str(&derive_accept_key(key.as_bytes())).map_err(Failure::internal)
+}
+
+/// Counts an open socket for as long as it lives.
+struct OpenCount(Arc<App>);
+
+impl OpenCount {
+    fn new(app: Arc<App>) -> Result<Self, Failure> {
+        let open = app.sockets.open.fetch_add(1, Ordering::AcqRel) + 1;
+        let count = Self(app);
+        if open > count.0.config.limits.web_sockets {
+            let busy = "all places for WebSockets are taken".to_owned();
+            return Err(Failure::Text(StatusCode::SERVICE_UNAVAILABLE, busy));
+        }
+        Ok(count)
+    }
+}
+
+impl Drop for OpenCount {
+    fn drop(&mut self) {
+        self.0.sockets.open.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// `GET /ws?clientId=…`
+pub(super) async fn upgrade(mut call: Call) -> Result<Response, Failure> {
+    let accept = accept_key(call.headers())?;
+    let client_id = call
+        .query("clientId")
+        .filter(|id| !id.is_empty())
+        .unwrap_or_else(|| uuid::Uuid::new_v4().simple().to_string());
+    let count = OpenCount::new(call.app.clone())?;
+    let upgrade = hyper::upgrade::on(&mut call.request);
+    tokio::spawn(serve(upgrade, count, call.peer, client_id));
+    let mut response = http::empty(StatusCode::SWITCHING_PROTOCOLS);
+    http::set(&mut response, CONNECTION, "Upgrade");
+    http::set(&mut response, UPGRADE, "websocket");
+    response.headers_mut().insert(SEC_WEBSOCKET_ACCEPT, accept);
+    Ok(response)
+}
+
+async fn serve(upgrade: OnUpgrade, count: OpenCount, peer: Peer, client_id: String) {
+    let upgraded = match upgrade.await {
+        Ok(upgraded) => upgraded,
+        Err(error) => {
+            tracing::debug!(%error, "the WebSocket handshake was not completed");
+            return;
+        }
+    };
+    let app = &count.0;
+    let config = WebSocketConfig::default()
+        .max_message_size(Some(MAX_INCOMING))
+        .max_frame_size(Some(MAX_INCOMING))
+        .max_write_buffer_size(MAX_OUTGOING);
+    let stream = WebSocketStream::from_raw_socket(TokioIo::new(upgraded), Role::Server, Some(config)).await;
+    let socket = app.sockets.connect(&client_id, app);
+    let end = converse(stream, &socket, app).await;
+    app.sockets.disconnect(&client_id, &socket);
+    tracing::debug!(client_id, end, "WebSocket closed");
+    drop(peer);
+}
+
+type Stream = WebSocketStream<TokioIo<Upgraded>>;
+
+/// Reads and writes until one side is done; says why it ended.
+async fn converse(mut stream: Stream, socket: &Socket, app: &App) -> &'static str {
+    let mut closing = app.sockets.closing.subscribe();
+    let mut ping = interval_at(Instant::now() + PING_INTERVAL, PING_INTERVAL);
+    let mut is_first_message = true;
+    if !flush(&mut stream, socket).await {
+        return "the first message could not be sent";
+    }
+    loop {
+        tokio::select! {
+            incoming = stream.next() => match incoming {
+                None | Some(Ok(Message::Close(_))) => return "the client closed",
+                Some(Err(error)) => {
+                    tracing::debug!(%error, "WebSocket");
+                    return "a protocol error, or the connection broke";
+                }
+                Some(Ok(Message::Text(text))) => {
+                    if std::mem::take(&mut is_first_message) {
+                        negotiate(&text, socket, app);
+                    }
+                }
+                Some(Ok(_)) => {}
+            },
+            () = socket.outbox.changed() => {}
+            _ = ping.tick() => {
+                let sent = timeout(SEND_TIMEOUT, stream.send(Message::Ping(Bytes::new()))).await;
+                if !matches!(sent, Ok(Ok(()))) {
+                    return "the client reads nothing";
+                }
+            }
+            () = is_true(&mut closing) => {
+                close(&mut stream, CloseCode::Away, "the server stops").await;
+                return "the server stops";
+            }
+        }
+        if socket.outbox.is_closed() {
+            close(&mut stream, CloseCode::Policy, "too slow").await;
+            return "the client is too slow";
+        }
+        if !flush(&mut stream, socket).await {
+            return "the client reads nothing";
+        }
+    }
+}
+
+/// Sends what waits; `false` if the client does not take it.
+async fn flush(stream: &mut Stream, socket: &Socket) -> bool {
+    while let Some(message) = socket.outbox.pop() {
+        match timeout(SEND_TIMEOUT, stream.send(message)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                tracing::debug!(%error, "WebSocket");
+                return false;
+            }
+            Err(_) => return false,
+        }
+    }
+    true
+}
+
+async fn close(stream: &mut Stream, code: CloseCode, reason: &'static str) {
+    let frame = CloseFrame { code, reason: reason.into() };
+    // the connection ends in any case; a client that is gone can't be told
+    let _ = timeout(Duration::from_secs(1), stream.close(Some(frame))).await;
+}
+
+/// `feature_flags` as the first message of a connection: notes the client's, answers with ours.
+fn negotiate(text: &str, socket: &Socket, app: &App) {
+    let Ok(message) = super::json::parse(text.as_bytes()) else { return };
+    if message["type"] != "feature_flags" {
+        return;
+    }
+    let knows_metadata = message["data"]["supports_preview_metadata"] == true;
+    socket.knows_preview_metadata.store(knows_metadata, Ordering::Release);
+    socket.outbox.push(Weight::Vital, self::message("feature_flags", &app.features()));
+}
