@@ -6,10 +6,18 @@ use std::sync::{Arc, Mutex};
 use serde_json::{Map, Value as Json, json};
 
 use super::*;
+use crate::backend::{self, DeviceOptions};
 use crate::diffusion::Latent;
 use crate::files::{FolderOptions, Folders, Kind};
 use crate::image::{Limits, decode, read_text_chunks};
+use crate::models::ModelStore;
 use crate::tensor::HostTensor;
+
+/// An empty model store: these nodes need none.
+pub(super) fn no_models() -> Arc<ModelStore> {
+    let options = DeviceOptions { threads: Some(1), ..Default::default() };
+    Arc::new(ModelStore::new(backend::open(options).unwrap(), Default::default()))
+}
 
 #[derive(Default)]
 struct Sink(Mutex<Vec<String>>);
@@ -39,7 +47,7 @@ impl Bench {
         let options = FolderOptions { base: base.path().into(), ..Default::default() };
         let services = Services {
             folders: Arc::new(Folders::open(&options).unwrap()),
-            models: Default::default(),
+            models: no_models(),
             save_metadata: true,
             png_level: 1,
             preview: PreviewMethod::None,

@@ -32,7 +32,7 @@ fn services(input: &Path, base: &Path) -> Services {
     let options = FolderOptions { base: base.into(), input: Some(input.into()), ..Default::default() };
     Services {
         folders: Arc::new(Folders::open(&options).unwrap()),
-        models: Default::default(),
+        models: file_tests::no_models(),
         save_metadata: true,
         png_level: 1,
         preview: PreviewMethod::None,
