@@ -203,6 +203,7 @@ fn config(args: &ServeArgs) -> anyhow::Result<ServerConfig> {
             allowed_hosts: args.allowed_hosts.clone(),
         },
         compress: args.enable_compress_response_body,
+        preview_size: Some(args.preview_size),
         shutdown_timeout: Duration::from_secs(args.shutdown_timeout),
         argv: std::env::args().collect(),
     })
