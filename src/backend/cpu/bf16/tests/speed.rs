@@ -178,3 +178,44 @@ fn packing_table() {
         }
     });
 }
+
+/// Total CPU seconds of the process.
+fn process_seconds() -> f64 {
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: writes one timespec.
+    let status = unsafe { libc::clock_gettime(libc::CLOCK_PROCESS_CPUTIME_ID, &mut now) };
+    assert_eq!(status, 0);
+    now.tv_sec as f64 + now.tv_nsec as f64 * 1e-9
+}
+
+/// What two threads cost in total against one: 1.0 is a perfect split, and a
+/// machine with two free cores is then twice as fast. Idle workers spin, so an
+/// uneven split shows as well.
+#[test]
+#[ignore = "speed table"]
+fn two_threads_cost_what_one_does() {
+    let tier = Tier::detect();
+    let mut random = Random(1);
+    for [m, n, k] in [[8192, 320, 320], [512, 1280, 1280], [128, 1280, 5120], [2, 1280, 1280]] {
+        let b = PackedB::linear(Weights::Bf16(&random.bf16s(n * k)), n, k).unwrap();
+        let (a, mut out) = (random.bf16s(m * k), vec![bf16::ZERO; m * n]);
+        let mut cost = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| {
+                let mut best = f64::MAX;
+                for _ in 0..9 {
+                    let start = process_seconds();
+                    for _ in 0..20 {
+                        let out = Output::bf16(&mut out, n);
+                        gemm(tier, &GemmInput::dense(&a, m, k), &b, &Epilogue::default(), out).unwrap();
+                    }
+                    best = best.min(process_seconds() - start);
+                }
+                best
+            })
+        };
+        let ratio = cost(2) / cost(1);
+        println!("{m} x {n} x {k}: two threads use {ratio:.2} times the CPU time of one");
+        assert!(ratio < 4.0);
+    }
+}
