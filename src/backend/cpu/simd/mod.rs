@@ -186,6 +186,11 @@ impl Isa {
         }
     }
 
+    /// Whether vectors are 512 bits wide.
+    pub fn has_wide_vectors(self) -> bool {
+        self.name() == "AVX-512"
+    }
+
     /// Rows of a register tile.
     pub fn tile_rows(self) -> usize {
         match self.0 {
