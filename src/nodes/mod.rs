@@ -7,7 +7,9 @@
 
 pub mod canny;
 pub mod compositing;
+pub mod conditioning;
 mod context;
+pub mod custom_sampling;
 #[cfg(test)]
 mod file_tests;
 #[cfg(test)]
@@ -22,6 +24,10 @@ pub mod latent_math;
 pub mod loaders;
 pub mod mask;
 mod plane;
+mod pure;
+pub mod sampling;
+#[cfg(test)]
+mod sampling_tests;
 mod sd_model;
 mod shapes;
 pub mod text;
@@ -73,6 +79,9 @@ pub fn registry() -> Vec<Box<dyn Node>> {
     [
         loaders::nodes(),
         text::nodes(),
+        conditioning::nodes(),
+        sampling::nodes(),
+        custom_sampling::nodes(),
         latent::nodes(),
         latent_math::nodes(),
         latent_file::nodes(),

@@ -4,7 +4,6 @@ use std::cell::RefCell;
 
 use rayon::prelude::*;
 
-use super::Exec;
 use super::check::{columns, elements_mut, shape, size};
 use super::matmul::Input;
 use super::scratch::Scratch;
@@ -13,7 +12,8 @@ use super::simd::attend_pack::{PackKeys, PackQueries, PackValues, SLACK, UnpackR
 use super::simd::element::Element;
 use super::simd::product::PANEL;
 use super::simd::shared::{TileMut, tiles_mut};
-use crate::tensor::{Attention, Tensor, TensorError};
+use super::{Exec, bf16_ops};
+use crate::tensor::{Attention, DType, Tensor, TensorError};
 
 thread_local! {
     static SCRATCH: RefCell<HeadScratch> = RefCell::default();
@@ -74,6 +74,9 @@ pub(super) fn attention<E: Element>(
     }
     if keys == 0 {
         return Err(TensorError::Size { op: OP, what: "number of keys", expected: 1, found: 0 });
+    }
+    if let Some(tier) = exec.tier.filter(|_| E::DTYPE == DType::BF16 && op.scale > 0.0) {
+        return bf16_ops::attention(tier, op, out);
     }
     let heads = Heads {
         q: columns::<E>(OP, &op.q)?,

@@ -51,6 +51,20 @@ unsafe impl Simd for Avx2 {
         unsafe { _mm256_storeu_ps(p, v) }
     }
     #[inline(always)]
+    unsafe fn stream(p: *mut f32, v: __m256) {
+        unsafe {
+            if (p as usize).is_multiple_of(32) {
+                _mm256_stream_ps(p, v);
+            } else {
+                _mm256_storeu_ps(p, v);
+            }
+        }
+    }
+    #[inline(always)]
+    unsafe fn fence() {
+        unsafe { _mm_sfence() }
+    }
+    #[inline(always)]
     unsafe fn store_part(p: *mut f32, n: usize, v: __m256) {
         unsafe { _mm256_maskstore_ps(p, mask(n), v) }
     }
@@ -109,17 +123,6 @@ unsafe impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn abs(a: __m256) -> __m256 {
         unsafe { _mm256_andnot_ps(_mm256_set1_ps(-0.0), a) }
-    }
-    #[inline(always)]
-    unsafe fn copysign(magnitude: __m256, sign: __m256) -> __m256 {
-        unsafe {
-            let bit = _mm256_set1_ps(-0.0);
-            _mm256_or_ps(_mm256_andnot_ps(bit, magnitude), _mm256_and_ps(bit, sign))
-        }
-    }
-    #[inline(always)]
-    unsafe fn select_less(a: __m256, b: __m256, then: __m256, otherwise: __m256) -> __m256 {
-        unsafe { _mm256_blendv_ps(otherwise, then, _mm256_cmp_ps::<_CMP_LT_OQ>(a, b)) }
     }
     #[inline(always)]
     unsafe fn any_less(a: __m256, b: __m256) -> bool {

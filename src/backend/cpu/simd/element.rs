@@ -25,6 +25,16 @@ pub trait Element: bytemuck::Pod + Send + Sync {
     /// As [`Element::load`].
     unsafe fn store<S: Simd>(p: *mut Self, v: S::V);
 
+    /// Writes a vector past the caches, see [`Simd::stream`].
+    ///
+    /// # Safety
+    /// As [`Element::load`].
+    #[inline(always)]
+    unsafe fn stream<S: Simd>(p: *mut Self, v: S::V) {
+        // SAFETY: the function's contract.
+        unsafe { Self::store::<S>(p, v) }
+    }
+
     /// Reads `n < S::LANES` elements, the other lanes are zero.
     ///
     /// # Safety
@@ -85,6 +95,11 @@ impl Element for f32 {
     unsafe fn store<S: Simd>(p: *mut f32, v: S::V) {
         // SAFETY: the trait's contract.
         unsafe { S::store(p, v) }
+    }
+    #[inline(always)]
+    unsafe fn stream<S: Simd>(p: *mut f32, v: S::V) {
+        // SAFETY: the trait's contract.
+        unsafe { S::stream(p, v) }
     }
     #[inline(always)]
     unsafe fn load_part<S: Simd>(p: *const f32, n: usize) -> S::V {

@@ -47,6 +47,16 @@ pub unsafe trait Simd: Copy + 'static {
     unsafe fn load_part(p: *const f32, n: usize) -> Self::V;
     /// Writes `LANES` values.
     unsafe fn store(p: *mut f32, v: Self::V);
+    /// Writes `LANES` values past the caches where the CPU can and `p` is aligned;
+    /// [`Simd::fence`] must follow before other threads read.
+    #[inline(always)]
+    unsafe fn stream(p: *mut f32, v: Self::V) {
+        // SAFETY: the trait's contract.
+        unsafe { Self::store(p, v) }
+    }
+    /// Orders streamed writes before later ones.
+    #[inline(always)]
+    unsafe fn fence() {}
     /// Writes the first `n < LANES` values.
     unsafe fn store_part(p: *mut f32, n: usize, v: Self::V);
     /// Reads `LANES` IEEE half values.
@@ -63,6 +73,12 @@ pub unsafe trait Simd: Copy + 'static {
     unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
     /// a / b
     unsafe fn div(a: Self::V, b: Self::V) -> Self::V;
+    /// 1 / a for normal a and 1/a, within one unit in the last place.
+    #[inline(always)]
+    unsafe fn recip(a: Self::V) -> Self::V {
+        // SAFETY: the trait's contract.
+        unsafe { Self::div(Self::splat(1.0), a) }
+    }
     /// a · b + c, rounded once where the CPU can
     unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     /// The larger; `b` if one of them is NaN.
@@ -71,10 +87,6 @@ pub unsafe trait Simd: Copy + 'static {
     unsafe fn min(a: Self::V, b: Self::V) -> Self::V;
     /// |a|
     unsafe fn abs(a: Self::V) -> Self::V;
-    /// |magnitude| with the sign of `sign`.
-    unsafe fn copysign(magnitude: Self::V, sign: Self::V) -> Self::V;
-    /// `then` in lanes with `a < b`, `otherwise` elsewhere.
-    unsafe fn select_less(a: Self::V, b: Self::V, then: Self::V, otherwise: Self::V) -> Self::V;
     /// Whether any lane has `a < b`.
     unsafe fn any_less(a: Self::V, b: Self::V) -> bool;
     /// `v · 2^n`, where `magic` is `n + 1.5·2²³` (so `n` stands in its low bits)
@@ -172,6 +184,11 @@ impl Isa {
             Level::Avx2 => "AVX2",
             Level::Portable => "portable",
         }
+    }
+
+    /// Whether vectors are 512 bits wide.
+    pub fn has_wide_vectors(self) -> bool {
+        self.name() == "AVX-512"
     }
 
     /// Rows of a register tile.

@@ -110,20 +110,6 @@ unsafe impl Simd for Portable {
         a.map(f32::abs)
     }
     #[inline(always)]
-    unsafe fn copysign(magnitude: Lanes, sign: Lanes) -> Lanes {
-        zip(magnitude, sign, f32::copysign)
-    }
-    #[inline(always)]
-    unsafe fn select_less(a: Lanes, b: Lanes, then: Lanes, otherwise: Lanes) -> Lanes {
-        let mut out = otherwise;
-        for i in 0..8 {
-            if a[i] < b[i] {
-                out[i] = then[i];
-            }
-        }
-        out
-    }
-    #[inline(always)]
     unsafe fn any_less(a: Lanes, b: Lanes) -> bool {
         a.iter().zip(&b).any(|(x, y)| x < y)
     }

@@ -65,7 +65,11 @@ fn attention_case(b: &CpuBackend, case: Case, rng: &mut Rng) {
     }
     // Scores grow with spread² and carry their rounding error into the exponent.
     let tolerance = 1e-6 * f64::from(1.0 + case.spread * case.spread);
-    b.check(&format!("{case:?}"), &out, &reference, tolerance);
+    // bf16 instructions round the softmax weights as well as the result.
+    match b.exec.tier {
+        Some(_) => b.check_with(&format!("{case:?}"), &out, &reference, 1.0 / 125.0),
+        None => b.check(&format!("{case:?}"), &out, &reference, tolerance),
+    }
 }
 
 #[test]
