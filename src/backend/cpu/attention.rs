@@ -42,7 +42,6 @@ struct Heads<'a, E> {
     v: Input<'a, E>,
     queries: usize,
     keys: usize,
-    is_shared: bool,
     d: usize,
     is_causal: bool,
     factor: f32,
@@ -60,16 +59,22 @@ pub(super) fn attention<E: Element>(
     size(OP, "width of the keys", op.q.width, op.k.width)?;
     size(OP, "width of the values", op.q.width, op.v.width)?;
     shape(OP, sk.with_channels(op.v.tensor.shape().c), op.v.tensor.shape())?;
-    if sk.n != 1 {
-        size(OP, "batch of the keys", sq.n, sk.n)?;
+    if sk.n == 0 || sq.n % sk.n != 0 {
+        return Err(TensorError::Size { op: OP, what: "divisor of the batch", expected: sq.n, found: sk.n });
+    }
+    // Samples that share keys are neighbours: to every query they are one longer sample.
+    let sharing = sq.n / sk.n;
+    if sharing > 1 && op.is_causal {
+        let what = "a causal mask over keys that several samples share".to_owned();
+        return Err(TensorError::Unsupported { op: OP, what });
     }
     if op.heads == 0 || op.q.width % op.heads != 0 {
         let (expected, found) = (op.heads, op.q.width);
         return Err(TensorError::Size { op: OP, what: "width as a multiple of the heads", expected, found });
     }
     let d = op.q.width / op.heads;
-    let (queries, keys) = (sq.positions(), sk.positions());
-    if d == 0 || sq.n * queries == 0 {
+    let (batch, queries, keys) = (sk.n, sq.positions() * sharing, sk.positions());
+    if d == 0 || batch * queries == 0 {
         return Ok(());
     }
     if keys == 0 {
@@ -84,18 +89,17 @@ pub(super) fn attention<E: Element>(
         v: columns::<E>(OP, &op.v)?,
         queries,
         keys,
-        is_shared: sk.n == 1,
         d,
         is_causal: op.is_causal,
         factor: op.scale * std::f32::consts::LOG2_E,
     };
     // Query ranges, cut only as far as the threads need.
     let blocks = queries.div_ceil(PANEL);
-    let parts = (2 * exec.threads).div_ceil(op.heads * sq.n).clamp(1, blocks);
-    let mut rows: Vec<usize> = (0..sq.n)
+    let parts = (2 * exec.threads).div_ceil(op.heads * batch).clamp(1, blocks);
+    let mut rows: Vec<usize> = (0..batch)
         .flat_map(|n| (0..parts).map(move |i| n * queries + (blocks * i / parts * PANEL).min(queries)))
         .collect();
-    rows.push(sq.n * queries);
+    rows.push(batch * queries);
     let cuts: Vec<usize> = (0..=op.heads).map(|h| h * d).collect();
     let tiles = tiles_mut(elements_mut::<E>(OP, out)?, op.q.width, &rows, &cuts);
     tiles.into_par_iter().with_max_len(1).for_each(|tile| {
@@ -110,7 +114,7 @@ impl<E: Element> Heads<'_, E> {
         let (d, keys, height) = (self.d, self.keys, exec.isa.tile_rows());
         let group = panels_at_a_time(d).min(tile.rows.div_ceil(PANEL));
         let sample = tile.row / self.queries;
-        let first_key = if self.is_shared { 0 } else { sample * keys };
+        let first_key = sample * keys;
         let rows = rows.take(keys.max(PANEL) * d.next_multiple_of(SLACK) + SLACK);
         let k = k.take(keys.next_multiple_of(height) * d + SLACK);
         let v = v.take(keys * d + SLACK);

@@ -247,10 +247,11 @@ pub(super) fn attention(
 ) -> Result<(), TensorError> {
     const OP: &str = "attention";
     let (sq, sk) = (op.q.tensor.shape(), op.k.tensor.shape());
-    let (queries, width) = (sq.positions(), op.q.width);
+    // Samples that share keys are neighbours: to every query they are one longer sample.
+    let (queries, width) = (sq.positions() * (sq.n / sk.n), op.q.width);
     let [q, k, v] = [columns::<bf16>(OP, &op.q)?, columns(OP, &op.k)?, columns(OP, &op.v)?];
     let call = kernels::Attention {
-        batch: sq.n,
+        batch: sk.n,
         heads: op.heads,
         head_dim: width / op.heads,
         queries,
@@ -261,15 +262,5 @@ pub(super) fn attention(
         scale: op.scale,
         is_causal: op.is_causal,
     };
-    let out = elements_mut(OP, out)?;
-    if sk.n == sq.n {
-        return kernels::attention(tier, &call, out, width).map_err(kernel_error(OP));
-    }
-    // One sample's keys for all: the samples one after the other.
-    for (n, out) in out.chunks_mut((queries * width).max(1)).enumerate() {
-        let q = kernels::Heads { data: &q.data[n * queries * q.stride..], ..call.q };
-        let call = kernels::Attention { batch: 1, q, ..call };
-        kernels::attention(tier, &call, out, width).map_err(kernel_error(OP))?;
-    }
-    Ok(())
+    kernels::attention(tier, &call, elements_mut(OP, out)?, width).map_err(kernel_error(OP))
 }
