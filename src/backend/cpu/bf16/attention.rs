@@ -333,13 +333,13 @@ impl<'a> HeadTask<'a> {
             }
         }
         let mut is_in_range = true;
-        for i in 0..blocks {
+        for (i, offsets) in offsets[..blocks].iter().enumerate() {
             // SAFETY: as above.
             let totals = unsafe { &mut *pass.layout.totals(pass.base, i) };
             // SAFETY: as above.
             *totals = unsafe { (*pass.layout.row_sums(pass.base, i)).totals(self.tier) };
             let rows = block(i).len();
-            is_in_range &= offsets[i].iter().zip(&totals[..rows]).all(|(&o, &t)| o == 0.0 || t >= LEAST_SUM);
+            is_in_range &= offsets.iter().zip(&totals[..rows]).all(|(&o, &t)| o == 0.0 || t >= LEAST_SUM);
         }
         is_in_range
     }

@@ -26,6 +26,7 @@ use std::ops::Range;
 /// away from the ends of the exponent range (2^±126).
 pub(super) const LIMIT: f32 = 96.0;
 /// Exponents below this count as this.
+#[cfg(target_arch = "x86_64")]
 pub(super) const FLOOR: f32 = -120.0;
 /// Smallest sum of a lowered row, 2⁻⁸⁰: 2^[`FLOOR`] is nothing beside it.
 pub(super) const LEAST_SUM: f32 = 1.0 / (1u128 << 80) as f32;
