@@ -83,6 +83,8 @@ impl Attention<'_> {
         part("attention values", self.v, self.keys)?;
         part("attention output", Heads { data: out, stride: out_stride, offset: 0 }, self.queries)?;
         KernelError::check("attention head size", self.head_dim > 0, self.head_dim, 1)?;
+        let limit = K_OFFSETS.len() * K_STEP;
+        KernelError::check("attention head size limit", self.head_dim <= limit, limit, self.head_dim)?;
         KernelError::check("attention keys", self.keys > 0, self.keys, 1)?;
         if self.scale > 0.0 { Ok(()) } else { Err(KernelError::Scale { scale: self.scale }) }
     }

@@ -202,5 +202,6 @@ fn bad_calls_are_errors() {
             .is_err_and(|e| e.to_string().contains("attention keys is 64, needs 96"))
     );
     assert!(run(Attention { scale: -1.0, ..good }).is_err_and(|e| e.to_string().contains("scale is -1")));
+    assert!(run(Attention { head_dim: 4096, heads: 0, ..good }).is_ok());
     assert!(run(Attention { v: Heads { offset: 8, ..heads }, ..good }).is_err());
 }
