@@ -80,6 +80,7 @@ fn average_two(inputs: &Inputs) -> Result<Vec<Value>, NodeError> {
 
 fn concat_schema() -> Schema {
     Schema::new("ConditioningConcat", "conditioning")
+        .display("Conditioning (Concat)")
         .describe("Appends the tokens of the second conditioning to those of the first.")
         .input(link("conditioning_to"))
         .input(link("conditioning_from"))
