@@ -151,11 +151,7 @@ pub fn concat(to: &[CondEntry], from: &[CondEntry]) -> Result<Conditioning, Diff
 ///
 /// # Errors
 /// [`DiffusionError::Shape`] if the embeddings differ in batch or width.
-pub fn average(
-    to: &[CondEntry],
-    from: &[CondEntry],
-    strength: f32,
-) -> Result<Conditioning, DiffusionError> {
+pub fn average(to: &[CondEntry], from: &[CondEntry], strength: f32) -> Result<Conditioning, DiffusionError> {
     let Some(other) = from.first() else { return Ok(to.to_vec()) };
     let mix = |a: &[f32], b: &[f32]| -> Vec<f32> {
         let padded = b.iter().copied().chain(std::iter::repeat(0.0));

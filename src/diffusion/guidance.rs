@@ -262,10 +262,8 @@ pub fn evaluate(
         pieces = rest;
         batch.reverse();
         let full_size = (x.dim(2), x.dim(3));
-        let items: Vec<DenoiseItem<'_>> = batch
-            .iter()
-            .map(|p| DenoiseItem { x: &p.x, cond: &p.cond.entry, full_size })
-            .collect();
+        let items: Vec<DenoiseItem<'_>> =
+            batch.iter().map(|p| DenoiseItem { x: &p.x, cond: &p.cond.entry, full_size }).collect();
         let outputs = model.denoise(&items, sigma)?;
         for (piece, output) in batch.iter().zip(outputs) {
             if output.shape() != piece.x.shape() {
@@ -286,11 +284,7 @@ const RAMP: usize = 8;
 
 impl<'a> Piece<'a> {
     /// `None` if the area lies outside the latent.
-    fn new(
-        side: usize,
-        cond: &'a ResolvedCond,
-        x: &HostTensor,
-    ) -> Result<Option<Self>, DiffusionError> {
+    fn new(side: usize, cond: &'a ResolvedCond, x: &HostTensor) -> Result<Option<Self>, DiffusionError> {
         let (h, w) = (x.dim(2), x.dim(3));
         if let Some(mask) = cond.mask.as_ref().filter(|m| (m.dim(1), m.dim(2)) != (h, w)) {
             let (got, want) = (mask.shape().to_vec(), vec![mask.dim(0), h, w]);

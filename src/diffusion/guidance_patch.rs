@@ -286,9 +286,8 @@ fn rescale_cfg(ctx: &PatchContext<'_>, preds: &Predictions, multiplier: f32) -> 
     let gain = var.sqrt() / f64::from(ctx.sigma);
     let (var, gain, scale) = (var as f32, gain as f32, ctx.scale as f32);
     per_sample([ctx.x, &preds.cond, &preds.uncond], |[x, cond, uncond]| {
-        let velocity = |d: &[f32]| -> Vec<f32> {
-            x.iter().zip(d).map(|(x, d)| (x / var - d) * gain).collect()
-        };
+        let velocity =
+            |d: &[f32]| -> Vec<f32> { x.iter().zip(d).map(|(x, d)| (x / var - d) * gain).collect() };
         let (pos, neg) = (velocity(cond), velocity(uncond));
         let guided: Vec<f32> = neg.iter().zip(&pos).map(|(n, p)| n + scale * (p - n)).collect();
         let ratio = (deviation(&pos) / deviation(&guided)) as f32;

@@ -71,8 +71,7 @@ mod tests {
             let want = file.tensor(name).unwrap();
             let got = map.picture(&latent).map(|v| (v * 255.0).trunc());
             let pairs = got.data().iter().zip(want.data());
-            let off: Vec<f32> =
-                pairs.map(|(g, w)| (g - f32::from(*w)).abs()).filter(|d| *d > 0.0).collect();
+            let off: Vec<f32> = pairs.map(|(g, w)| (g - f32::from(*w)).abs()).filter(|d| *d > 0.0).collect();
             assert!(off.len() <= 2 && off.iter().all(|d| *d <= 1.0), "{name}: {off:?}");
         };
         check("preview_latent2rgb.rgb_u8", &SD1);

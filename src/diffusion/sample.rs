@@ -104,10 +104,7 @@ pub struct Sampled {
 /// # Errors
 /// [`DiffusionError::Shape`] if noise and latent do not fit, whatever the model
 /// returns, and whatever the observer returns (at once).
-pub fn sample(
-    request: &SampleRequest<'_>,
-    observer: &mut dyn Observer,
-) -> Result<Sampled, DiffusionError> {
+pub fn sample(request: &SampleRequest<'_>, observer: &mut dyn Observer) -> Result<Sampled, DiffusionError> {
     let SampleRequest { guider, sampler, sigmas, noise, latent, seed, .. } = *request;
     let Some(&first) = sigmas.first() else {
         return Ok(Sampled { samples: latent.clone(), denoised: None });

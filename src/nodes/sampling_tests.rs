@@ -39,8 +39,7 @@ fn normalised(value: &Json) -> Json {
 #[test]
 fn schemas_are_the_recorded_ones() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/object_info/sampling.json");
-    let recorded: Map<String, Json> =
-        serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+    let recorded: Map<String, Json> = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
     let nodes = registry();
     let mut wrong = Vec::new();
     for (class, want) in &recorded {
@@ -250,12 +249,8 @@ fn interruption_ends_the_run_at_once() {
 #[test]
 fn advanced_chain_of_objects_equals_ksampler() {
     let bench = Bench::new(Sink::default());
-    let guider = [
-        ("model", model("eps")),
-        ("positive", cond(1.0)),
-        ("negative", cond(-1.0)),
-        ("cfg", literal(3.0)),
-    ];
+    let guider =
+        [("model", model("eps")), ("positive", cond(1.0)), ("negative", cond(-1.0)), ("cfg", literal(3.0))];
     let schedule = [
         ("model", model("eps")),
         ("scheduler", literal("normal")),

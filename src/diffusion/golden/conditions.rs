@@ -77,7 +77,8 @@ fn changed(case: &str, desc: &str, group: &Group) -> Option<(CondEntry, bool)> {
 }
 
 fn patch(case: &str) -> Option<BuiltinPatch> {
-    let apg = |eta, norm_threshold, momentum| BuiltinPatch::Apg { eta, norm_threshold, momentum, state: None };
+    let apg =
+        |eta, norm_threshold, momentum| BuiltinPatch::Apg { eta, norm_threshold, momentum, state: None };
     Some(match case {
         "RescaleCFG" => BuiltinPatch::RescaleCfg { multiplier: 0.7 },
         "Mahiro" => BuiltinPatch::Mahiro,
@@ -123,7 +124,7 @@ fn model(case: &str) -> ModelHandle {
         ModelSampling::discrete(prediction, Betas { has_zero_terminal_snr, ..Betas::default() })
     };
     let kind = case.rsplit_once('_').map_or(case, |(kind, _)| kind);
-    Toy::new(match kind {
+    Toy::handle(match kind {
         "msd_v" => discrete(Prediction::V, false),
         "msd_vz" => discrete(Prediction::V, true),
         "msd_lcm" => ModelSampling::distilled(Betas::default(), 50),
@@ -203,9 +204,7 @@ fn every_conditioning_and_guidance_case() {
     let results: Vec<(String, f64, f64)> = group
         .cases
         .iter()
-        .map(|(name, case)| {
-            (name.clone(), distance(&run(name, case, &group), group.tensor(name)), 1e-4)
-        })
+        .map(|(name, case)| (name.clone(), distance(&run(name, case, &group), group.tensor(name)), 1e-4))
         .collect();
     assert_eq!(results.len(), 67);
     report("cond_cfg_toy", &results);

@@ -5,12 +5,12 @@ use std::sync::Arc;
 use serde_json::Value as Json;
 
 use super::{Group, Toy, distance, entry, report};
+use crate::diffusion::noise::prepare_noise;
 use crate::diffusion::sample::{Observer, SampleRequest, Step, sample, schedule_range};
 use crate::diffusion::samplers::Sampler;
 use crate::diffusion::schedule::ksampler_sigmas;
 use crate::diffusion::{DiffusionError, Guidance, Guider};
 use crate::tensor::HostTensor;
-use crate::diffusion::noise::prepare_noise;
 
 #[derive(Default)]
 struct Count(usize);
@@ -39,8 +39,7 @@ fn run(case: &Json, group: &Group) -> (HostTensor, usize) {
     let steps = case["steps"].as_u64().unwrap() as usize;
     let denoise = case["denoise"].as_f64().unwrap_or(1.0);
     let name = text("sampler");
-    let sigmas =
-        ksampler_sigmas(model.0.sampling(), name, text("scheduler"), steps, denoise).unwrap();
+    let sigmas = ksampler_sigmas(model.0.sampling(), name, text("scheduler"), steps, denoise).unwrap();
     let start = case["start_step"].as_u64().unwrap_or(0) as usize;
     let end = case["last_step"].as_u64().unwrap_or(10_000) as usize;
     let force = case["force_full_denoise"].as_bool().unwrap_or(false);

@@ -123,9 +123,8 @@ fn polyexponential(inputs: &Inputs) -> Result<Vec<Value>, NodeError> {
 }
 
 fn laplace_schema() -> Schema {
-    let coarse = |name, default, min| {
-        Input::float(name, default, min, 10.0).opt("step", 0.1).opt("round", false)
-    };
+    let coarse =
+        |name, default, min| Input::float(name, default, min, 10.0).opt("step", 0.1).opt("round", false);
     from_numbers("LaplaceScheduler", "Quantiles of a Laplace distribution of log sigma.")
         .input(coarse("mu", 0.0, -10.0))
         .input(coarse("beta", 0.5, 0.0))
