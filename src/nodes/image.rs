@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use super::latent::{list_items, list_size};
 use super::shapes::{
-    self, MAX_SIDE, concat_batch, filled, image, image_output, newer, newer_unnamed, repeat_batch, resize_images,
-    round, tensor,
+    self, MAX_SIDE, concat_batch, filled, image, image_output, newer, newer_unnamed, repeat_batch,
+    resize_images, round, tensor,
 };
 use super::{Inputs, Node, NodeCtx, NodeError, NodeOutput, Schema, Value};
 use crate::graph::Input;
@@ -101,7 +101,12 @@ impl Node for ImageScale {
 }
 
 /// Resizes the input `image` without cropping.
-fn scale_to(inputs: &Inputs, x: &Arc<HostTensor>, width: usize, height: usize) -> Result<NodeOutput, NodeError> {
+fn scale_to(
+    inputs: &Inputs,
+    x: &Arc<HostTensor>,
+    width: usize,
+    height: usize,
+) -> Result<NodeOutput, NodeError> {
     let method = shapes::method(inputs, "upscale_method")?;
     image_output(resize_images(x, Resize::to(width, height, method))?)
 }
@@ -295,7 +300,9 @@ impl Node for RebatchImages {
         let size = list_size(inputs, "batch_size")?;
         let mut singles = Vec::new();
         for item in list_items(inputs, "images") {
-            let x = item.downcast::<HostTensor>().ok_or_else(|| NodeError::input("images", "holds something else"))?;
+            let x = item
+                .downcast::<HostTensor>()
+                .ok_or_else(|| NodeError::input("images", "holds something else"))?;
             singles.extend((0..x.dim(0)).map(|i| x.rows(i, 1)));
         }
         let batches = singles.chunks(size).map(|chunk| concat_batch(&chunk.iter().collect::<Vec<_>>()));

@@ -11,8 +11,8 @@ use super::{Inputs, Node, NodeCtx, NodeError, NodeOutput, Schema, Services, Valu
 use crate::files::{Kind, PathError, SaveTarget, write_new};
 use crate::graph::{FileList, Input};
 use crate::image::{
-    Animation, Bitmap, Channel, DecodeError, DecodedImage, EncodeError, Limits, PngCompression, WebpOptions, decode,
-    encode_apng, encode_png, encode_webp_animation, python_json,
+    Animation, Bitmap, Channel, DecodeError, DecodedImage, EncodeError, Limits, PngCompression, WebpOptions,
+    decode, encode_apng, encode_png, encode_webp_animation, python_json,
 };
 use crate::tensor::HostTensor;
 
@@ -64,7 +64,12 @@ fn load(services: &Services, name: &str) -> Result<DecodedImage, NodeError> {
 }
 
 /// Whether the literal input names a file that exists.
-pub(super) fn validate_file(services: &Services, inputs: &Map<String, Json>, input: &str, what: &str) -> Result<(), String> {
+pub(super) fn validate_file(
+    services: &Services,
+    inputs: &Map<String, Json>,
+    input: &str,
+    what: &str,
+) -> Result<(), String> {
     let Some(name) = inputs.get(input).and_then(Json::as_str) else { return Ok(()) };
     match services.folders.resolve_annotated(name, Kind::Input) {
         Ok(path) if path.is_file() => Ok(()),

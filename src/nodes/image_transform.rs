@@ -3,8 +3,8 @@
 use super::image::{bare, pixels, with_channels};
 use super::plane::{self, Paste, Planes, paste_masked, to_nchw, to_nhwc};
 use super::shapes::{
-    self, concat_batch, filled, image, image_output, mask, mask_opt, newer, repeat_to, resize_images, resize_masks,
-    tensor,
+    self, concat_batch, filled, image, image_output, mask, mask_opt, newer, repeat_to, resize_images,
+    resize_masks, tensor,
 };
 use super::{Inputs, Node, NodeCtx, NodeError, NodeOutput, Schema, Value};
 use crate::graph::Input;
@@ -143,11 +143,8 @@ fn join(parts: &[&HostTensor], along_width: bool) -> Result<HostTensor, NodeErro
         [b, parts.iter().map(|p| p.dim(1)).sum(), first.dim(2), c]
     };
     shapes::check_size(&shape)?;
-    let (blocks, run): (usize, fn(&HostTensor) -> usize) = if along_width {
-        (b * first.dim(1), |p| p.dim(2) * p.dim(3))
-    } else {
-        (b, HostTensor::row_len)
-    };
+    let (blocks, run): (usize, fn(&HostTensor) -> usize) =
+        if along_width { (b * first.dim(1), |p| p.dim(2) * p.dim(3)) } else { (b, HostTensor::row_len) };
     let pieces = (0..blocks).flat_map(|i| parts.iter().map(move |p| &p.data()[i * run(p)..(i + 1) * run(p)]));
     tensor(&shape, pieces.flatten().copied().collect())
 }
@@ -163,7 +160,8 @@ impl Node for ImageStitch {
             .input(Input::boolean("match_image_size").opt("default", true))
             .input(Input::int("spacing_width", 0, 0, 1024).opt("step", 2))
             .input(
-                Input::combo("spacing_color", &["white", "black", "red", "green", "blue"]).opt("default", "white"),
+                Input::combo("spacing_color", &["white", "black", "red", "green", "blue"])
+                    .opt("default", "white"),
             )
             .input(bare("image2").optional())
             .output("IMAGE")
@@ -183,8 +181,11 @@ impl Node for ImageStitch {
         let mut second = extend_last(&second, count)?;
         if inputs.boolean("match_image_size")? {
             let aspect = w2 as f64 / h2 as f64;
-            let (width, height) =
-                if sideways { ((h1 as f64 * aspect) as usize, h1) } else { (w1, (w1 as f64 / aspect) as usize) };
+            let (width, height) = if sideways {
+                ((h1 as f64 * aspect) as usize, h1)
+            } else {
+                (w1, (w1 as f64 / aspect) as usize)
+            };
             second = resize_images(&second, Resize::to(width, height, Method::Lanczos))?;
         } else {
             let is_grey = color[0] == color[1] && color[1] == color[2];
@@ -195,7 +196,8 @@ impl Node for ImageStitch {
             (first, second) = (centered(&first, fh, fw, fill)?, centered(&second, sh, sw, fill)?);
         }
         let (first, second) = (with_channels(&first, channels)?, with_channels(&second, channels)?);
-        let mut parts = if matches!(direction, "left" | "up") { vec![&second, &first] } else { vec![&first, &second] };
+        let mut parts =
+            if matches!(direction, "left" | "up") { vec![&second, &first] } else { vec![&first, &second] };
         let gap = inputs.size("spacing_width")?.next_multiple_of(2);
         let (gap_h, gap_w) = if sideways { (first.dim(1), gap) } else { (gap, first.dim(2)) };
         let spacing = HostTensor::from_fn(&[count, gap_h, gap_w, channels], |i| {
@@ -295,8 +297,9 @@ impl Node for JoinImageWithAlpha {
         let alpha = resize_masks(&alpha, h, w)?;
         shapes::check_size(&[count, h, w, 4])?;
         let pixels = x.data().chunks_exact(c).zip(alpha.data()).take(count * h * w);
-        let data: Vec<f32> =
-            pixels.flat_map(|(p, a)| p.iter().copied().take(3).chain([1.0 - a]).collect::<Vec<_>>()).collect();
+        let data: Vec<f32> = pixels
+            .flat_map(|(p, a)| p.iter().copied().take(3).chain([1.0 - a]).collect::<Vec<_>>())
+            .collect();
         image_output(tensor(&[count, h, w, c.min(3) + 1], data)?)
     }
 }

@@ -1,8 +1,8 @@
 //! Latents: making, resizing, batches and masks.
 
 use super::shapes::{
-    self, MAX_SIDE, check_size, concat_batch, latent, latent_output, mask, newer, newer_unnamed, repeat_batch,
-    repeat_to, round,
+    self, MAX_SIDE, check_size, concat_batch, latent, latent_output, mask, newer, newer_unnamed,
+    repeat_batch, repeat_to, round,
 };
 use super::{Inputs, Node, NodeCtx, NodeError, NodeOutput, Schema, Value};
 use crate::diffusion::Latent;
@@ -158,14 +158,20 @@ impl Node for LatentFromBatch {
         let start = inputs.size("batch_index")?.min(b - 1);
         let length = inputs.size("length")?.min(b - start);
         let noise_mask = match &x.noise_mask {
-            Some(masks) if masks.dim(0) > 1 => Some(repeat_to(masks, masks.dim(0).max(b))?.rows(start, length)),
+            Some(masks) if masks.dim(0) > 1 => {
+                Some(repeat_to(masks, masks.dim(0).max(b))?.rows(start, length))
+            }
             other => other.clone(),
         };
         let places = match &x.batch_index {
             Some(places) => places.iter().copied().skip(start).take(length).collect(),
             None => (start..start + length).collect(),
         };
-        latent_output(Latent { samples: x.samples.rows(start, length), noise_mask, batch_index: Some(places) })
+        latent_output(Latent {
+            samples: x.samples.rows(start, length),
+            noise_mask,
+            batch_index: Some(places),
+        })
     }
 }
 
@@ -186,7 +192,9 @@ impl Node for RepeatLatentBatch {
         let (x, [b, ..]) = latent(inputs, "samples")?;
         let amount = inputs.size("amount")?;
         let noise_mask = match &x.noise_mask {
-            Some(masks) if masks.dim(0) > 1 => Some(repeat_batch(&repeat_to(masks, masks.dim(0).max(b))?, amount)?),
+            Some(masks) if masks.dim(0) > 1 => {
+                Some(repeat_batch(&repeat_to(masks, masks.dim(0).max(b))?, amount)?)
+            }
             other => other.clone(),
         };
         // Each repetition continues the numbering, so that noise differs.
@@ -223,7 +231,11 @@ impl Node for LatentBatch {
         let fitted = shapes::fit_latent(&second.samples, like, Method::Bilinear)?;
         let samples = concat_batch(&[&first.samples, &fitted])?;
         let batch_index = [places(&first), places(&second)].concat();
-        latent_output(Latent { samples, noise_mask: first.noise_mask.clone(), batch_index: Some(batch_index) })
+        latent_output(Latent {
+            samples,
+            noise_mask: first.noise_mask.clone(),
+            batch_index: Some(batch_index),
+        })
     }
 }
 
@@ -297,7 +309,10 @@ impl Batch {
                 let (mh, mw) = (mask.dim(rank.saturating_sub(2)), mask.dim(rank.saturating_sub(1)));
                 let count = mask.len() / (mh * mw).max(1);
                 let planes = shapes::tensor(&[count, mh, mw], mask.data().to_vec())?;
-                upscale_masks(&planes, Resize { width: w, height: h, method: Method::Bilinear, crop: Crop::Disabled })?
+                upscale_masks(
+                    &planes,
+                    Resize { width: w, height: h, method: Method::Bilinear, crop: Crop::Disabled },
+                )?
             }
         };
         let places = match &x.batch_index {
@@ -355,12 +370,16 @@ impl Node for RebatchLatents {
         let mut current: Option<Batch> = None;
         let mut processed = 0;
         for item in list_items(inputs, "latents") {
-            let x = item.downcast::<Latent>().ok_or_else(|| NodeError::input("latents", "holds something else"))?;
+            let x = item
+                .downcast::<Latent>()
+                .ok_or_else(|| NodeError::input("latents", "holds something else"))?;
             check_size(x.samples.shape())?;
             let next = Batch::new(&x, processed)?;
             processed += next.places.len();
             match &mut current {
-                Some(batch) if batch.samples.shape()[1..] == next.samples.shape()[1..] => batch.append(&next)?,
+                Some(batch) if batch.samples.shape()[1..] == next.samples.shape()[1..] => {
+                    batch.append(&next)?
+                }
                 _ => done.extend(current.replace(next)),
             }
         }

@@ -37,8 +37,12 @@ fn to_f32(view: &TensorView<'_>) -> Result<HostTensor, NodeError> {
     let bytes = view.data();
     let data: Vec<f32> = match view.dtype() {
         Dtype::F32 => bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
-        Dtype::F16 => bytes.as_chunks::<2>().0.iter().map(|b| half::f16::from_le_bytes(*b).to_f32()).collect(),
-        Dtype::BF16 => bytes.as_chunks::<2>().0.iter().map(|b| half::bf16::from_le_bytes(*b).to_f32()).collect(),
+        Dtype::F16 => {
+            bytes.as_chunks::<2>().0.iter().map(|b| half::f16::from_le_bytes(*b).to_f32()).collect()
+        }
+        Dtype::BF16 => {
+            bytes.as_chunks::<2>().0.iter().map(|b| half::bf16::from_le_bytes(*b).to_f32()).collect()
+        }
         other => return Err(broken(format!("{TENSOR} has type {other:?}; F32, F16 or BF16 are needed"))),
     };
     tensor(view.shape(), data)

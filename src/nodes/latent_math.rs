@@ -326,9 +326,10 @@ pub struct LatentInterpolate;
 
 impl Node for LatentInterpolate {
     fn schema(&self) -> Schema {
-        let schema = two_latents("LatentInterpolate", "A mix of two latents that keeps the length of their vectors.")
-            .input(Input::float("ratio", 1.0, 0.0, 1.0).opt("step", 0.01))
-            .output("LATENT");
+        let schema =
+            two_latents("LatentInterpolate", "A mix of two latents that keeps the length of their vectors.")
+                .input(Input::float("ratio", 1.0, 0.0, 1.0).opt("step", 0.01))
+                .output("LATENT");
         newer_unnamed(schema, false)
     }
 
@@ -370,10 +371,12 @@ impl Node for LatentConcat {
         let name = inputs.string("dim")?;
         let axis = axis(name)?;
         let second = repeat_to(&second.samples, dims[0])?;
-        let (before, after) = if name.starts_with('-') { (&second, &first.samples) } else { (&first.samples, &second) };
+        let (before, after) =
+            if name.starts_with('-') { (&second, &first.samples) } else { (&first.samples, &second) };
         let other: Vec<usize> = (0..4).filter(|&i| i != axis).collect();
         if other.iter().any(|&i| before.dim(i) != after.dim(i)) {
-            let what = format!("has shape {:?}, which cannot be joined to {dims:?} along {name}", second.shape());
+            let what =
+                format!("has shape {:?}, which cannot be joined to {dims:?} along {name}", second.shape());
             return Err(NodeError::input("samples2", &what));
         }
         let mut shape = dims;
@@ -450,7 +453,8 @@ impl LatentOperation {
                 let length: Vec<f32> = lengths(x).iter().map(|m| m + 1e-6).collect();
                 let direction = with_cells(x, &length, |v, m| v / m);
                 let planes = Planes::of_latents([x.dim(0), c, h, w]);
-                let sharp = plane::convolve(direction.data(), planes, &plane::sharpener(radius, sigma, alpha))?;
+                let sharp =
+                    plane::convolve(direction.data(), planes, &plane::sharpener(radius, sigma, alpha))?;
                 Ok(with_cells(&tensor(x.shape(), sharp)?, &length, |v, m| v * m))
             }
         }

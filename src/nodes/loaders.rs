@@ -33,12 +33,18 @@ impl From<ModelError> for NodeError {
 }
 
 fn model_file(services: &Services, folder: &str, name: &str) -> Result<Arc<ModelFile>, NodeError> {
-    let path = services.folders.model_path(folder, name).map_err(|e| NodeError::failed("FileNotFoundError", e))?;
+    let path =
+        services.folders.model_path(folder, name).map_err(|e| NodeError::failed("FileNotFoundError", e))?;
     let source = match path {
         ModelPath::File(path) => ModelSource::File(path),
         ModelPath::Embedded { name, bytes } => ModelSource::Embedded { name, bytes },
     };
     Ok(services.models.file(source))
+}
+
+/// The loaders.
+pub fn nodes() -> Vec<Box<dyn Node>> {
+    vec![Box::new(CheckpointLoaderSimple), Box::new(VaeLoader)]
 }
 
 /// `CheckpointLoaderSimple`.

@@ -173,7 +173,10 @@ impl Node for CropMask {
             return Err(NodeError::input("mask", &what));
         }
         let rows = (0..b).flat_map(|n| (y..y + height).map(move |row| (n * h + row) * w + x));
-        mask_output(tensor(&[b, height, width], rows.flat_map(|at| &mask.data()[at..at + width]).copied().collect())?)
+        mask_output(tensor(
+            &[b, height, width],
+            rows.flat_map(|at| &mask.data()[at..at + width]).copied().collect(),
+        )?)
     }
 }
 
@@ -208,7 +211,10 @@ impl Node for MaskComposite {
             _ => f32::from(u8::from(is_set(d) != is_set(s))),
         };
         if sb != b && sb != 1 {
-            return Err(NodeError::input("source", &format!("has {sb} masks, destination {b}; one or as many are needed")));
+            return Err(NodeError::input(
+                "source",
+                &format!("has {sb} masks, destination {b}; one or as many are needed"),
+            ));
         }
         let (width, height) = (sw.min(w.saturating_sub(x)), sh.min(h.saturating_sub(y)));
         for n in 0..b {
@@ -292,7 +298,8 @@ impl Node for GrowMask {
         for _ in 0..expand.unsigned_abs().min(h.max(w) as u64) {
             ctx.check_interrupt()?;
             let before = out.clone();
-            let planes = out.data_mut().par_chunks_exact_mut(h * w).zip(before.data().par_chunks_exact(h * w));
+            let planes =
+                out.data_mut().par_chunks_exact_mut(h * w).zip(before.data().par_chunks_exact(h * w));
             planes.for_each(|(to, from)| grow_once(from, to, [h, w], corners, pick));
         }
         mask_output(out)

@@ -5,15 +5,31 @@
 //! which blocks while the device works for it, so node code reads top to
 //! bottom and HTTP never waits for compute.
 
+pub mod canny;
+pub mod compositing;
 pub mod conditioning;
 mod context;
 pub mod custom_sampling;
+#[cfg(test)]
+mod file_tests;
+#[cfg(test)]
+mod golden_tests;
+pub mod image;
+pub mod image_file;
+pub mod image_filter;
+pub mod image_transform;
+pub mod latent;
+pub mod latent_file;
+pub mod latent_math;
 pub mod loaders;
+pub mod mask;
+mod plane;
 mod pure;
 pub mod sampling;
 #[cfg(test)]
 mod sampling_tests;
 mod sd_model;
+mod shapes;
 pub mod text;
 pub mod vae;
 mod value;
@@ -60,19 +76,25 @@ pub trait Node: Send + Sync {
 
 /// Every node class of this build, in the order of `/object_info`.
 pub fn registry() -> Vec<Box<dyn Node>> {
-    let mut nodes: Vec<Box<dyn Node>> = vec![
-        Box::new(loaders::CheckpointLoaderSimple),
-        Box::new(loaders::VaeLoader),
-        Box::new(text::ClipTextEncode),
-        Box::new(text::ClipSetLastLayer),
-        Box::new(vae::VaeDecode),
-        Box::new(vae::VaeDecodeTiled),
-        Box::new(vae::VaeEncode),
-        Box::new(vae::VaeEncodeTiled),
-        Box::new(vae::VaeEncodeForInpaint),
-    ];
-    nodes.extend(conditioning::nodes());
-    nodes.extend(sampling::nodes());
-    nodes.extend(custom_sampling::nodes());
-    nodes
+    [
+        loaders::nodes(),
+        text::nodes(),
+        conditioning::nodes(),
+        sampling::nodes(),
+        custom_sampling::nodes(),
+        latent::nodes(),
+        latent_math::nodes(),
+        latent_file::nodes(),
+        vae::nodes(),
+        image::nodes(),
+        image_transform::nodes(),
+        image_filter::nodes(),
+        canny::nodes(),
+        compositing::nodes(),
+        image_file::nodes(),
+        mask::nodes(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }

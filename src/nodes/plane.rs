@@ -3,7 +3,7 @@
 //! alike.
 
 use super::NodeError;
-use super::shapes::{check_size, resize_masks, repeat_to, tensor};
+use super::shapes::{check_size, repeat_to, resize_masks, tensor};
 use crate::image::{Crop, Method, Resize, upscale};
 use crate::tensor::HostTensor;
 
@@ -29,7 +29,12 @@ impl Planes {
     }
 
     /// New planes of `h × w`, whose cell (y, x) is this one's `from(y, x)`.
-    pub fn map(self, x: &[f32], [h, w]: [usize; 2], from: impl Fn(usize, usize) -> (usize, usize)) -> Vec<f32> {
+    pub fn map(
+        self,
+        x: &[f32],
+        [h, w]: [usize; 2],
+        from: impl Fn(usize, usize) -> (usize, usize),
+    ) -> Vec<f32> {
         let mut out = Vec::with_capacity(self.count * h * w * self.cell);
         for plane in x.chunks_exact((self.h * self.w * self.cell).max(1)) {
             for y in 0..h {
@@ -58,7 +63,11 @@ impl Planes {
     /// Mirrored top to bottom or left to right.
     pub fn flip(self, x: &[f32], vertically: bool) -> Vec<f32> {
         let Self { h, w, .. } = self;
-        self.map(x, [h, w], |row, column| if vertically { (h - 1 - row, column) } else { (row, w - 1 - column) })
+        self.map(
+            x,
+            [h, w],
+            |row, column| if vertically { (h - 1 - row, column) } else { (row, w - 1 - column) },
+        )
     }
 
     /// The rectangle of `size` whose first cell is `at`, both `[y, x]`.
@@ -102,7 +111,8 @@ pub(super) fn paste_masked(destination: &HostTensor, paste: &Paste<'_>) -> Resul
         return Err(NodeError::input("source", &message));
     }
     if paste.resize_source && (source.dim(2), source.dim(3)) != (h, w) {
-        source = upscale(&source, Resize { width: w, height: h, method: Method::Bilinear, crop: Crop::Disabled })?;
+        source =
+            upscale(&source, Resize { width: w, height: h, method: Method::Bilinear, crop: Crop::Disabled })?;
     }
     let source = repeat_to(&source, b)?;
     let (sh, sw) = (source.dim(2), source.dim(3));
@@ -193,14 +203,21 @@ pub(super) fn convolve(x: &[f32], planes: Planes, kernel: &[f32]) -> Result<Vec<
     let radius = size / 2;
     let Planes { h, w, cell, .. } = planes;
     if radius >= h || radius >= w {
-        let message = format!("radius {radius} needs a side of at least {} but the input is {w}x{h}", radius + 1);
+        let message =
+            format!("radius {radius} needs a side of at least {} but the input is {w}x{h}", radius + 1);
         return Err(NodeError::failed("ValueError", message));
     }
     let mirror = |i: usize, length: usize| {
         // i counts from −radius.
         let i = i as isize - radius as isize;
         let last = length as isize - 1;
-        (if i < 0 { -i } else if i > last { 2 * last - i } else { i }) as usize
+        (if i < 0 {
+            -i
+        } else if i > last {
+            2 * last - i
+        } else {
+            i
+        }) as usize
     };
     let columns: Vec<usize> = (0..w + 2 * radius).map(|i| mirror(i, w) * cell).collect();
     let rows: Vec<usize> = (0..h + 2 * radius).map(|i| mirror(i, h)).collect();

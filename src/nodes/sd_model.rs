@@ -52,7 +52,8 @@ impl SdModel {
         let context = unet.context(&conds)?;
         let timesteps = vec![self.sampling.timestep(sigma); x.dim(0)];
         let input = self.sampling.calculate_input(sigma, &x);
-        let output = unet.forward(&UnetInput { x: &input, timesteps: &timesteps, context: &context }, None)?;
+        let output =
+            unet.forward(&UnetInput { x: &input, timesteps: &timesteps, context: &context }, None)?;
         let denoised = self.sampling.calculate_denoised(sigma, &output, &x);
         Ok((0..items.len()).map(|i| denoised.rows(i * batch, batch)).collect())
     }

@@ -25,7 +25,8 @@ impl From<ResampleError> for NodeError {
 pub(super) fn check_size(shape: &[usize]) -> Result<(), NodeError> {
     let values = shape.iter().fold(1u64, |product, &n| product.saturating_mul(n as u64));
     if values > MAX_VALUES {
-        let message = format!("a tensor of shape {shape:?} has {values} values; at most {MAX_VALUES} are allowed");
+        let message =
+            format!("a tensor of shape {shape:?} has {values} values; at most {MAX_VALUES} are allowed");
         return Err(NodeError::failed("ValueError", message));
     }
     Ok(())
@@ -40,14 +41,16 @@ pub(super) fn filled(shape: &[usize], value: f32) -> Result<HostTensor, NodeErro
 /// A tensor from data whose length the caller made to fit.
 pub(super) fn tensor(shape: &[usize], data: Vec<f32>) -> Result<HostTensor, NodeError> {
     let length = data.len();
-    HostTensor::new(shape, data)
-        .ok_or_else(|| NodeError::failed("ValueError", format!("{length} values do not fill the shape {shape:?}")))
+    HostTensor::new(shape, data).ok_or_else(|| {
+        NodeError::failed("ValueError", format!("{length} values do not fill the shape {shape:?}"))
+    })
 }
 
 fn dims<const N: usize>(name: &str, x: &HostTensor, wanted: &str) -> Result<[usize; N], NodeError> {
     let shape = x.shape();
-    let dims: [usize; N] =
-        shape.try_into().map_err(|_| NodeError::input(name, &format!("has shape {shape:?}, not {wanted}")))?;
+    let dims: [usize; N] = shape
+        .try_into()
+        .map_err(|_| NodeError::input(name, &format!("has shape {shape:?}, not {wanted}")))?;
     if dims.contains(&0) {
         return Err(NodeError::input(name, &format!("is empty: its shape is {shape:?}")));
     }
@@ -76,7 +79,10 @@ pub(super) fn mask_opt(inputs: &Inputs, name: &str) -> Result<Option<HostTensor>
 
 fn as_mask(name: &str, x: &HostTensor) -> Result<(HostTensor, [usize; 3]), NodeError> {
     let &[.., h, w] = x.shape() else {
-        return Err(NodeError::input(name, &format!("has shape {:?}, not [batch, height, width]", x.shape())));
+        return Err(NodeError::input(
+            name,
+            &format!("has shape {:?}, not [batch, height, width]", x.shape()),
+        ));
     };
     if x.is_empty() {
         return Err(NodeError::input(name, &format!("is empty: its shape is {:?}", x.shape())));
@@ -155,7 +161,8 @@ pub(super) fn concat_batch(parts: &[&HostTensor]) -> Result<HostTensor, NodeErro
     let mut shape = first.shape().to_vec();
     for part in parts {
         if part.shape().get(1..) != first.shape().get(1..) {
-            let message = format!("samples of shape {:?} and {:?} cannot form a batch", first.shape(), part.shape());
+            let message =
+                format!("samples of shape {:?} and {:?} cannot form a batch", first.shape(), part.shape());
             return Err(NodeError::failed("ValueError", message));
         }
     }

@@ -10,6 +10,11 @@ use crate::models::clip::{ClipToken, WeightedToken};
 use crate::tokenizer::{self, EmbeddingLookup, EmbeddingRows, Token, TokenizerOptions};
 use crate::weights::WeightsFile;
 
+/// The text nodes.
+pub fn nodes() -> Vec<Box<dyn Node>> {
+    vec![Box::new(ClipTextEncode), Box::new(ClipSetLastLayer)]
+}
+
 /// `CLIPTextEncode`.
 pub struct ClipTextEncode;
 
@@ -34,7 +39,11 @@ impl Node for ClipTextEncode {
     }
 }
 
-fn tokenize(services: &Services, text: &str, clip: &ClipHandle) -> Result<Vec<Vec<WeightedToken>>, NodeError> {
+fn tokenize(
+    services: &Services,
+    text: &str,
+    clip: &ClipHandle,
+) -> Result<Vec<Vec<WeightedToken>>, NodeError> {
     let width = clip.file.clip()?.config().width;
     let lookup = EmbeddingFiles { services, width };
     let chunks = tokenizer::tokenize(text, &TokenizerOptions::sd1(), &lookup);
@@ -67,7 +76,11 @@ impl EmbeddingLookup for EmbeddingFiles<'_> {
         let raw = file.get(&table)?;
         let values = raw.to_f32();
         if raw.shape.last() != Some(&self.width) {
-            tracing::warn!("embedding '{name}' has vectors of {:?}, the text encoder needs {}", raw.shape, self.width);
+            tracing::warn!(
+                "embedding '{name}' has vectors of {:?}, the text encoder needs {}",
+                raw.shape,
+                self.width
+            );
             return None;
         }
         Some(values.chunks_exact(self.width).map(Arc::from).collect())

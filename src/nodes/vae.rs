@@ -9,8 +9,8 @@ use crate::diffusion::Latent;
 use crate::graph::Input;
 use crate::image::resample::{self, Method, Resize};
 use crate::models::ModelError;
-use crate::models::vae::tiled::{self, Scale, Tiling};
 use crate::models::vae::Vae;
+use crate::models::vae::tiled::{self, Scale, Tiling};
 use crate::tensor::HostTensor;
 
 /// Tiles when a picture doesn't fit in memory as a whole: latent cells.
@@ -64,7 +64,12 @@ fn is_short_of_memory(ctx: &NodeCtx<'_>, vae: &Vae, h: usize, w: usize) -> bool 
     vae.decode_bytes(h, w, backend.info().element_bytes) > memory.available.saturating_add(memory.cached)
 }
 
-fn decode(ctx: &NodeCtx<'_>, vae: &Vae, latent: &HostTensor, tiling: Option<Tiling>) -> Result<HostTensor, NodeError> {
+fn decode(
+    ctx: &NodeCtx<'_>,
+    vae: &Vae,
+    latent: &HostTensor,
+    tiling: Option<Tiling>,
+) -> Result<HostTensor, NodeError> {
     let scale = Scale::Up(vae.config().downscale());
     let decoded = each_sample(ctx, latent, |sample| {
         let in_tiles = |tiling| run_tiled(ctx, sample, tiling, scale, |tile| vae.decode_raw(tile));
@@ -87,7 +92,12 @@ fn decode(ctx: &NodeCtx<'_>, vae: &Vae, latent: &HostTensor, tiling: Option<Tili
     Ok(to_picture(&decoded))
 }
 
-fn encode(ctx: &NodeCtx<'_>, vae: &Vae, picture: &HostTensor, tiling: Option<Tiling>) -> Result<HostTensor, NodeError> {
+fn encode(
+    ctx: &NodeCtx<'_>,
+    vae: &Vae,
+    picture: &HostTensor,
+    tiling: Option<Tiling>,
+) -> Result<HostTensor, NodeError> {
     let scale = Scale::Down(vae.config().downscale());
     each_sample(ctx, &to_network(picture), |sample| {
         let in_tiles = |tiling| run_tiled(ctx, sample, tiling, scale, |tile| vae.encode_raw(tile));
@@ -133,7 +143,10 @@ fn crop_to_multiple(x: &HostTensor, unit: usize) -> Result<HostTensor, NodeError
     let (b, h, w, c) = (x.dim(0), x.dim(1), x.dim(2), x.dim(3));
     let (ch, cw) = (h / unit * unit, w / unit * unit);
     if ch == 0 || cw == 0 {
-        return Err(NodeError::input("pixels", &format!("is {w}x{h}; each side must be at least {unit} pixels")));
+        return Err(NodeError::input(
+            "pixels",
+            &format!("is {w}x{h}; each side must be at least {unit} pixels"),
+        ));
     }
     if (ch, cw) == (h, w) {
         return Ok(x.clone());
@@ -158,6 +171,17 @@ fn tile_inputs(schema: Schema, tile_step: i64) -> Schema {
         .input(Input::int("overlap", 64, 0, 4096).opt("step", 32))
         .input(Input::int("temporal_size", 64, 8, 4096).opt("step", 4))
         .input(Input::int("temporal_overlap", 8, 4, 4096).opt("step", 4))
+}
+
+/// The VAE nodes.
+pub fn nodes() -> Vec<Box<dyn Node>> {
+    vec![
+        Box::new(VaeDecode),
+        Box::new(VaeDecodeTiled),
+        Box::new(VaeEncode),
+        Box::new(VaeEncodeTiled),
+        Box::new(VaeEncodeForInpaint),
+    ]
 }
 
 /// `VAEDecode`.
@@ -314,9 +338,9 @@ fn grow(mask: &HostTensor, by: usize) -> HostTensor {
     HostTensor::from_fn(&[b, 1, h, w], |i| {
         let (n, y, x) = (i / (h * w), i / w % h, i % w);
         let rows = y.saturating_sub(before)..=(y + after).min(h - 1);
-        let hit = rows.into_iter().any(|r| {
-            (x.saturating_sub(before)..=(x + after).min(w - 1)).any(|k| is_set(n, r, k))
-        });
+        let hit = rows
+            .into_iter()
+            .any(|r| (x.saturating_sub(before)..=(x + after).min(w - 1)).any(|k| is_set(n, r, k)));
         f32::from(u8::from(hit))
     })
 }

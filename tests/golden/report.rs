@@ -19,8 +19,19 @@ impl Outcome {
     /// The worse of two outcomes.
     pub fn and(self, other: Outcome) -> Outcome {
         match (&self, &other) {
-            (Outcome::Compared { error: a, tolerance: ta, .. }, Outcome::Compared { error: b, tolerance: tb, .. }) => {
-                let ratio = |e: f64, t: f64| if e == 0.0 { 0.0 } else if e.is_nan() { f64::INFINITY } else { e / t };
+            (
+                Outcome::Compared { error: a, tolerance: ta, .. },
+                Outcome::Compared { error: b, tolerance: tb, .. },
+            ) => {
+                let ratio = |e: f64, t: f64| {
+                    if e == 0.0 {
+                        0.0
+                    } else if e.is_nan() {
+                        f64::INFINITY
+                    } else {
+                        e / t
+                    }
+                };
                 if ratio(*b, *tb) > ratio(*a, *ta) { other } else { self }
             }
             (Outcome::Compared { .. }, _) => other,

@@ -13,13 +13,13 @@ use kiln::nodes::{
     Inputs, Node, NodeCtx, PreviewFrame, PreviewMethod, ProgressSink, Services, Value, registry,
 };
 use kiln::tensor::{DType, HostTensor};
-use kiln::weights::synth::{self, Manifest};
 use kiln::weights::OpenOptions;
+use kiln::weights::synth::{self, Manifest};
 use serde_json::{Map, Value as Json};
 
+use super::Group;
 use super::compare::{self, Measure};
 use super::report::Outcome;
-use super::Group;
 
 /// Nodes, folders and models that cases run on.
 pub struct Bench {
@@ -66,7 +66,10 @@ impl Bench {
         let folders = Folders::open(&options).unwrap_or_else(|e| panic!("{e}"));
         let services = Services {
             folders: Arc::new(folders),
-            models: Arc::new(ModelStore::new(backend::open(DeviceOptions::default()).expect("a backend"), OpenOptions::default())),
+            models: Arc::new(ModelStore::new(
+                backend::open(DeviceOptions::default()).expect("a backend"),
+                OpenOptions::default(),
+            )),
             save_metadata: true,
             png_level: 1,
             preview: PreviewMethod::None,
@@ -105,7 +108,8 @@ impl Bench {
                 Some((from, slot)) => {
                     let (upstream, values) = self.evaluate(prompt, from)?;
                     key += &format!("{name}={upstream}#{slot},");
-                    let value = values.get(slot).ok_or_else(|| format!("node {from} has no output {slot}"))?;
+                    let value =
+                        values.get(slot).ok_or_else(|| format!("node {from} has no output {slot}"))?;
                     inputs.insert(name.clone(), value.clone());
                 }
                 None => {
@@ -120,8 +124,13 @@ impl Bench {
         }
         let node = self.nodes.get(class).ok_or_else(|| format!("no node class {class}"))?;
         let stored = Json::Object(prompt.clone());
-        let mut ctx =
-            NodeCtx { services: &self.services, node_id: id, prompt: &stored, extra_pnginfo: None, sink: &Silent };
+        let mut ctx = NodeCtx {
+            services: &self.services,
+            node_id: id,
+            prompt: &stored,
+            extra_pnginfo: None,
+            sink: &Silent,
+        };
         let output = node.execute(&mut ctx, &inputs).map_err(|e| format!("node {id} ({class}): {e}"))?;
         self.cache.borrow_mut().insert(key.clone(), output.values.clone());
         Ok((key, output.values))
@@ -162,14 +171,16 @@ pub fn run(group: &Group, name: &str, case: &Json, bench: &mut Bench) -> Outcome
     bench.provide_models(&case["workflow"].to_string());
     let mut outcome: Option<Outcome> = None;
     for (label, output) in case["outputs"].as_object().into_iter().flatten() {
-        let compared = output_of(group, name, prompt, output, bench).unwrap_or_else(|e| Outcome::Fail(format!("{label}: {e}")));
+        let compared = output_of(group, name, prompt, output, bench)
+            .unwrap_or_else(|e| Outcome::Fail(format!("{label}: {e}")));
         outcome = Some(match outcome {
             None => compared,
             Some(o) => o.and(compared),
         });
     }
     for (index, file) in case["png"].as_array().into_iter().flatten().filter_map(Json::as_str).enumerate() {
-        let compared = png(group, prompt, file, index, bench).unwrap_or_else(|e| Outcome::Fail(format!("{file}: {e}")));
+        let compared =
+            png(group, prompt, file, index, bench).unwrap_or_else(|e| Outcome::Fail(format!("{file}: {e}")));
         outcome = Some(match outcome {
             None => compared,
             Some(o) => o.and(compared),
@@ -213,11 +224,14 @@ fn output_of(
             outcome.ok_or_else(|| "nothing recorded".into())
         }
         _ => {
-            let ours = value.downcast::<HostTensor>().ok_or_else(|| format!("not a tensor: {}", value.describe()))?;
+            let ours = value
+                .downcast::<HostTensor>()
+                .ok_or_else(|| format!("not a tensor: {}", value.describe()))?;
             let name = recorded.and_then(|r| r.get("")).and_then(Json::as_str).ok_or("nothing recorded")?;
             let golden = golden(name)?;
             if name.ends_with("_u8") {
-                let rounded = |t: &HostTensor| t.data().iter().map(|v| (v * 255.0).round() as u8).collect::<Vec<_>>();
+                let rounded =
+                    |t: &HostTensor| t.data().iter().map(|v| (v * 255.0).round() as u8).collect::<Vec<_>>();
                 let recorded: Vec<u8> = golden.data().iter().map(|v| *v as u8).collect();
                 return Ok(compare::pictures(&rounded(&ours), &recorded));
             }
@@ -239,7 +253,8 @@ fn conditioning(
     }
     let mut outcome: Option<Outcome> = None;
     for (ours, entry) in ours.iter().zip(entries) {
-        let mut compared = compare::tensors(&ours.cond, &golden(entry["cond"].as_str().unwrap_or_default())?, measure);
+        let mut compared =
+            compare::tensors(&ours.cond, &golden(entry["cond"].as_str().unwrap_or_default())?, measure);
         if let Some(name) = entry["tensors"]["pooled_output"].as_str() {
             let pooled = ours.pooled.as_ref().ok_or("no pooled output")?;
             compared = compared.and(compare::tensors(pooled, &golden(name)?, measure));
@@ -253,11 +268,15 @@ fn conditioning(
 }
 
 /// Runs the workflow's SaveImage and compares the file's pixels with the recorded PNG.
-fn png(group: &Group, prompt: &Map<String, Json>, file: &str, index: usize, bench: &Bench) -> Result<Outcome, String> {
-    let (_, node) = prompt
-        .iter()
-        .find(|(_, n)| n["class_type"] == "SaveImage")
-        .ok_or("the workflow has no SaveImage")?;
+fn png(
+    group: &Group,
+    prompt: &Map<String, Json>,
+    file: &str,
+    index: usize,
+    bench: &Bench,
+) -> Result<Outcome, String> {
+    let (_, node) =
+        prompt.iter().find(|(_, n)| n["class_type"] == "SaveImage").ok_or("the workflow has no SaveImage")?;
     let (id, slot) = link(&node["inputs"]["images"]).ok_or("SaveImage has no link")?;
     let (_, values) = bench.evaluate(prompt, id)?;
     let image = values.get(slot).and_then(Value::downcast::<HostTensor>).ok_or("no picture")?;

@@ -15,11 +15,12 @@
 //! f32. Keys and values that exceed the second-level cache are shared by eight
 //! query blocks at a time.
 
+use super::attention_stream::{LIMIT, STREAM_BYTES, StreamBuffers, stream};
 use super::block::{BLOCK, BlockArgs, K_STEP, TILE, TILE_BYTES, TileSession, multiply_block};
 use super::memory::{Scratch, Slot};
 use super::pack::interleave_pairs;
 use super::parallel::run_tasks;
-use super::softmax::{SoftmaxBlock, State, normalize, softmax_block};
+use super::softmax::{RowSums, SoftmaxBlock, State, normalize, softmax_block, squared_norm};
 use super::tiles::NEAR_BYTES;
 use super::{KernelError, Tier};
 use half::bf16;
@@ -137,15 +138,17 @@ pub fn attention(
 }
 
 /// One head of one sample.
-struct HeadTask<'a> {
-    tier: Tier,
-    call: &'a Attention<'a>,
+pub(super) struct HeadTask<'a> {
+    pub tier: Tier,
+    pub call: &'a Attention<'a>,
     sample: usize,
     head: usize,
+    /// Largest |k|² of the head.
+    key_norm: f32,
 }
 
 /// Column tiles of a panel of `tiles` tiles in all.
-fn tiles_in(panel: usize, tiles: usize) -> usize {
+pub(super) fn tiles_in(panel: usize, tiles: usize) -> usize {
     (tiles - 2 * panel).min(2)
 }
 
@@ -155,27 +158,45 @@ impl<'a> HeadTask<'a> {
         let value_tiles = call.keys.div_ceil(K_STEP) * call.head_dim.div_ceil(TILE);
         let mut keys = Scratch::take(Slot::Keys, key_tiles * TILE_BYTES);
         let mut values = Scratch::take(Slot::Values, value_tiles * TILE_BYTES);
-        let head = HeadTask { tier, call, sample: index / call.heads, head: index % call.heads };
+        let (sample, head) = (index / call.heads, index % call.heads);
+        let mut head = HeadTask { tier, call, sample, head, key_norm: 0.0 };
+        head.key_norm = head.largest_norm(call.k, call.keys, 0..call.keys);
         head.pack_keys(keys.as_mut_slice());
         head.pack_values(bytemuck::cast_slice_mut(values.as_mut_slice::<bf16>()));
         (head, keys, values)
     }
 
-    fn depth_steps(&self) -> usize {
+    pub(super) fn depth_steps(&self) -> usize {
         self.call.head_dim.div_ceil(K_STEP)
     }
 
-    fn value_tiles(&self) -> usize {
+    pub(super) fn value_tiles(&self) -> usize {
         self.call.head_dim.div_ceil(TILE)
     }
 
-    fn key_steps(&self) -> usize {
+    pub(super) fn key_steps(&self) -> usize {
         self.call.keys.div_ceil(K_STEP)
     }
 
     fn row(&self, from: Heads<'a>, tokens: usize, token: usize) -> &'a [bf16] {
-        let start = (self.sample * tokens + token) * from.stride + from.offset + self.head * self.call.head_dim;
+        let start =
+            (self.sample * tokens + token) * from.stride + from.offset + self.head * self.call.head_dim;
         &from.data[start..start + self.call.head_dim]
+    }
+
+    /// The scale with log₂e: scores in bits.
+    pub(super) fn scale_bits(&self) -> f32 {
+        self.call.scale * std::f32::consts::LOG2_E
+    }
+
+    /// Largest squared norm of some tokens' vectors; NaN if one has NaN.
+    fn largest_norm(&self, from: Heads<'a>, tokens: usize, range: Range<usize>) -> f32 {
+        let mut largest = 0f32;
+        for token in range {
+            let norm = squared_norm(self.tier, self.row(from, tokens, token));
+            largest = if norm <= largest { largest } else { norm };
+        }
+        largest
     }
 
     /// Keys as the B operand of Q·Kᵀ: panels of 32 keys, steps over the depth.
@@ -233,38 +254,97 @@ impl<'a> HeadTask<'a> {
         let layout = Layout::new(self.call.head_dim, group);
         let mut scratch = Scratch::take(Slot::Scores, layout.bytes);
         let base = scratch.as_mut_slice::<u8>().as_mut_ptr();
-        let mut states = [State::START; FAR_GROUP];
         for first in queries.clone().step_by(group * BLOCK) {
             let blocks = (queries.end - first).div_ceil(BLOCK).min(group);
             let end = queries.end.min(first + blocks * BLOCK);
             let block = |i: usize| first + i * BLOCK..(first + (i + 1) * BLOCK).min(end);
-            states[..blocks].fill(State::START);
-            let last_key = if self.call.is_causal { end.min(self.call.keys) } else { self.call.keys };
             for i in 0..blocks {
                 // SAFETY: the layout has room for `group` blocks.
                 unsafe { self.copy_queries(block(i), layout.queries(base, i)) };
             }
-            for key in (0..last_key).step_by(BLOCK_KEYS) {
-                let keys = key..(key + BLOCK_KEYS).min(self.call.keys);
-                for (i, state) in states[..blocks].iter_mut().enumerate() {
-                    let at = Buffers {
-                        queries: layout.queries(base, i),
-                        scores: layout.scores(base),
-                        sums: layout.sums(base, i),
-                    };
-                    // SAFETY: passed on from the caller; buffers are the layout's.
-                    unsafe { self.step(block(i), keys.clone(), &at, (packed, state)) };
+            let last_key = if self.call.is_causal { end.min(self.call.keys) } else { self.call.keys };
+            let query_norm = self.largest_norm(self.call.q, self.call.queries, first..end);
+            let is_bounded = self.scale_bits() * (self.key_norm * query_norm).sqrt() <= LIMIT;
+            let pass = Pass { layout: &layout, base, packed, last_key, is_far: group > 1 };
+            // SAFETY: passed on from the caller.
+            unsafe {
+                if is_bounded {
+                    self.run_bounded(&pass, blocks, block);
+                } else {
+                    self.run_online(&pass, blocks, block);
                 }
             }
-            for (i, state) in states[..blocks].iter().enumerate() {
+            for i in 0..blocks {
                 let rows = block(i);
+                // SAFETY: the layout has totals for `group` blocks.
+                let totals = unsafe { &*layout.totals(base, i) };
                 let start = self.sample * self.call.queries + rows.start;
                 let to = out.data.wrapping_add(start * out.stride + self.head * self.call.head_dim);
                 let size = [rows.len(), self.call.head_dim];
                 let from = (layout.sums(base, i).cast_const(), layout.sum_columns);
                 // SAFETY: the sums are complete; the output rows are ours.
-                unsafe { normalize(self.tier, state, size, from, (to, out.stride)) };
+                unsafe { normalize(self.tier, totals, size, from, (to, out.stride)) };
             }
+        }
+    }
+
+    /// All keys for a group of query blocks whose scores need no maximum.
+    ///
+    /// # Safety
+    ///
+    /// As [`HeadTask::run`].
+    unsafe fn run_bounded(&self, pass: &Pass, blocks: usize, block: impl Fn(usize) -> Range<usize>) {
+        for i in 0..blocks {
+            // SAFETY: the layout has row sums for `group` blocks.
+            unsafe { pass.layout.row_sums(pass.base, i).write_bytes(0, 1) };
+        }
+        let chunks = pass.last_key.div_ceil(K_STEP);
+        let stretch = if pass.is_far { BLOCK_KEYS / K_STEP } else { chunks };
+        for first in (0..chunks).step_by(stretch) {
+            for i in 0..blocks {
+                let at = StreamBuffers {
+                    queries: pass.layout.queries(pass.base, i).cast_const(),
+                    work: pass.layout.scores(pass.base).cast(),
+                    sums: pass.layout.sums(pass.base, i),
+                };
+                let range = first..(first + stretch).min(chunks);
+                // SAFETY: passed on from the caller; buffers are the layout's.
+                unsafe {
+                    let sums = &mut *pass.layout.row_sums(pass.base, i);
+                    stream(self, block(i), range, pass.packed, &at, (sums, first == 0));
+                }
+            }
+        }
+        for i in 0..blocks {
+            // SAFETY: as above.
+            unsafe {
+                *pass.layout.totals(pass.base, i) = (*pass.layout.row_sums(pass.base, i)).totals(self.tier);
+            }
+        }
+    }
+
+    /// All keys for a group of query blocks, with the running maximum.
+    ///
+    /// # Safety
+    ///
+    /// As [`HeadTask::run`].
+    unsafe fn run_online(&self, pass: &Pass, blocks: usize, block: impl Fn(usize) -> Range<usize>) {
+        let mut states = [State::START; FAR_GROUP];
+        for key in (0..pass.last_key).step_by(BLOCK_KEYS) {
+            let keys = key..(key + BLOCK_KEYS).min(self.call.keys);
+            for (i, state) in states[..blocks].iter_mut().enumerate() {
+                let at = Buffers {
+                    queries: pass.layout.queries(pass.base, i),
+                    scores: pass.layout.scores(pass.base),
+                    sums: pass.layout.sums(pass.base, i),
+                };
+                // SAFETY: passed on from the caller; buffers are the layout's.
+                unsafe { self.step(block(i), keys.clone(), &at, (pass.packed, state)) };
+            }
+        }
+        for (i, state) in states[..blocks].iter().enumerate() {
+            // SAFETY: the layout has totals for `group` blocks.
+            unsafe { *pass.layout.totals(pass.base, i) = state.sum };
         }
     }
 
@@ -327,7 +407,7 @@ impl<'a> HeadTask<'a> {
             rows: rows.len(),
             keys: keys.len(),
             causal: self.call.is_causal.then_some(rows.start as isize + 1 - keys.start as isize),
-            scale: self.call.scale * std::f32::consts::LOG2_E,
+            scale: self.scale_bits(),
         };
         let tiles = self.value_tiles();
         let sum_columns = tiles.div_ceil(2) * BLOCK;
@@ -359,8 +439,12 @@ impl<'a> HeadTask<'a> {
 /// Bytes from one row of scores (or of the probabilities over them) to the next.
 const SCORE_STRIDE: usize = BLOCK_KEYS * size_of::<f32>();
 
+/// Bytes of scores and probabilities on either path.
+const WORK_BYTES: usize =
+    if BLOCK * SCORE_STRIDE > STREAM_BYTES { BLOCK * SCORE_STRIDE } else { STREAM_BYTES };
+
 /// Offsets of consecutive k-steps in a row of values.
-static K_OFFSETS: [u32; 64] = {
+pub(super) static K_OFFSETS: [u32; 64] = {
     let mut offsets = [0; 64];
     let mut step = 0;
     while step < 64 {
@@ -369,6 +453,15 @@ static K_OFFSETS: [u32; 64] = {
     }
     offsets
 };
+
+/// What a pass over the keys works with.
+struct Pass<'a> {
+    layout: &'a Layout,
+    base: *mut u8,
+    packed: (*const u8, *const u8),
+    last_key: usize,
+    is_far: bool,
+}
 
 /// One query block's scratch.
 struct Buffers {
@@ -390,7 +483,8 @@ impl Layout {
         let query_bytes = BLOCK * head_dim.next_multiple_of(K_STEP) * size_of::<bf16>();
         let sum_columns = head_dim.next_multiple_of(BLOCK);
         let sum_bytes = BLOCK * sum_columns * size_of::<f32>();
-        let bytes = BLOCK * SCORE_STRIDE + group * (query_bytes + sum_bytes);
+        let row_bytes = size_of::<RowSums>() + BLOCK * size_of::<f32>();
+        let bytes = WORK_BYTES + group * (query_bytes + sum_bytes + row_bytes);
         Layout { query_bytes, sum_columns, group, bytes }
     }
 
@@ -399,11 +493,19 @@ impl Layout {
     }
 
     fn queries(&self, base: *mut u8, block: usize) -> *mut bf16 {
-        base.wrapping_add(BLOCK * SCORE_STRIDE + block * self.query_bytes).cast()
+        base.wrapping_add(WORK_BYTES + block * self.query_bytes).cast()
     }
 
     fn sums(&self, base: *mut u8, block: usize) -> *mut f32 {
-        let start = BLOCK * SCORE_STRIDE + self.group * self.query_bytes;
+        let start = WORK_BYTES + self.group * self.query_bytes;
         base.wrapping_add(start + block * BLOCK * self.sum_columns * size_of::<f32>()).cast()
+    }
+
+    fn row_sums(&self, base: *mut u8, block: usize) -> *mut RowSums {
+        self.sums(base, self.group).cast::<RowSums>().wrapping_add(block)
+    }
+
+    fn totals(&self, base: *mut u8, block: usize) -> *mut [f32; BLOCK] {
+        self.row_sums(base, self.group).cast::<[f32; BLOCK]>().wrapping_add(block)
     }
 }

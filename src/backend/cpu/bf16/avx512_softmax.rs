@@ -4,15 +4,18 @@
 //! scores take one pass for the maximum and about twelve instructions for the
 //! exponential, against 56 tile cycles for 256 scores.
 
-use super::polynomial::EXP2_SHORT;
-use super::softmax::{SoftmaxBlock, State};
+use super::avx512_epilogue::LOWEST;
+use super::block::BLOCK;
+use super::polynomial::{EXP2_CENTRED, EXP2_SHORT};
+use super::softmax::{ChunkBlock, RowSums, SoftmaxBlock, State};
 use half::bf16;
 use std::arch::x86_64::*;
 
-/// 2^x to 2.6e-6: rounded to bf16 right after.
+/// 2^x to 2.6e-6, at least 2^[`LOWEST`]: rounded to bf16 right after.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
 fn exp2_short(x: __m512) -> __m512 {
+    let x = _mm512_max_ps(_mm512_set1_ps(LOWEST), x);
     let fraction = _mm512_reduce_ps::<1>(x);
     let mut value = _mm512_set1_ps(EXP2_SHORT[4]);
     for c in [EXP2_SHORT[3], EXP2_SHORT[2], EXP2_SHORT[1], EXP2_SHORT[0]] {
@@ -130,6 +133,85 @@ pub(super) unsafe fn softmax_block(
             }
         }
     }
+}
+
+/// 2^x to 2.6e-6 for |x| below 126: the integer part of x goes straight into
+/// the exponent bits. Nine instructions where reduce and scale take eleven.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+fn exp2_bounded(score: __m512, scale: __m512) -> __m512 {
+    // 1.5·2²³: adding it leaves the nearest integer in the low mantissa bits.
+    let shift = _mm512_set1_ps(12_582_912.0);
+    let shifted = _mm512_fmadd_ps(score, scale, shift);
+    let fraction = _mm512_fmsub_ps(score, scale, _mm512_sub_ps(shifted, shift));
+    let mut value = _mm512_set1_ps(EXP2_CENTRED[4]);
+    for c in [EXP2_CENTRED[3], EXP2_CENTRED[2], EXP2_CENTRED[1], EXP2_CENTRED[0]] {
+        value = _mm512_fmadd_ps(value, fraction, _mm512_set1_ps(c));
+    }
+    let exponent = _mm512_slli_epi32::<23>(_mm512_castps_si512(shifted));
+    _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(value), exponent))
+}
+
+/// [`exp_chunk`](super::softmax::exp_chunk) on AVX-512.
+///
+/// # Safety
+///
+/// As there.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+pub(super) unsafe fn exp_chunk(block: &ChunkBlock, sums: &mut RowSums) {
+    let scale = _mm512_set1_ps(block.scale);
+    let is_whole = block.keys == 32 && block.causal.is_none();
+    for (row, sums) in block.rows.clone().zip(&mut sums.0[block.rows.clone()]) {
+        // SAFETY: rows of 32 scores and 32 probabilities, 16 lanes of sums.
+        unsafe {
+            let from = block.scores.add(32 * row);
+            let mut low = exp2_bounded(_mm512_loadu_ps(from), scale);
+            let mut high = exp2_bounded(_mm512_loadu_ps(from.add(16)), scale);
+            if !is_whole {
+                let limit = block.limit(row);
+                low = _mm512_maskz_mov_ps(lanes(limit, 0), low);
+                high = _mm512_maskz_mov_ps(lanes(limit, 1), high);
+            }
+            let sum = _mm512_add_ps(_mm512_loadu_ps(sums.as_ptr()), _mm512_add_ps(low, high));
+            _mm512_storeu_ps(sums.as_mut_ptr(), sum);
+            store_pair(block.to.cast::<u8>().add(row * block.stride).cast(), low, high);
+        }
+    }
+}
+
+/// Each row's total.
+///
+/// # Safety
+///
+/// The CPU has AVX-512.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+pub(super) unsafe fn row_totals(sums: &RowSums) -> [f32; BLOCK] {
+    let mut totals = [0.0; BLOCK];
+    for (total, lanes) in totals.iter_mut().zip(&sums.0) {
+        // SAFETY: 16 lanes.
+        *total = _mm512_reduce_add_ps(unsafe { _mm512_loadu_ps(lanes.as_ptr()) });
+    }
+    totals
+}
+
+/// Σx².
+///
+/// # Safety
+///
+/// The CPU has AVX-512 with BW, VL and BF16.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+pub(super) unsafe fn squared_norm(values: &[bf16]) -> f32 {
+    let mut sum = _mm512_setzero_ps();
+    for values in values.chunks(32) {
+        let mask = ((1u64 << values.len()) - 1) as __mmask32;
+        // SAFETY: only the masked values, inside the slice, are read.
+        unsafe {
+            let pairs = _mm512_maskz_loadu_epi16(mask, values.as_ptr().cast());
+            let pairs: __m512bh = std::mem::transmute(pairs);
+            sum = _mm512_dpbf16_ps(sum, pairs, pairs);
+        }
+    }
+    _mm512_reduce_add_ps(sum)
 }
 
 /// Rounds a row times a factor.

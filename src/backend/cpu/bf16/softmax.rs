@@ -3,6 +3,7 @@
 use super::Tier;
 use super::block::BLOCK;
 use half::bf16;
+use std::ops::Range;
 
 /// Running maximum (in base 2) and sum of each query row of a block.
 #[derive(Clone, Copy)]
@@ -68,7 +69,97 @@ pub(super) unsafe fn softmax_block(
     }
 }
 
-/// Divides rows of sums by the state's sums and rounds them into the output.
+/// Σx².
+pub(super) fn squared_norm(tier: Tier, values: &[bf16]) -> f32 {
+    match tier {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the tier is available.
+        Tier::Amx | Tier::Avx512Bf16 => unsafe { super::avx512_softmax::squared_norm(values) },
+        _ => values.iter().map(|v| v.to_f32() * v.to_f32()).sum(),
+    }
+}
+
+/// Sums of a row's probabilities, in 16 lanes.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub(super) struct RowSums(pub [[f32; 16]; BLOCK]);
+
+impl RowSums {
+    /// The lanes' total for each row.
+    pub fn totals(&self, tier: Tier) -> [f32; BLOCK] {
+        match tier {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: the tier is available.
+            Tier::Amx | Tier::Avx512Bf16 => unsafe { super::avx512_softmax::row_totals(self) },
+            _ => self.0.map(|lanes| lanes.iter().sum()),
+        }
+    }
+}
+
+/// A chunk of 32 keys' scores whose exponentials need no maximum.
+pub(super) struct ChunkBlock {
+    /// 32 scores a row, rows dense.
+    pub scores: *const f32,
+    /// 32 probabilities a row.
+    pub to: *mut bf16,
+    /// Bytes from one row of probabilities to the next.
+    pub stride: usize,
+    /// Rows to take.
+    pub rows: Range<usize>,
+    /// Keys that exist; probabilities behind them are zero.
+    pub keys: usize,
+    /// As in [`SoftmaxBlock`].
+    pub causal: Option<isize>,
+    /// Factor on the scores, log₂e included.
+    pub scale: f32,
+}
+
+impl ChunkBlock {
+    /// Keys that a row sees.
+    #[inline(always)]
+    pub fn limit(&self, row: usize) -> usize {
+        match self.causal {
+            None => self.keys,
+            Some(first) => (first + row as isize).clamp(0, self.keys as isize) as usize,
+        }
+    }
+}
+
+/// `to = 2^(scores · scale)`; adds to the row sums.
+///
+/// # Safety
+///
+/// The tier is available; scores and probabilities are valid for the rows.
+#[inline(always)]
+pub(super) unsafe fn exp_chunk(tier: Tier, block: &ChunkBlock, sums: &mut RowSums) {
+    match tier {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: passed on from the caller.
+        Tier::Amx | Tier::Avx512Bf16 => unsafe { super::avx512_softmax::exp_chunk(block, sums) },
+        // SAFETY: passed on from the caller.
+        _ => unsafe { exp_chunk_portable(block, sums) },
+    }
+}
+
+/// # Safety
+///
+/// As [`exp_chunk`].
+unsafe fn exp_chunk_portable(block: &ChunkBlock, sums: &mut RowSums) {
+    for row in block.rows.clone() {
+        let limit = block.limit(row);
+        for i in 0..BLOCK {
+            // SAFETY: inside the row of scores and of probabilities.
+            unsafe {
+                let score = *block.scores.add(row * BLOCK + i) * block.scale;
+                let p = if i < limit { score.exp2() } else { 0.0 };
+                sums.0[row][i % 16] += p;
+                *block.to.cast::<u8>().add(row * block.stride).cast::<bf16>().add(i) = bf16::from_f32(p);
+            }
+        }
+    }
+}
+
+/// Divides rows of sums by their totals and rounds them into the output.
 ///
 /// # Safety
 ///
@@ -76,12 +167,12 @@ pub(super) unsafe fn softmax_block(
 /// strides (in values); `to` is exclusive.
 pub(super) unsafe fn normalize(
     tier: Tier,
-    state: &State,
+    totals: &[f32; BLOCK],
     [rows, columns]: [usize; 2],
     (from, from_stride): (*const f32, usize),
     (to, to_stride): (*mut bf16, usize),
 ) {
-    for (row, sum) in state.sum.iter().enumerate().take(rows) {
+    for (row, sum) in totals.iter().enumerate().take(rows) {
         let factor = 1.0 / sum;
         // SAFETY: the caller's promise.
         let (from, to) = unsafe {
