@@ -11,7 +11,7 @@ use crate::tensor::HostTensor;
 pub fn resize_mask(mask: &HostTensor, size: (usize, usize)) -> HostTensor {
     let rank = mask.shape().len();
     let (h, w) = (mask.dim(rank.saturating_sub(2)), mask.dim(rank.saturating_sub(1)));
-    let planes = if h * w == 0 { 0 } else { mask.len() / (h * w) };
+    let planes = mask.len().checked_div(h * w).unwrap_or(0);
     if (h, w) == size {
         return mask.clone().reshape(&[planes, h, w]).unwrap_or_default();
     }

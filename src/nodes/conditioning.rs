@@ -80,6 +80,7 @@ fn average_two(inputs: &Inputs) -> Result<Vec<Value>, NodeError> {
 
 fn concat_schema() -> Schema {
     Schema::new("ConditioningConcat", "conditioning")
+        .display("Conditioning (Concat)")
         .describe("Appends the tokens of the second conditioning to those of the first.")
         .input(link("conditioning_to"))
         .input(link("conditioning_from"))
@@ -88,7 +89,7 @@ fn concat_schema() -> Schema {
 
 fn concat_two(inputs: &Inputs) -> Result<Vec<Value>, NodeError> {
     let to = inputs.object::<Conditioning>("conditioning_to")?;
-    output(concat(&to, &*inputs.object::<Conditioning>("conditioning_from")?)?)
+    output(concat(&to, &inputs.object::<Conditioning>("conditioning_from")?)?)
 }
 
 fn set_area_schema() -> Schema {
@@ -200,7 +201,7 @@ fn zero_out_schema() -> Schema {
 }
 
 fn zero(inputs: &Inputs) -> Result<Vec<Value>, NodeError> {
-    output(zero_out(&*inputs.object::<Conditioning>("conditioning")?))
+    output(zero_out(&inputs.object::<Conditioning>("conditioning")?))
 }
 
 fn set_timestep_range_schema() -> Schema {

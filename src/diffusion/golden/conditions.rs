@@ -124,7 +124,7 @@ fn model(case: &str) -> ModelHandle {
         ModelSampling::discrete(prediction, Betas { has_zero_terminal_snr, ..Betas::default() })
     };
     let kind = case.rsplit_once('_').map_or(case, |(kind, _)| kind);
-    Toy::new(match kind {
+    Toy::handle(match kind {
         "msd_v" => discrete(Prediction::V, false),
         "msd_vz" => discrete(Prediction::V, true),
         "msd_lcm" => ModelSampling::distilled(Betas::default(), 50),

@@ -73,6 +73,9 @@ pub struct LcmUpscaleOptions {
     pub steps: Option<usize>,
     /// The interpolation.
     pub resizer: Resizer,
+    /// Whether the reference's interpolation leaves its result in NHWC memory
+    /// order. Noise is then drawn in that order, one value at a time.
+    pub is_channels_last: bool,
 }
 
 /// LCM whose predictions grow to the final size over the first steps.
@@ -98,9 +101,28 @@ pub(super) fn lcm_upscale(
             x = (opt.resizer.0)(&x, side(height), side(width))?;
         }
         if to > 0.0 {
-            let noise = generator.randn(x.shape());
+            let noise = if opt.is_channels_last && growths > 0 {
+                channels_last_noise(&mut generator, &x)
+            } else {
+                generator.randn(x.shape())
+            };
             x = lincomb(&[(1.0, &x), (to, &noise)]);
         }
     }
     Ok(x)
+}
+
+/// Noise for a tensor whose memory order is NHWC.
+fn channels_last_noise(generator: &mut Generator, x: &HostTensor) -> HostTensor {
+    let (channels, plane) = (x.dim(1), x.dim(2) * x.dim(3));
+    let mut noise = HostTensor::zeros(x.shape());
+    for sample in noise.data_mut().chunks_exact_mut((channels * plane).max(1)) {
+        for place in 0..plane {
+            for channel in 0..channels {
+                let value = generator.randn(&[1]);
+                sample[channel * plane + place] = value.data().first().copied().unwrap_or_default();
+            }
+        }
+    }
+    noise
 }

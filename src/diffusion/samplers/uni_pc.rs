@@ -52,12 +52,12 @@ pub(super) fn uni_pc(
         } else {
             // The last round makes two steps: the final one needs no model call of its own.
             let last = if i >= max_order && i == steps - 1 { i + 1 } else { i };
-            for target in i..=last {
+            for (target, &sigma) in sigmas.iter().enumerate().take(last + 1).skip(i) {
                 let order = i.min(max_order).min(steps + 1 - target);
-                let update = Update::new(&points, sigmas[target], order, variant);
+                let update = Update::new(&points, sigma, order, variant);
                 x = if target < steps {
                     let (next, denoised) = update.predict_and_correct(run, &x)?;
-                    points.push(Point { sigma: sigmas[target], denoised });
+                    points.push(Point { sigma, denoised });
                     next
                 } else {
                     update.predict(&x)

@@ -273,5 +273,10 @@ fn lcm_upscale(inputs: &Inputs) -> Result<Vec<Value>, NodeError> {
     }));
     let steps = usize::try_from(inputs.int("scale_steps")?).ok();
     let scale = inputs.float("scale_ratio")?;
-    sampler(Algorithm::LcmUpscale(LcmUpscaleOptions { scale, steps, resizer }))
+    sampler(Algorithm::LcmUpscale(LcmUpscaleOptions {
+        scale,
+        steps,
+        resizer,
+        is_channels_last: method == Method::Bislerp,
+    }))
 }
