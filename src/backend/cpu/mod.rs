@@ -4,7 +4,8 @@
 //! | --- | --- |
 //! | `arena` | activation memory, recycled |
 //! | `weights` | panels in the file's type |
-//! | `matmul`, `layers` | convolution and linear layers, one blocked product |
+//! | `layers`, `matmul` | convolution and linear layers, one blocked product |
+//! | `regions` | the same for convolutions over large maps |
 //! | `attention` | online softmax, a head at a time |
 //! | `norm`, `elementwise` | the rest |
 //! | `bf16` | matrix kernels on bf16 inputs: AMX, AVX512-BF16 |
@@ -24,6 +25,7 @@ mod elementwise;
 mod layers;
 mod matmul;
 mod norm;
+mod regions;
 mod scratch;
 pub mod simd;
 #[cfg(test)]
