@@ -63,7 +63,7 @@ pub(super) fn attention<E: Element>(
     if sk.n != 1 {
         size(OP, "batch of the keys", sq.n, sk.n)?;
     }
-    if op.heads == 0 || op.q.width % op.heads != 0 {
+    if op.heads == 0 || !op.q.width.is_multiple_of(op.heads) {
         let (expected, found) = (op.heads, op.q.width);
         return Err(TensorError::Size { op: OP, what: "width as a multiple of the heads", expected, found });
     }

@@ -230,7 +230,7 @@ impl Backend for CpuBackend {
             let found = table.shape.len();
             return Err(TensorError::Size { op: OP, what: "dimensions of the table", expected: 2, found });
         };
-        check_len(OP, table, rows * width)?;
+        check_len(OP, table, rows.saturating_mul(width))?;
         if matches!(table.dtype, DType::Bool) || weights::decode_into(table.dtype, &[], &mut []).is_err() {
             return Err(TensorError::WeightType(table.dtype));
         }

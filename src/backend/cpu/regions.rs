@@ -32,6 +32,9 @@ const MAX_COLUMNS: usize = 64;
 const MAX_SUMS: usize = 128 << 10;
 /// Pixels of a region at most.
 const MAX_PIXELS: usize = 256;
+/// Pixels of a region at least: below, widening weights for so few costs more
+/// than the copies saved.
+const MIN_PIXELS: usize = 160;
 /// Narrower maps have too few pixels in a line to fill register tiles evenly.
 const MIN_WIDTH: usize = 24;
 
@@ -55,10 +58,16 @@ impl Plan {
         let most = (MAX_SUMS / (layer.w.count * PANEL * columns)).min(MAX_PIXELS / columns);
         let across = w.ow.div_ceil(columns);
         // The fewest lines a region that still give every thread as many regions.
-        let rows = (1..=most.min(w.oh)).rev().find(|rows| {
+        // By the shape alone: sums run in another order here than elsewhere.
+        if most * columns < MIN_PIXELS {
+            return None;
+        }
+        // The most lines a region that still give every thread as many regions.
+        let is_even = |rows: &usize| {
             let regions = samples * w.oh.div_ceil(*rows) * across;
-            regions >= 8 * exec.threads || regions % exec.threads == 0
-        })?;
+            regions >= 8 * exec.threads || regions.is_multiple_of(exec.threads)
+        };
+        let rows = (1..=most.min(w.oh)).rev().find(is_even).unwrap_or(1);
         Some(Self { kh: taps / w.kw, rows, columns })
     }
 

@@ -124,7 +124,7 @@ impl PanelSource<'_> {
         }
         let bias = self.bias(rows.len())?;
         let n = if self.is_geglu { rows.len() / 2 } else { rows.len() };
-        if self.is_geglu && rows.len() % 2 != 0 {
+        if self.is_geglu && !rows.len().is_multiple_of(2) {
             let (expected, found) = (2 * n + 2, rows.len());
             return Err(TensorError::Size { op: self.op, what: "GEGLU rows", expected, found });
         }
@@ -297,7 +297,7 @@ fn f8e5m2(b: u8) -> f32 {
 
 /// All elements as f32.
 pub(super) fn decode(t: &RawTensor<'_>) -> Result<Vec<f32>, TensorError> {
-    check_len("pack", t, t.shape.iter().product())?;
+    check_len("pack", t, t.bytes.len() / t.dtype.size())?;
     let mut out = vec![0.0; t.bytes.len() / t.dtype.size()];
     decode_into(t.dtype, &t.bytes, &mut out)?;
     Ok(out)
@@ -321,9 +321,18 @@ pub(super) fn decode_into(dtype: DType, bytes: &[u8], out: &mut [f32]) -> Result
     Ok(())
 }
 
-/// Whether a stored tensor has the bytes of `elements` elements.
+/// Whether a stored tensor has `elements` elements and the bytes of as many.
 pub(super) fn check_len(op: &'static str, t: &RawTensor<'_>, elements: usize) -> Result<(), TensorError> {
-    let (expected, found) = (elements * t.dtype.size(), t.bytes.len());
+    let product = t.shape.iter().try_fold(1usize, |a, &b| a.checked_mul(b)).unwrap_or(usize::MAX);
+    if product != elements {
+        return Err(TensorError::Size {
+            op,
+            what: "elements of the weight",
+            expected: elements,
+            found: product,
+        });
+    }
+    let (expected, found) = (elements.saturating_mul(t.dtype.size()), t.bytes.len());
     if expected != found {
         return Err(TensorError::Size { op, what: "bytes of the weight", expected, found });
     }
