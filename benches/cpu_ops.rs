@@ -5,7 +5,8 @@
 //! After criterion's report a table gives the fastest fifth of each shape, the
 //! ratio to the `gemm` crate, and the weighted sum over a cfg step.
 //!
-//! `cargo bench --bench cpu_ops [-- FILTER]`
+//! `cargo bench --bench cpu_ops [-- FILTER]`; a filter that names bf16 (`"cpu bf16"`)
+//! measures that tier instead.
 
 use std::borrow::Cow;
 use std::cell::RefCell;

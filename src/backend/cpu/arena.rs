@@ -169,7 +169,7 @@ mod tests {
     fn size_classes_waste_at_most_an_eighth() {
         for bytes in [1, 4096, 4097, 100_000, 1 << 20, (1 << 20) + 1, 10_485_760, 134_217_729] {
             let class = size_class(bytes).unwrap();
-            assert!(class >= bytes && class % PAGE == 0);
+            assert!(class >= bytes && class.is_multiple_of(PAGE));
             assert!(class <= (bytes + bytes / 8).max(bytes + PAGE), "{bytes} → {class}");
         }
         assert_eq!(size_class(usize::MAX), None);
@@ -202,6 +202,24 @@ mod tests {
         drop(whole);
         assert!(arena.alloc(1).is_ok());
         assert!(matches!(arena.alloc(usize::MAX), Err(TensorError::OutOfMemory { .. })));
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn trim_gives_memory_back_to_the_system() {
+        let resident = || {
+            let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+            statm.split(' ').nth(1).unwrap().parse::<usize>().unwrap() * PAGE
+        };
+        let arena = Arena::new(None);
+        let mut block = arena.alloc(256 << 20).unwrap();
+        block.as_mut_slice::<u8>().fill(1);
+        drop(block);
+        let before = resident();
+        arena.trim();
+        let after = resident();
+        // Other tests of this process may allocate a little at the same time.
+        assert!(after + (192 << 20) < before, "{before} → {after}");
     }
 
     #[test]

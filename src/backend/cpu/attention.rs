@@ -68,7 +68,7 @@ pub(super) fn attention<E: Element>(
         let what = "a causal mask over keys that several samples share".to_owned();
         return Err(TensorError::Unsupported { op: OP, what });
     }
-    if op.heads == 0 || op.q.width % op.heads != 0 {
+    if op.heads == 0 || !op.q.width.is_multiple_of(op.heads) {
         let (expected, found) = (op.heads, op.q.width);
         return Err(TensorError::Size { op: OP, what: "width as a multiple of the heads", expected, found });
     }

@@ -23,10 +23,11 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::Exec;
+use super::regions::Plan;
 use super::scratch::Scratch;
 use super::simd::element::Element;
-use super::simd::finish::{Epilogue, Finish};
-use super::simd::product::{A_STRIDE, PANEL, PanelProduct};
+use super::simd::finish::{Epilogue, Finish, Place};
+use super::simd::product::{A_STRIDE, PANEL, PanelProduct, Runs};
 use super::simd::shared::{TileMut, tiles_mut};
 use super::weights::Panels;
 
@@ -100,7 +101,8 @@ struct Segment {
 }
 
 impl<E: Element> Rows<'_, E> {
-    fn width(&self) -> usize {
+    /// Input channels.
+    pub(super) fn width(&self) -> usize {
         self.inputs.iter().flatten().map(|i| i.width).sum()
     }
 
@@ -124,9 +126,11 @@ impl<E: Element> Rows<'_, E> {
         }
     }
 
-    /// Copies K segments of output rows `rows` to rows of `A_STRIDE`.
-    fn gather(&self, exec: &Exec, rows: Range<usize>, segments: &[Segment], to: &mut [f32]) {
+    /// Copies K segments of output rows `rows` to rows of `A_STRIDE`; whether
+    /// any of it was more than padding.
+    fn gather(&self, exec: &Exec, rows: Range<usize>, segments: &[Segment], to: &mut [f32]) -> bool {
         let w = self.window;
+        let mut has_pixels = false;
         let is_pointwise = w.is_pointwise();
         for (m, to) in rows.zip(to.chunks_mut(A_STRIDE)) {
             let (n, oy, ox) =
@@ -146,7 +150,45 @@ impl<E: Element> Rows<'_, E> {
                     }
                     (n * w.h + y / w.up) * w.w + x / w.up
                 };
+                has_pixels = true;
                 E::widen_into(exec.isa, &input.data[pixel * input.stride + s.channel..][..s.len], to);
+            }
+        }
+        has_pixels
+    }
+
+    /// Copies channels `k` of the pixels that a region of the output sees:
+    /// `size` lines and columns from output line `first.0` (over all samples) and
+    /// column `first.1` on, one pixel to `A_STRIDE` values, padding as zeros.
+    pub(super) fn gather_region(
+        &self,
+        exec: &Exec,
+        first: (usize, usize),
+        size: (usize, usize),
+        k: Range<usize>,
+        to: &mut [f32],
+    ) {
+        let w = self.window;
+        let (n, oy) = (first.0 / w.oh, first.0 % w.oh);
+        let split = self.inputs[0].as_ref().map_or(0, |i| i.width);
+        for (i, to) in to.chunks_exact_mut(A_STRIDE).take(size.0 * size.1).enumerate() {
+            // Lines above the picture wrap to huge numbers.
+            let y = (oy + i / size.1).wrapping_sub(w.top);
+            let x = (first.1 + i % size.1).wrapping_sub(w.left);
+            let to = &mut to[..k.len()];
+            if y >= w.h * w.up || x >= w.w * w.up {
+                to.fill(0.0);
+                continue;
+            }
+            let pixel = (n * w.h + y / w.up) * w.w + x / w.up;
+            let (head, tail) = to.split_at_mut(split.clamp(k.start, k.end) - k.start);
+            for (input, channel, to) in
+                [(&self.inputs[0], k.start, head), (&self.inputs[1], k.start.max(split) - split, tail)]
+            {
+                if let Some(input) = input.as_ref().filter(|_| !to.is_empty()) {
+                    let from = &input.data[pixel * input.stride + channel..][..to.len()];
+                    E::widen_into(exec.isa, from, to);
+                }
             }
         }
     }
@@ -181,6 +223,9 @@ impl<E: Element> Layer<'_, E> {
     pub(super) fn run(&self, exec: &Exec, out: &mut [E]) {
         if self.m == 0 || self.w.n == 0 {
             return;
+        }
+        if let Some(plan) = Plan::new(exec, self) {
+            return plan.run(exec, self, out);
         }
         let (row_parts, panel_parts) = self.grid(exec);
         let rows: Vec<usize> = (0..=row_parts).map(|i| self.m * i / row_parts).collect();
@@ -224,10 +269,15 @@ impl<E: Element> Layer<'_, E> {
         let a = a.take(rows * A_STRIDE);
         let wide = wide.take(A_STRIDE * PANEL);
         let c = c.take(c_panel * panels.len());
+        let mut is_started = false;
         for block in 0..blocks {
             let (from, to) = (k * block / blocks, k * (block + 1) / blocks);
             self.a.segments(from..to, segments);
-            self.a.gather(exec, tile.row..tile.row + rows, segments, a);
+            let is_needed = self.a.gather(exec, tile.row..tile.row + rows, segments, a);
+            // On maps smaller than the kernel most taps see padding only.
+            if !is_needed && (is_started || block + 1 < blocks) {
+                continue;
+            }
             for (i, panel) in panels.clone().enumerate() {
                 let c = &mut c[i * c_panel..][..c_panel];
                 let next = if panel + 1 < panels.end {
@@ -237,17 +287,19 @@ impl<E: Element> Layer<'_, E> {
                 };
                 exec.isa.launch(PanelProduct {
                     a,
-                    rows,
+                    runs: Runs::one(rows),
                     kc: to - from,
                     b: self.w.block(panel, from, to - from),
                     next: if block + 1 == blocks && panel + 1 == panels.end { &[] } else { next },
                     wide,
                     c,
-                    accumulate: block > 0,
+                    accumulate: is_started,
                 });
             }
+            is_started = true;
         }
         let bias = &self.w.bias[panels.start * PANEL..panels.end * PANEL];
-        exec.isa.launch(Finish { layer: &self.epilogue, c, bias, tile: &mut tile });
+        let place = Place::rows(&tile);
+        exec.isa.launch(Finish { layer: &self.epilogue, c, bias, tile: &mut tile, place });
     }
 }

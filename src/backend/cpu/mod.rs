@@ -4,7 +4,8 @@
 //! | --- | --- |
 //! | `arena` | activation memory, recycled |
 //! | `weights` | panels in the file's type |
-//! | `matmul`, `layers` | convolution and linear layers, one blocked product |
+//! | `layers`, `matmul` | convolution and linear layers, one blocked product |
+//! | `regions` | the same for convolutions over large maps |
 //! | `attention` | online softmax, a head at a time |
 //! | `norm`, `elementwise` | the rest |
 //! | `bf16` | matrix kernels on bf16 inputs: AMX, AVX512-BF16 |
@@ -25,6 +26,7 @@ mod elementwise;
 mod layers;
 mod matmul;
 mod norm;
+mod regions;
 mod scratch;
 pub mod simd;
 #[cfg(test)]
@@ -230,7 +232,7 @@ impl Backend for CpuBackend {
             let found = table.shape.len();
             return Err(TensorError::Size { op: OP, what: "dimensions of the table", expected: 2, found });
         };
-        check_len(OP, table, rows * width)?;
+        check_len(OP, table, rows.saturating_mul(width))?;
         if matches!(table.dtype, DType::Bool) || weights::decode_into(table.dtype, &[], &mut []).is_err() {
             return Err(TensorError::WeightType(table.dtype));
         }

@@ -78,7 +78,7 @@ pub(super) fn group_norm<E: Element>(
     parts.retain(|p| p.channels > 0);
     shape(OP, s.with_channels(channels), out.shape())?;
     let params = params(OP, op.w, channels)?;
-    if op.groups == 0 || channels % op.groups != 0 {
+    if op.groups == 0 || !channels.is_multiple_of(op.groups) {
         let (expected, found) = (op.groups, channels);
         return Err(TensorError::Size {
             op: OP,

@@ -124,7 +124,7 @@ impl PanelSource<'_> {
         }
         let bias = self.bias(rows.len())?;
         let n = if self.is_geglu { rows.len() / 2 } else { rows.len() };
-        if self.is_geglu && rows.len() % 2 != 0 {
+        if self.is_geglu && !rows.len().is_multiple_of(2) {
             let (expected, found) = (2 * n + 2, rows.len());
             return Err(TensorError::Size { op: self.op, what: "GEGLU rows", expected, found });
         }
@@ -181,22 +181,30 @@ impl PanelSource<'_> {
         Ok(stored.unwrap_or(DType::F32))
     }
 
+    /// Transposes some channels of 32 rows at a time through a buffer that stays
+    /// in the first-level cache, so that the target is written line by line.
     fn fill<T: Stored>(&self, columns: &[Option<(&RawTensor<'_>, usize)>], to: &mut [T]) {
         let k = self.cin * self.taps;
         if k == 0 {
             return;
         }
+        let step = (256 / self.taps).max(1);
         to.par_chunks_mut(k * PANEL).zip(columns.par_chunks(PANEL)).for_each(|(panel, columns)| {
-            // Some channels at a time, so that the target stays in the first-level cache.
-            let step = (1024 / (PANEL * self.taps)).max(1) * 4;
+            let mut buffer = vec![T::from_f32(0.0); PANEL * step * self.taps];
             for c0 in (0..self.cin).step_by(step) {
                 let channels = step.min(self.cin - c0);
-                for (j, column) in columns.iter().enumerate() {
-                    if let Some((m, row)) = column {
-                        let from = row * k + c0 * self.taps;
-                        let len = channels * self.taps;
-                        let place = Place { cin: self.cin, taps: self.taps, c0, j };
-                        scatter(m, from, len, &place, panel);
+                let run = channels * self.taps;
+                for (column, to) in columns.iter().zip(buffer.chunks_exact_mut(run)) {
+                    match column {
+                        Some((m, row)) => read(m, row * k + c0 * self.taps, to),
+                        None => to.fill(T::from_f32(0.0)),
+                    }
+                }
+                for tap in 0..self.taps {
+                    let lines = &mut panel[(tap * self.cin + c0) * PANEL..][..channels * PANEL];
+                    for (c, line) in lines.as_chunks_mut::<PANEL>().0.iter_mut().enumerate() {
+                        let values = buffer[c * self.taps + tap..].iter().step_by(run);
+                        line.iter_mut().zip(values).for_each(|(to, v)| *to = *v);
                     }
                 }
             }
@@ -204,52 +212,28 @@ impl PanelSource<'_> {
     }
 }
 
-/// Where a run of one row's elements goes in a panel.
-struct Place {
-    cin: usize,
-    taps: usize,
-    c0: usize,
-    j: usize,
-}
-
-fn scatter<T: Stored>(m: &RawTensor<'_>, from: usize, len: usize, place: &Place, panel: &mut [T]) {
+/// Elements from `from` on, converted.
+fn read<T: Stored>(m: &RawTensor<'_>, from: usize, to: &mut [T]) {
     let size = m.dtype.size();
-    let bytes = &m.bytes[from * size..(from + len) * size];
+    let bytes = &m.bytes[from * size..][..to.len() * size];
     match m.dtype {
-        DType::F8E4M3 => spread(bytes.iter().map(|&b| T::from_f32(f8e4m3(b))), place, panel),
-        DType::F8E5M2 => spread(bytes.iter().map(|&b| T::from_f32(f8e5m2(b))), place, panel),
-        DType::F16 => spread(pairs(bytes).map(T::from_f16), place, panel),
-        DType::BF16 => spread(pairs(bytes).map(T::from_bf16), place, panel),
-        DType::F64 => spread(
-            bytes.as_chunks().0.iter().map(|&b| T::from_f32(f64::from_le_bytes(b) as f32)),
-            place,
-            panel,
-        ),
-        _ => spread(bytes.as_chunks().0.iter().map(|&b| T::from_f32(f32::from_le_bytes(b))), place, panel),
+        DType::F8E4M3 => to.iter_mut().zip(bytes).for_each(|(t, &b)| *t = T::from_f32(f8e4m3(b))),
+        DType::F8E5M2 => to.iter_mut().zip(bytes).for_each(|(t, &b)| *t = T::from_f32(f8e5m2(b))),
+        DType::F16 => to.iter_mut().zip(pairs(bytes)).for_each(|(t, b)| *t = T::from_f16(b)),
+        DType::BF16 => to.iter_mut().zip(pairs(bytes)).for_each(|(t, b)| *t = T::from_bf16(b)),
+        DType::F64 => {
+            let values = bytes.as_chunks().0.iter().map(|&b| f64::from_le_bytes(b) as f32);
+            to.iter_mut().zip(values).for_each(|(t, v)| *t = T::from_f32(v));
+        }
+        _ => {
+            let values = bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b));
+            to.iter_mut().zip(values).for_each(|(t, v)| *t = T::from_f32(v));
+        }
     }
 }
 
 fn pairs(bytes: &[u8]) -> impl Iterator<Item = u16> + '_ {
     bytes.as_chunks().0.iter().map(|&b| u16::from_le_bytes(b))
-}
-
-#[inline(always)]
-fn spread<T: Copy>(values: impl Iterator<Item = T>, place: &Place, panel: &mut [T]) {
-    if place.taps == 1 {
-        let lines = panel[place.c0 * PANEL..].as_chunks_mut::<PANEL>().0;
-        for (line, v) in lines.iter_mut().zip(values) {
-            line[place.j] = v;
-        }
-        return;
-    }
-    let (mut c, mut tap) = (place.c0, 0);
-    for v in values {
-        panel[(tap * place.cin + c) * PANEL + place.j] = v;
-        tap += 1;
-        if tap == place.taps {
-            (c, tap) = (c + 1, 0);
-        }
-    }
 }
 
 /// A type that panels are stored in.
@@ -313,7 +297,7 @@ fn f8e5m2(b: u8) -> f32 {
 
 /// All elements as f32.
 pub(super) fn decode(t: &RawTensor<'_>) -> Result<Vec<f32>, TensorError> {
-    check_len("pack", t, t.shape.iter().product())?;
+    check_len("pack", t, t.bytes.len() / t.dtype.size())?;
     let mut out = vec![0.0; t.bytes.len() / t.dtype.size()];
     decode_into(t.dtype, &t.bytes, &mut out)?;
     Ok(out)
@@ -337,9 +321,18 @@ pub(super) fn decode_into(dtype: DType, bytes: &[u8], out: &mut [f32]) -> Result
     Ok(())
 }
 
-/// Whether a stored tensor has the bytes of `elements` elements.
+/// Whether a stored tensor has `elements` elements and the bytes of as many.
 pub(super) fn check_len(op: &'static str, t: &RawTensor<'_>, elements: usize) -> Result<(), TensorError> {
-    let (expected, found) = (elements * t.dtype.size(), t.bytes.len());
+    let product = t.shape.iter().try_fold(1usize, |a, &b| a.checked_mul(b)).unwrap_or(usize::MAX);
+    if product != elements {
+        return Err(TensorError::Size {
+            op,
+            what: "elements of the weight",
+            expected: elements,
+            found: product,
+        });
+    }
+    let (expected, found) = (elements.saturating_mul(t.dtype.size()), t.bytes.len());
     if expected != found {
         return Err(TensorError::Size { op, what: "bytes of the weight", expected, found });
     }

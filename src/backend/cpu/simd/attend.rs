@@ -201,8 +201,10 @@ impl Panel<'_> {
         // SAFETY: the function's contract; rows key..key + rows of the weights exist.
         unsafe {
             let c = self.weights.add(key * PANEL);
-            let tile = Tile { a: k, a_step: S::ROWS, b: self.q, kc: self.d, c, accumulate: false };
-            tile_of::<S, 1>(rows, tile);
+            let (next, next_step) = (std::ptr::null(), 0);
+            let (a_step, b, kc) = (S::ROWS, self.q, self.d);
+            let tile = Tile { a: k, a_step, b, kc, c, accumulate: false, next, next_step };
+            tile_of::<S, 1, false>(rows, tile);
             for r in 0..rows {
                 let hidden = (key + r + 1).saturating_sub(hidden_from).min(PANEL);
                 for lane in 0..hidden {
@@ -274,8 +276,10 @@ impl Panel<'_> {
                     kc: count,
                     c: self.out.as_mut_ptr().add(channel * PANEL),
                     accumulate: !self.is_first,
+                    next: std::ptr::null(),
+                    next_step: 0,
                 };
-                tile_of::<S, 1>(rows, tile);
+                tile_of::<S, 1, false>(rows, tile);
             }
         }
     }

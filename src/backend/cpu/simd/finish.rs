@@ -51,6 +51,36 @@ pub struct Finish<'a, 'o, E> {
     pub bias: &'a [f32],
     /// Output of the task.
     pub tile: &'a mut TileMut<'o, E>,
+    /// What the tile's rows and columns are.
+    pub place: Place,
+}
+
+/// How output positions lie in a tile.
+#[derive(Clone, Copy)]
+pub struct Place {
+    /// Positions in a row of the tile.
+    pub run: usize,
+    /// Positions in a row of the whole matrix.
+    pub positions: usize,
+    /// First position of the tile in a row.
+    pub first: usize,
+    /// First channel.
+    pub channel: usize,
+    /// Channels.
+    pub channels: usize,
+}
+
+impl Place {
+    /// A row is a position, and the tile has some of its channels.
+    pub fn rows<T>(tile: &TileMut<'_, T>) -> Self {
+        Self { run: 1, positions: 1, first: 0, channel: tile.column, channels: tile.columns }
+    }
+
+    /// A row is a line of a picture, and the tile has all channels of some of its pixels.
+    pub fn pixels<T>(tile: &TileMut<'_, T>, width: usize, channels: usize) -> Self {
+        let (run, first) = (tile.columns / channels, tile.column / channels);
+        Self { run, positions: width, first, channel: 0, channels }
+    }
 }
 
 impl<E: Element> Kernel for Finish<'_, '_, E> {
@@ -79,14 +109,16 @@ impl<E: Element> Finish<'_, '_, E> {
     unsafe fn rows<S: Simd, const GEGLU: bool>(self, act: impl Fn(S::V) -> S::V) {
         let (layer, tile) = (self.layer, self.tile);
         let width = if GEGLU { PANEL / 2 } else { PANEL };
-        let (n, rows, panels) = (tile.columns, tile.rows, tile.columns.div_ceil(width));
+        let place = self.place;
+        let (n, rows, panels) = (place.channels, tile.rows * place.run, place.channels.div_ceil(width));
         assert!(self.c.len() >= panels * rows * PANEL && self.bias.len() >= panels * PANEL);
         for r in 0..rows {
-            let m = tile.row + r;
-            let residual = layer.residual.map(|s| &s[m * layer.width + tile.column..][..n]);
+            let (line, pixel) = if place.run == 1 { (r, 0) } else { (r / place.run, r % place.run) };
+            let m = (tile.row + line) * place.positions + place.first + pixel;
+            let residual = layer.residual.map(|s| &s[m * layer.width + place.channel..][..n]);
             let time_bias =
-                layer.time_bias.as_ref().map(|t| &t.data[m / t.positions * t.stride + tile.column..][..n]);
-            let out = tile.row_mut(r, 0, n);
+                layer.time_bias.as_ref().map(|t| &t.data[m / t.positions * t.stride + place.channel..][..n]);
+            let out = tile.row_mut(line, pixel * n, n);
             for panel in 0..panels {
                 let (first, end) = (panel * width, ((panel + 1) * width).min(n));
                 let mut i = first;

@@ -31,6 +31,8 @@ pub mod shared;
 /// Implementations may use instructions that not every CPU has: functions may
 /// be called only on a CPU with the instruction set, and pointers must be
 /// valid for the lanes that a function names. All are `inline(always)`.
+// One contract for all functions, above.
+#[allow(clippy::missing_safety_doc)]
 pub unsafe trait Simd: Copy + 'static {
     /// Lanes of a vector.
     const LANES: usize;

@@ -48,12 +48,31 @@ impl PanelSlice<'_> {
     }
 }
 
+/// Which rows of an A block a product takes: `count` runs of `len` rows that
+/// follow each other, `step` rows from the start of one run to the next.
+#[derive(Clone, Copy)]
+pub struct Runs {
+    /// Number of runs.
+    pub count: usize,
+    /// Rows of a run.
+    pub len: usize,
+    /// Rows from run to run.
+    pub step: usize,
+}
+
+impl Runs {
+    /// The first `rows` rows.
+    pub fn one(rows: usize) -> Self {
+        Self { count: 1, len: rows, step: rows }
+    }
+}
+
 /// `c (+)= a · b` for one panel block and all rows of an A block.
 pub struct PanelProduct<'a> {
-    /// `rows` rows of `kc ≤ A_STRIDE` values, `A_STRIDE` apart.
+    /// Rows of `kc ≤ A_STRIDE` values, `A_STRIDE` apart.
     pub a: &'a [f32],
-    /// Number of rows.
-    pub rows: usize,
+    /// Which of them.
+    pub runs: Runs,
     /// Depth of the block.
     pub kc: usize,
     /// `kc × PANEL` weights.
@@ -62,7 +81,7 @@ pub struct PanelProduct<'a> {
     pub next: &'a [u8],
     /// Room for `kc × PANEL` widened weights.
     pub wide: &'a mut [f32],
-    /// `rows × PANEL` results.
+    /// `[run][row][PANEL]` results.
     pub c: &'a mut [f32],
     /// Add to `c` instead of overwriting it.
     pub accumulate: bool,
@@ -73,26 +92,41 @@ impl Kernel for PanelProduct<'_> {
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let Self { a, rows, kc, b, next, wide, c, accumulate } = self;
-        assert!(rows > 0 && kc <= A_STRIDE && a.len() >= (rows - 1) * A_STRIDE + kc);
-        assert!(b.len() == kc * PANEL && wide.len() >= kc * PANEL && c.len() >= rows * PANEL);
-        // SAFETY: the lengths were checked above; tiles cover rows 0..rows.
+        let Self { a, runs, kc, b, next, wide, c, accumulate } = self;
+        assert!(runs.count > 0 && runs.len > 0 && kc <= A_STRIDE);
+        assert!(a.len() >= ((runs.count - 1) * runs.step + runs.len - 1) * A_STRIDE + kc);
+        assert!(b.len() == kc * PANEL && wide.len() >= kc * PANEL);
+        assert!(c.len() >= runs.count * runs.len * PANEL);
+        // SAFETY: the lengths were checked above; tiles cover rows 0..len of each run.
         unsafe {
             let b = widen::<S>(b, wide);
-            let tiles = rows.div_ceil(S::ROWS);
-            let (base, longer) = (rows / tiles, rows % tiles);
-            let ahead = next.len().div_ceil(tiles);
-            let mut row = 0;
-            for t in 0..tiles {
-                let mut line = t * ahead;
-                while line < ((t + 1) * ahead).min(next.len()) {
-                    S::prefetch(next.as_ptr().add(line));
-                    line += 64;
+            let tiles = runs.len.div_ceil(S::ROWS);
+            let (base, longer) = (runs.len / tiles, runs.len % tiles);
+            // Fetched evenly while the tiles are computed: a burst would stall.
+            let ahead = next.len().div_ceil(runs.count * tiles * kc.max(1));
+            let mut next = next.as_ptr();
+            for run in 0..runs.count {
+                let mut row = 0;
+                for t in 0..tiles {
+                    let r = base + usize::from(t < longer);
+                    let tile = Tile {
+                        a: a.as_ptr().add((run * runs.step + row) * A_STRIDE),
+                        a_step: 1,
+                        b,
+                        kc,
+                        c: c.as_mut_ptr().add((run * runs.len + row) * PANEL),
+                        accumulate,
+                        next,
+                        next_step: ahead,
+                    };
+                    if ahead > 0 {
+                        tile_of::<S, A_STRIDE, true>(r, tile);
+                    } else {
+                        tile_of::<S, A_STRIDE, false>(r, tile);
+                    }
+                    next = next.wrapping_add(kc * ahead);
+                    row += r;
                 }
-                let r = base + usize::from(t < longer);
-                let (a, c) = (a.as_ptr().add(row * A_STRIDE), c.as_mut_ptr().add(row * PANEL));
-                tile_of::<S, A_STRIDE>(r, Tile { a, a_step: 1, b, kc, c, accumulate });
-                row += r;
             }
         }
     }
@@ -138,6 +172,10 @@ pub struct Tile {
     pub c: *mut f32,
     /// Add to `c` instead of overwriting it.
     pub accumulate: bool,
+    /// What to fetch ahead …
+    pub next: *const u8,
+    /// … and how many bytes further at each k.
+    pub next_step: usize,
 }
 
 /// A tile of `rows ≤ S::ROWS` rows, `ROW` apart in A.
@@ -146,12 +184,12 @@ pub struct Tile {
 /// The CPU must have the instructions of `S`; pointers must be valid for the
 /// extents that [`Tile`] names.
 #[inline(always)]
-pub unsafe fn tile_of<S: Simd, const ROW: usize>(rows: usize, t: Tile) {
+pub unsafe fn tile_of<S: Simd, const ROW: usize, const FETCH: bool>(rows: usize, t: Tile) {
     macro_rules! by_rows {
         ($($r:literal)*) => {
             match rows {
                 // SAFETY: the function's contract.
-                $($r if $r <= S::ROWS => unsafe { tile::<S, $r, ROW>(t) },)*
+                $($r if $r <= S::ROWS => unsafe { tile::<S, $r, ROW, FETCH>(t) },)*
                 _ => unreachable!("tile of {rows} rows"),
             }
         };
@@ -162,8 +200,9 @@ pub unsafe fn tile_of<S: Simd, const ROW: usize>(rows: usize, t: Tile) {
 /// # Safety
 /// As [`tile_of`] with `R` rows.
 #[inline(always)]
-unsafe fn tile<S: Simd, const R: usize, const ROW: usize>(t: Tile) {
+unsafe fn tile<S: Simd, const R: usize, const ROW: usize, const FETCH: bool>(t: Tile) {
     let mut column = 0;
+    let mut next = t.next;
     while column < PANEL {
         // SAFETY: the function's contract; column + 2·lanes ≤ PANEL.
         unsafe {
@@ -176,6 +215,10 @@ unsafe fn tile<S: Simd, const R: usize, const ROW: usize>(t: Tile) {
                     let x = S::splat(*a.add(r * ROW));
                     acc[0] = S::fma(x, b0, acc[0]);
                     acc[1] = S::fma(x, b1, acc[1]);
+                }
+                if FETCH {
+                    S::prefetch(next);
+                    next = next.wrapping_add(t.next_step);
                 }
                 a = a.add(t.a_step);
                 b = b.add(PANEL);

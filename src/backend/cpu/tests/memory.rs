@@ -70,6 +70,25 @@ fn results_do_not_depend_on_the_number_of_threads() {
 }
 
 #[test]
+fn large_convolutions_do_not_depend_on_the_number_of_threads() {
+    let run = |threads| {
+        let options = CpuOptions { threads: Some(threads), ..CpuOptions::default() };
+        let b = CpuBackend::new(options).unwrap();
+        let mut rng = Rng(23);
+        let weight = Stored::random(DType::F16, &[40, 400, 3, 3], &mut rng);
+        let w = b.pack_conv(&weight.raw(), None).unwrap();
+        let x = b.random(Shape::nhwc(1, 9, 40, 400), &mut rng);
+        let mut out = b.poisoned(Shape::nhwc(1, 9, 40, 40));
+        b.conv2d(&Conv2d::new(&x, &w), &mut out).unwrap();
+        b.get(&out)
+    };
+    let one = run(1);
+    for threads in [2, 5, 16, 64] {
+        assert_eq!(one, run(threads), "{threads} threads differ from 1");
+    }
+}
+
+#[test]
 fn weights_are_counted_while_alive() {
     let b = CpuBackend::new(CpuOptions { threads: Some(1), ..CpuOptions::default() }).unwrap();
     let weight = Stored::random(DType::F16, &[40, 8, 3, 3], &mut Rng(22));

@@ -113,6 +113,10 @@ fn convolutions_match_the_reference() {
         Case { x: (2, 7, 7, 48), kernel: 1, pad: none, cout: 31, act: Activation::Gelu, ..PLAIN },
         Case { x: (1, 7, 7, 8), kernel: 1, pad: none, c2: 8, cout: 3, stride: 2, ..PLAIN },
         Case { x: (2, 1, 1, 64), cout: 64, time_bias: true, act: silu, residual: true, ..PLAIN },
+        Case { x: (2, 5, 70, 40), c2: 300, cout: 70, time_bias: true, residual: true, ..PLAIN },
+        Case { x: (1, 6, 15, 24), up: true, act: silu, cout: 40, residual: true, ..PLAIN },
+        Case { x: (3, 7, 25, 350), kernel: 2, pad: down, cout: 3, time_bias: true, ..PLAIN },
+        Case { x: (1, 3, 140, 330), kernel: 5, pad: Pad::same(3), cout: 33, ..PLAIN },
         Case { x: (1, 20, 30, 3), kernel: 4, pad: none, cout: 16, dtype: DType::F64, ..PLAIN },
         Case { x: (1, 12, 3, 8), kernel: 5, pad: Pad::same(2), cout: 16, dtype: DType::F8E5M2, ..PLAIN },
     ];
