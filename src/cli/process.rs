@@ -20,11 +20,6 @@ fn status_bytes(field: &str) -> u64 {
     kilobytes.unwrap_or(0) * 1024
 }
 
-/// Resident memory now, in bytes.
-pub fn resident_bytes() -> u64 {
-    status_bytes("VmRSS:")
-}
-
 /// Highest resident memory so far, in bytes.
 pub fn peak_resident_bytes() -> u64 {
     status_bytes("VmHWM:")

@@ -2,6 +2,7 @@
 
 mod ignored;
 
+use std::io::IsTerminal;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -155,8 +156,9 @@ fn start_log(level: &str) {
         _ => "info",
     };
     let filter = EnvFilter::try_from_env("KILN_LOG").unwrap_or_else(|_| EnvFilter::new(level));
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     // an embedding program may have a log of its own
-    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
+    let _ = log.with_ansi(std::io::stderr().is_terminal()).try_init();
 }
 
 /// Throws away the temporary results of the last run.
@@ -201,6 +203,7 @@ fn config(args: &ServeArgs) -> anyhow::Result<ServerConfig> {
             allowed_hosts: args.allowed_hosts.clone(),
         },
         compress: args.enable_compress_response_body,
+        preview_size: Some(args.preview_size),
         shutdown_timeout: Duration::from_secs(args.shutdown_timeout),
         argv: std::env::args().collect(),
     })

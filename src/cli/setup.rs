@@ -15,7 +15,7 @@ use crate::weights::OpenOptions;
 const PNG_LEVEL: u8 = 1;
 
 /// Options of every command that runs models.
-#[derive(clap::Args, Clone, Debug, Default)]
+#[derive(clap::Args, Clone, Debug)]
 pub struct RuntimeArgs {
     /// Folder that holds models, input, output, temp and user; the current one if not given.
     #[arg(long, value_name = "DIR", default_value = ".")]
@@ -35,6 +35,19 @@ pub struct RuntimeArgs {
     /// Reads model files into memory instead of mapping them.
     #[arg(long, alias = "disable-mmap")]
     pub no_mmap: bool,
+}
+
+impl Default for RuntimeArgs {
+    fn default() -> Self {
+        Self {
+            base_directory: PathBuf::from("."),
+            extra_model_paths_config: Vec::new(),
+            threads: None,
+            cpu_bf16: false,
+            memory_limit: None,
+            no_mmap: false,
+        }
+    }
 }
 
 impl RuntimeArgs {

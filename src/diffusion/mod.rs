@@ -22,4 +22,4 @@ pub use latent::Latent;
 pub use model::{DenoiseItem, Model, ModelHandle};
 
 #[cfg(test)]
-mod golden;
+pub(crate) mod golden;

@@ -2,10 +2,13 @@
 //!
 //! ComfyUI's `lanczos` turns a picture into 8-bit samples and hands it to
 //! Pillow, so "the same picture" means Pillow's arithmetic: filter weights are
-//! computed in `f64`, normalised, rounded to 22-bit fixed point; the x pass
-//! rounds its result to 8 bits before the y pass reads it; four-channel
+//! computed in `f64`, normalised, rounded to 22-bit fixed point; the first pass
+//! rounds its result to 8 bits before the second reads it; four-channel
 //! pictures are resampled with premultiplied alpha. A pass whose size does not
-//! change is skipped. Filter: K. Turkowski, "Filters for common resampling
+//! change is skipped. The x pass comes first, unless the height shrinks by
+//! more than twice what the width shrinks by (Pillow 13; earlier releases
+//! always began with x, which moves some samples by a few levels in such
+//! cases). Filter: K. Turkowski, "Filters for common resampling
 //! tasks", 1990.
 
 use rayon::prelude::*;
@@ -34,8 +37,20 @@ pub(super) fn resize_f32(x: &[f32], grid: Grid, width: usize, height: usize) -> 
 
 /// Resizes `[outer, h, w, inner]` bytes; every channel on its own.
 pub(super) fn resize_u8(x: &[u8], grid: Grid, width: usize, height: usize) -> Vec<u8> {
-    let wide = if width == grid.w { x.to_vec() } else { pass_x(x, grid, width) };
-    if height == grid.h { wide } else { pass_y(&wide, Grid { w: width, ..grid }, height) }
+    match (width == grid.w, height == grid.h) {
+        (true, true) => x.to_vec(),
+        (true, false) => pass_y(x, grid, height),
+        (false, true) => pass_x(x, grid, width),
+        (false, false) if is_y_first(grid, width, height) => {
+            pass_x(&pass_y(x, grid, height), Grid { h: height, ..grid }, width)
+        }
+        (false, false) => pass_y(&pass_x(x, grid, width), Grid { w: width, ..grid }, height),
+    }
+}
+
+fn is_y_first(grid: Grid, width: usize, height: usize) -> bool {
+    let shrink = |old: usize, new: usize| old as i64 - new as i64;
+    height < grid.h && shrink(grid.h, height) > 2 * shrink(grid.w, width)
 }
 
 /// Fixed-point weights of one output coordinate.
@@ -166,6 +181,10 @@ mod tests {
         ((16, 9, 4), (5, 3), [98, 102, 145, 140, 147, 129], 0x52653604f380a62b),
         ((13, 11, 1), (13, 40), [0, 76, 178, 46, 237, 149], 0x4eadb7d6cce2f100),
         ((300, 2, 3), (17, 2), [127, 111, 132, 118, 129, 149], 0xbb3d40d05713e28d),
+        ((60, 44, 3), (80, 20), [74, 93, 87, 67, 139, 114], 0x5153589f3915c466),
+        ((60, 44, 3), (49, 22), [62, 105, 114, 76, 150, 104], 0x48e4046e93f055a0),
+        ((60, 44, 3), (49, 21), [67, 109, 106, 75, 148, 109], 0x4e216cd5f6097046),
+        ((20, 90, 4), (11, 30), [148, 94, 106, 89, 157, 132], 0x6d15a1bd6334db7c),
     ];
 
     fn fnv(bytes: &[u8]) -> u64 {

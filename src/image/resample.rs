@@ -324,7 +324,7 @@ impl Axis {
                 for (i, cell) in new_row.chunks_exact_mut(inner).enumerate() {
                     for &(index, weight) in self.taps(i) {
                         for (o, v) in cell.iter_mut().zip(&row[index * inner..][..inner]) {
-                            *o += v * weight;
+                            *o = fused(*v, weight, *o);
                         }
                     }
                 }
@@ -341,12 +341,18 @@ impl Axis {
             let plane = &x[n / height * grid.h * row_len..][..grid.h * row_len];
             for &(index, weight) in self.taps(n % height) {
                 for (o, v) in row.iter_mut().zip(&plane[index * row_len..][..row_len]) {
-                    *o += v * weight;
+                    *o = fused(*v, weight, *o);
                 }
             }
         });
         out
     }
+}
+
+/// a · b + c with one rounding, as PyTorch's kernels compute it; through `f64`
+/// because without a target feature `mul_add` is a library call for each value.
+fn fused(a: f32, b: f32, c: f32) -> f32 {
+    (f64::from(a) * f64::from(b) + f64::from(c)) as f32
 }
 
 fn floor_index(position: f32, old: usize) -> usize {

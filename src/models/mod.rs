@@ -8,6 +8,8 @@ pub mod detect;
 mod error;
 pub mod layers;
 mod store;
+#[cfg(test)]
+mod tests;
 pub mod unet;
 pub mod vae;
 

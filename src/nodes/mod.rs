@@ -5,9 +5,18 @@
 //! which blocks while the device works for it, so node code reads top to
 //! bottom and HTTP never waits for compute.
 
+pub mod canny;
+pub mod compositing;
+pub mod conditioning;
 mod context;
+pub mod custom_sampling;
+#[cfg(test)]
+mod file_tests;
+#[cfg(test)]
+mod golden_tests;
 pub mod image;
 pub mod image_file;
+pub mod image_filter;
 pub mod image_transform;
 pub mod latent;
 pub mod latent_file;
@@ -15,6 +24,10 @@ pub mod latent_math;
 pub mod loaders;
 pub mod mask;
 mod plane;
+mod pure;
+pub mod sampling;
+#[cfg(test)]
+mod sampling_tests;
 mod sd_model;
 mod shapes;
 pub mod text;
@@ -66,12 +79,18 @@ pub fn registry() -> Vec<Box<dyn Node>> {
     [
         loaders::nodes(),
         text::nodes(),
+        conditioning::nodes(),
+        sampling::nodes(),
+        custom_sampling::nodes(),
         latent::nodes(),
         latent_math::nodes(),
         latent_file::nodes(),
         vae::nodes(),
         image::nodes(),
         image_transform::nodes(),
+        image_filter::nodes(),
+        canny::nodes(),
+        compositing::nodes(),
         image_file::nodes(),
         mask::nodes(),
     ]

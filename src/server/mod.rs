@@ -78,6 +78,8 @@ pub struct ServerConfig {
     pub origin: OriginPolicy,
     /// Whether text answers are compressed for clients that accept gzip.
     pub compress: bool,
+    /// Longer side of previews in pixels; the node's own choice if not given.
+    pub preview_size: Option<u32>,
     /// How long a running prompt may take to end at shutdown.
     pub shutdown_timeout: Duration,
     /// The command line, shown in `/system_stats`.
@@ -90,6 +92,7 @@ impl Default for ServerConfig {
             limits: Limits::default(),
             origin: OriginPolicy::default(),
             compress: false,
+            preview_size: None,
             shutdown_timeout: Duration::from_secs(60),
             argv: Vec::new(),
         }

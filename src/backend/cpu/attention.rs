@@ -4,15 +4,16 @@ use std::cell::RefCell;
 
 use rayon::prelude::*;
 
-use super::Exec;
 use super::check::{columns, elements_mut, shape, size};
 use super::matmul::Input;
 use super::scratch::Scratch;
-use super::simd::attend::{Attend, KEYS, pack_keys};
+use super::simd::attend::{Attend, MAX_KEYS};
+use super::simd::attend_pack::{PackKeys, PackQueries, PackValues, SLACK, UnpackResult};
 use super::simd::element::Element;
 use super::simd::product::PANEL;
 use super::simd::shared::{TileMut, tiles_mut};
-use crate::tensor::{Attention, Tensor, TensorError};
+use super::{Exec, bf16_ops};
+use crate::tensor::{Attention, DType, Tensor, TensorError};
 
 thread_local! {
     static SCRATCH: RefCell<HeadScratch> = RefCell::default();
@@ -24,8 +25,15 @@ struct HeadScratch {
     k: Scratch,
     v: Scratch,
     q: Scratch,
-    scores: Scratch,
+    weights: Scratch,
+    state: Scratch,
     out: Scratch,
+}
+
+/// Panels of queries that share a pass over the keys: their queries and
+/// results should fill no more than a quarter of the L2 cache.
+fn panels_at_a_time(d: usize) -> usize {
+    ((512 << 10) / (2 * d * PANEL * size_of::<f32>())).clamp(1, 16)
 }
 
 struct Heads<'a, E> {
@@ -34,7 +42,6 @@ struct Heads<'a, E> {
     v: Input<'a, E>,
     queries: usize,
     keys: usize,
-    is_shared: bool,
     d: usize,
     is_causal: bool,
     factor: f32,
@@ -52,20 +59,29 @@ pub(super) fn attention<E: Element>(
     size(OP, "width of the keys", op.q.width, op.k.width)?;
     size(OP, "width of the values", op.q.width, op.v.width)?;
     shape(OP, sk.with_channels(op.v.tensor.shape().c), op.v.tensor.shape())?;
-    if sk.n != 1 {
-        size(OP, "batch of the keys", sq.n, sk.n)?;
+    if sk.n == 0 || sq.n % sk.n != 0 {
+        return Err(TensorError::Size { op: OP, what: "divisor of the batch", expected: sq.n, found: sk.n });
+    }
+    // Samples that share keys are neighbours: to every query they are one longer sample.
+    let sharing = sq.n / sk.n;
+    if sharing > 1 && op.is_causal {
+        let what = "a causal mask over keys that several samples share".to_owned();
+        return Err(TensorError::Unsupported { op: OP, what });
     }
     if op.heads == 0 || op.q.width % op.heads != 0 {
         let (expected, found) = (op.heads, op.q.width);
         return Err(TensorError::Size { op: OP, what: "width as a multiple of the heads", expected, found });
     }
     let d = op.q.width / op.heads;
-    let (queries, keys) = (sq.positions(), sk.positions());
-    if d == 0 || sq.n * queries == 0 {
+    let (batch, queries, keys) = (sk.n, sq.positions() * sharing, sk.positions());
+    if d == 0 || batch * queries == 0 {
         return Ok(());
     }
     if keys == 0 {
         return Err(TensorError::Size { op: OP, what: "number of keys", expected: 1, found: 0 });
+    }
+    if let Some(tier) = exec.tier.filter(|_| E::DTYPE == DType::BF16 && op.scale > 0.0) {
+        return bf16_ops::attention(tier, op, out);
     }
     let heads = Heads {
         q: columns::<E>(OP, &op.q)?,
@@ -73,18 +89,17 @@ pub(super) fn attention<E: Element>(
         v: columns::<E>(OP, &op.v)?,
         queries,
         keys,
-        is_shared: sk.n == 1,
         d,
         is_causal: op.is_causal,
         factor: op.scale * std::f32::consts::LOG2_E,
     };
     // Query ranges, cut only as far as the threads need.
     let blocks = queries.div_ceil(PANEL);
-    let parts = (2 * exec.threads).div_ceil(op.heads * sq.n).clamp(1, blocks);
-    let mut rows: Vec<usize> = (0..sq.n)
+    let parts = (2 * exec.threads).div_ceil(op.heads * batch).clamp(1, blocks);
+    let mut rows: Vec<usize> = (0..batch)
         .flat_map(|n| (0..parts).map(move |i| n * queries + (blocks * i / parts * PANEL).min(queries)))
         .collect();
-    rows.push(sq.n * queries);
+    rows.push(batch * queries);
     let cuts: Vec<usize> = (0..=op.heads).map(|h| h * d).collect();
     let tiles = tiles_mut(elements_mut::<E>(OP, out)?, op.q.width, &rows, &cuts);
     tiles.into_par_iter().with_max_len(1).for_each(|tile| {
@@ -95,42 +110,39 @@ pub(super) fn attention<E: Element>(
 
 impl<E: Element> Heads<'_, E> {
     fn task(&self, exec: &Exec, mut tile: TileMut<'_, E>, scratch: &mut HeadScratch) {
-        let HeadScratch { rows, k, v, q, scores, out } = scratch;
+        let HeadScratch { rows, k, v, q, weights, state, out } = scratch;
         let (d, keys, height) = (self.d, self.keys, exec.isa.tile_rows());
+        let group = panels_at_a_time(d).min(tile.rows.div_ceil(PANEL));
         let sample = tile.row / self.queries;
-        let first_key = if self.is_shared { 0 } else { sample * keys };
-        let rows = rows.take(keys.max(PANEL) * d);
-        let k = k.take(keys.next_multiple_of(height) * d);
-        let v = v.take(keys * d);
-        let q = q.take(PANEL * d);
-        let out = out.take(PANEL * d);
-        let scores = scores.take(KEYS * PANEL);
+        let first_key = sample * keys;
+        let rows = rows.take(keys.max(PANEL) * d.next_multiple_of(SLACK) + SLACK);
+        let k = k.take(keys.next_multiple_of(height) * d + SLACK);
+        let v = v.take(keys * d + SLACK);
+        let q = q.take(group * PANEL * d);
+        let out = out.take(group * PANEL * d);
+        let weights = weights.take(MAX_KEYS * PANEL);
+        let state = state.take(group * 2 * PANEL);
         self.read(exec, &self.k, first_key, tile.column, &mut rows[..keys * d]);
-        pack_keys(&rows[..keys * d], d, height, k);
-        self.read(exec, &self.v, first_key, tile.column, v);
-        for row in (0..tile.rows).step_by(PANEL) {
-            let count = (tile.rows - row).min(PANEL);
-            let from = &mut rows[..count * d];
-            self.read(exec, &self.q, tile.row + row, tile.column, from);
-            for (i, lanes) in q.chunks_exact_mut(PANEL).enumerate() {
-                for (j, lane) in lanes.iter_mut().enumerate() {
-                    *lane = if j < count { from[j * d + i] * self.factor } else { 0.0 };
-                }
+        exec.isa.launch(PackKeys { from: &rows[..keys * d], d, to: k });
+        self.read(exec, &self.v, first_key, tile.column, &mut rows[..keys * d]);
+        exec.isa.launch(PackValues { from: rows, d, keys, to: v });
+        for row in (0..tile.rows).step_by(group * PANEL) {
+            let count = (tile.rows - row).min(group * PANEL);
+            let panels = count.div_ceil(PANEL);
+            for (p, q) in q.chunks_exact_mut(PANEL * d).enumerate().take(panels) {
+                let from = &mut rows[..(count - p * PANEL).min(PANEL) * d];
+                self.read(exec, &self.q, tile.row + row + p * PANEL, tile.column, from);
+                exec.isa.launch(PackQueries { from, d, factor: self.factor, to: q });
             }
             let position = tile.row + row - sample * self.queries;
-            exec.isa.launch(Attend {
-                q,
-                k,
-                v,
-                keys,
-                d,
-                causal_from: self.is_causal.then_some(position),
-                scores,
-                out,
-            });
-            for j in 0..count {
-                for (i, o) in tile.row_mut(row + j, 0, d).iter_mut().enumerate() {
-                    *o = E::from_f32(out[i * PANEL + j]);
+            let causal_from = self.is_causal.then_some(position);
+            exec.isa.launch(Attend { q, panels, k, v, keys, d, causal_from, weights, state, out });
+            for (p, out) in out.chunks_exact(PANEL * d).enumerate().take(panels) {
+                exec.isa.launch(UnpackResult { from: out, d, to: rows });
+                let first = row + p * PANEL;
+                let rows = rows.chunks_exact(d.next_multiple_of(SLACK));
+                for (j, values) in (first..tile.rows.min(first + PANEL)).zip(rows) {
+                    E::narrow_into(exec.isa, &values[..d], tile.row_mut(j, 0, d));
                 }
             }
         }

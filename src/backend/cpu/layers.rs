@@ -3,7 +3,7 @@
 use super::check::{columns, elements, elements_mut, shape, size};
 use super::matmul::{Input, Layer, Rows, Window};
 use super::simd::element::Element;
-use super::simd::finish::{Epilogue, SampleBias};
+use super::simd::finish::{Epilogue, LARGE_OUTPUT_BYTES, SampleBias};
 use super::weights::Panels;
 use super::{Exec, Weight};
 use crate::tensor::{Activation, Conv2d, Linear, Tensor, TensorError};
@@ -70,6 +70,7 @@ pub(super) fn conv2d<E: Element>(exec: &Exec, op: &Conv2d<'_>, out: &mut Tensor)
         scale: op.scale,
         residual: residual(OP, op.residual, out)?,
         width: op.w.cout,
+        is_large: expected.len() * size_of::<E>() >= LARGE_OUTPUT_BYTES,
     };
     let layer = Layer { w, a: Rows { inputs, window }, epilogue, m: expected.rows() };
     layer.run(exec, elements_mut(OP, out)?);
@@ -102,6 +103,7 @@ pub(super) fn linear<E: Element>(exec: &Exec, op: &Linear<'_>, out: &mut Tensor)
         scale: op.scale,
         residual: residual(OP, op.residual, out)?,
         width: op.w.n,
+        is_large: out.shape().len() * size_of::<E>() >= LARGE_OUTPUT_BYTES,
     };
     let m = s.rows();
     let layer = Layer { w, a: Rows { inputs, window: Window::rows(m) }, epilogue, m };

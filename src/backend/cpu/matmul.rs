@@ -220,17 +220,16 @@ impl<E: Element> Layer<'_, E> {
         let panels = tile.column / per_panel..(tile.column + tile.columns).div_ceil(per_panel);
         let (k, rows) = (self.w.k, tile.rows);
         let blocks = k.div_ceil(A_STRIDE).max(1);
-        // A single K block needs the accumulators of one panel only.
-        let c_panel = if blocks > 1 { rows * PANEL } else { 0 };
+        let c_panel = rows * PANEL;
         let a = a.take(rows * A_STRIDE);
         let wide = wide.take(A_STRIDE * PANEL);
-        let c = c.take(c_panel * (panels.len() - 1) + rows * PANEL);
+        let c = c.take(c_panel * panels.len());
         for block in 0..blocks {
             let (from, to) = (k * block / blocks, k * (block + 1) / blocks);
             self.a.segments(from..to, segments);
             self.a.gather(exec, tile.row..tile.row + rows, segments, a);
             for (i, panel) in panels.clone().enumerate() {
-                let c = &mut c[i * c_panel..][..rows * PANEL];
+                let c = &mut c[i * c_panel..][..c_panel];
                 let next = if panel + 1 < panels.end {
                     self.w.block_bytes(panel + 1, from, to - from)
                 } else {
@@ -246,18 +245,9 @@ impl<E: Element> Layer<'_, E> {
                     c,
                     accumulate: block > 0,
                 });
-                if block + 1 == blocks {
-                    let column = panel * per_panel - tile.column;
-                    exec.isa.launch(Finish {
-                        layer: &self.epilogue,
-                        c,
-                        bias: &self.w.bias[panel * PANEL..][..PANEL],
-                        column,
-                        columns: per_panel.min(tile.columns - column),
-                        tile: &mut tile,
-                    });
-                }
             }
         }
+        let bias = &self.w.bias[panels.start * PANEL..panels.end * PANEL];
+        exec.isa.launch(Finish { layer: &self.epilogue, c, bias, tile: &mut tile });
     }
 }

@@ -7,6 +7,8 @@
 //! | `matmul`, `layers` | convolution and linear layers, one blocked product |
 //! | `attention` | online softmax, a head at a time |
 //! | `norm`, `elementwise` | the rest |
+//! | `bf16` | matrix kernels on bf16 inputs: AMX, AVX512-BF16 |
+//! | `bf16_ops` | the matrix ops on those kernels |
 //! | `simd` | inner loops, generic over the instruction set; the only `unsafe` |
 //!
 //! Work is cut into tasks that compute disjoint pieces of the output, each
@@ -15,6 +17,8 @@
 
 mod arena;
 mod attention;
+pub mod bf16;
+mod bf16_ops;
 pub mod ceiling;
 mod check;
 mod elementwise;
@@ -30,9 +34,9 @@ mod weights;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use half::bf16;
-
 use self::arena::Arena;
+use self::bf16::Tier;
+use self::bf16_ops::TileWeight;
 use self::check::size;
 use self::elementwise::Table;
 use self::norm::NormParams;
@@ -55,6 +59,8 @@ pub struct CpuOptions {
 enum Weight {
     /// Linear and convolution weights.
     Panels(Panels),
+    /// The same for bf16 tile instructions.
+    Tiles(TileWeight),
     /// Scale and shift.
     Norm(NormParams),
     /// Embedding table.
@@ -67,6 +73,8 @@ struct Exec {
     isa: Isa,
     /// Worker threads.
     threads: usize,
+    /// Instructions that multiply bf16, if activations are bf16 and the CPU has them.
+    tier: Option<Tier>,
 }
 
 /// Runs the op set on the CPU.
@@ -81,7 +89,7 @@ pub struct CpuBackend {
 /// Calls a generic op with the backend's element type, inside its pool.
 macro_rules! run {
     ($self:ident, $module:ident :: $op:ident, $($arg:expr),*) => {
-        $self.pool.install(|| if $self.is_bf16 { $module::$op::<bf16>($($arg),*) } else { $module::$op::<f32>($($arg),*) })
+        $self.pool.install(|| if $self.is_bf16 { $module::$op::<half::bf16>($($arg),*) } else { $module::$op::<f32>($($arg),*) })
     };
 }
 
@@ -93,7 +101,8 @@ impl CpuBackend {
         Self::with_isa(options, Isa::best())
     }
 
-    /// As [`CpuBackend::new`], with a given instruction set.
+    /// As [`CpuBackend::new`], with a given instruction set; bf16 instructions
+    /// are used beside AVX-512 only.
     pub fn with_isa(options: CpuOptions, isa: Isa) -> Result<Self, TensorError> {
         let threads = options
             .threads
@@ -107,12 +116,23 @@ impl CpuBackend {
                 op: "cpu backend",
                 what: format!("starting {threads} threads ({e})"),
             })?;
+        let is_fit = options.bf16 && isa.has_wide_vectors() && Tier::detect() != Tier::Portable;
+        let tier = is_fit.then(Tier::detect);
         Ok(Self {
-            exec: Exec { isa, threads },
+            exec: Exec { isa, threads, tier },
             pool,
             arena: Arena::new(options.memory_limit),
             weights: Arc::default(),
             is_bf16: options.bf16,
+        })
+    }
+
+    fn pack(&self, source: &PanelSource<'_>, window: [usize; 2]) -> Result<Packed, TensorError> {
+        self.pool.install(|| {
+            Ok(Packed::new(match self.exec.tier {
+                Some(_) => Weight::Tiles(bf16_ops::pack(source, window, &self.weights)?),
+                None => Weight::Panels(source.pack(&self.weights)?),
+            }))
         })
     }
 
@@ -124,9 +144,14 @@ impl CpuBackend {
 impl Backend for CpuBackend {
     fn info(&self) -> BackendInfo {
         let storage = if self.is_bf16 { "bf16" } else { "f32" };
+        let instructions = match self.exec.tier {
+            Some(Tier::Amx) => "AMX",
+            Some(Tier::Avx512Bf16) => "AVX512-BF16",
+            _ => self.exec.isa.name(),
+        };
         BackendInfo {
             kind: "cpu",
-            name: format!("cpu {storage} ({})", self.exec.isa.name()),
+            name: format!("cpu {storage} ({instructions})"),
             threads: self.exec.threads,
             element_bytes: self.dtype().size(),
         }
@@ -162,9 +187,9 @@ impl Backend for CpuBackend {
             taps: 1,
             is_geglu: parts.is_geglu,
         };
-        let panels = self.pool.install(|| source.pack(&self.weights))?;
-        let (n, is_geglu) = (panels.n, panels.is_geglu);
-        Ok(LinearWeight { n, k, is_geglu, packed: Packed::new(Weight::Panels(panels)) })
+        let rows: usize = parts.weights.iter().map(|w| w.shape.first().copied().unwrap_or(0)).sum();
+        let n = if parts.is_geglu { rows / 2 } else { rows };
+        Ok(LinearWeight { n, k, is_geglu: parts.is_geglu, packed: self.pack(&source, [1, 1])? })
     }
 
     fn pack_conv(
@@ -190,8 +215,7 @@ impl Backend for CpuBackend {
             taps: kh * kw,
             is_geglu: false,
         };
-        let panels = self.pool.install(|| source.pack(&self.weights))?;
-        Ok(ConvWeight { cout, cin, kh, kw, packed: Packed::new(Weight::Panels(panels)) })
+        Ok(ConvWeight { cout, cin, kh, kw, packed: self.pack(&source, [kh, kw])? })
     }
 
     fn pack_norm(&self, scale: &RawTensor<'_>, shift: &RawTensor<'_>) -> Result<NormWeight, TensorError> {
@@ -224,10 +248,16 @@ impl Backend for CpuBackend {
     }
 
     fn conv2d(&self, op: &Conv2d<'_>, out: &mut Tensor) -> Result<(), TensorError> {
+        if let Some(tier) = self.exec.tier {
+            return self.pool.install(|| bf16_ops::conv2d(tier, op, out));
+        }
         run!(self, layers::conv2d, &self.exec, op, out)
     }
 
     fn linear(&self, op: &Linear<'_>, out: &mut Tensor) -> Result<(), TensorError> {
+        if let Some(tier) = self.exec.tier {
+            return self.pool.install(|| bf16_ops::linear(tier, op, out));
+        }
         run!(self, layers::linear, &self.exec, op, out)
     }
 

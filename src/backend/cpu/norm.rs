@@ -4,6 +4,7 @@ use rayon::prelude::*;
 
 use super::check::{elements, elements_mut, shape, size};
 use super::simd::element::Element;
+use super::simd::finish::LARGE_OUTPUT_BYTES;
 use super::simd::norm::{ChannelSums, LayerNormRows, ScaleShift};
 use super::{Exec, Weight};
 use crate::tensor::{GroupNorm, LayerNorm, NormWeight, Tensor, TensorError};
@@ -120,6 +121,7 @@ pub(super) fn group_norm<E: Element>(
         })
         .collect();
     let out = elements_mut::<E>(OP, out)?;
+    let is_large = size_of_val(out) >= LARGE_OUTPUT_BYTES;
     let rows_each = (1 << 15) / channels + 1;
     let pieces = positions.div_ceil(rows_each);
     let mut tasks = Vec::with_capacity(s.n * pieces);
@@ -141,6 +143,7 @@ pub(super) fn group_norm<E: Element>(
                 out: piece,
                 stride: channels,
                 column: p.first,
+                is_large,
             });
         }
     });

@@ -150,7 +150,8 @@ impl PanelSource<'_> {
         Ok(Panels { memory, dtype, k, count, bias, is_geglu: self.is_geglu, n })
     }
 
-    fn bias(&self, rows: usize) -> Result<Vec<f32>, TensorError> {
+    /// All biases; zeros if there are none.
+    pub(super) fn bias(&self, rows: usize) -> Result<Vec<f32>, TensorError> {
         if self.biases.is_empty() {
             return Ok(vec![0.0; rows]);
         }
@@ -166,7 +167,7 @@ impl PanelSource<'_> {
     }
 
     /// The common type that loses nothing.
-    fn stored_type(&self) -> Result<DType, TensorError> {
+    pub(super) fn stored_type(&self) -> Result<DType, TensorError> {
         let mut stored = None;
         for m in self.matrices {
             let own = match m.dtype {

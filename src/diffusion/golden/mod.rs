@@ -19,13 +19,13 @@ use super::{CondEntry, DiffusionError};
 use crate::tensor::HostTensor;
 
 /// One golden group: cases and tensors.
-struct Group {
-    cases: Map<String, Json>,
+pub(crate) struct Group {
+    pub(crate) cases: Map<String, Json>,
     tensors: HashMap<String, HostTensor>,
 }
 
 impl Group {
-    fn load(name: &str) -> Self {
+    pub(crate) fn load(name: &str) -> Self {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden");
         let text = std::fs::read_to_string(folder.join(format!("{name}.json"))).unwrap();
         let mut json: Json = serde_json::from_str(&text).unwrap();
@@ -39,13 +39,13 @@ impl Group {
         Self { cases, tensors: tensors.collect() }
     }
 
-    fn tensor(&self, name: &str) -> &HostTensor {
+    pub(crate) fn tensor(&self, name: &str) -> &HostTensor {
         self.tensors.get(name).unwrap_or_else(|| panic!("no tensor {name}"))
     }
 }
 
 /// `max|a − b| / std(reference)`; infinite if the shapes differ or a NaN is on one side only.
-fn distance(got: &HostTensor, reference: &HostTensor) -> f64 {
+pub(crate) fn distance(got: &HostTensor, reference: &HostTensor) -> f64 {
     if got.shape() != reference.shape() {
         return f64::INFINITY;
     }
@@ -61,7 +61,7 @@ fn distance(got: &HostTensor, reference: &HostTensor) -> f64 {
 }
 
 /// The closed-form denoiser: `x − sigma·e(x, s)` with `s` the mean of the conditioning.
-struct Toy {
+pub(crate) struct Toy {
     sampling: ModelSampling,
 }
 
@@ -70,7 +70,7 @@ impl Toy {
         ModelHandle(std::sync::Arc::new(Self { sampling }))
     }
 
-    fn named(name: &str) -> ModelHandle {
+    pub(crate) fn named(name: &str) -> ModelHandle {
         let zsnr = Betas { has_zero_terminal_snr: true, ..Betas::default() };
         Self::new(match name {
             "eps" => ModelSampling::discrete(Prediction::Eps, Betas::default()),
@@ -106,12 +106,12 @@ impl Model for Toy {
 }
 
 /// A conditioning whose every value is `s`.
-fn entry(s: f32) -> CondEntry {
+pub(crate) fn entry(s: f32) -> CondEntry {
     CondEntry::new(std::sync::Arc::new(HostTensor::full(&[1, 1, 1], s)))
 }
 
 /// Fails with every case beyond its tolerance by name.
-fn report(name: &str, results: &[(String, f64, f64)]) {
+pub(crate) fn report(name: &str, results: &[(String, f64, f64)]) {
     let worst = results.iter().fold(0.0, |w: f64, r| w.max(r.1));
     eprintln!("{name}: {} cases, worst {worst:.1e}", results.len());
     let failed: Vec<String> = results

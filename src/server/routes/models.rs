@@ -1,11 +1,16 @@
-//! `/models`, `/view_metadata`, `/embeddings`: what the model folders hold.
+//! `/models`, `/experiment/models`, `/view_metadata`, `/embeddings`: what the model folders hold.
+
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use hyper::StatusCode;
+use hyper::header::CONTENT_TYPE;
 use serde_json::{Value as Json, json};
 
 use super::blocking;
-use crate::files::ModelPath;
-use crate::server::http::{Call, Failure, Response, json_response};
+use super::view::{Form, convert};
+use crate::files::{Folders, ModelEntry, ModelPath};
+use crate::image::{Preview, PreviewFormat};
+use crate::server::http::{self, Body, Call, Failure, Response, json_response};
 use crate::weights::WeightsFile;
 
 /// `GET /models`: the folder types.
@@ -23,6 +28,58 @@ pub(in crate::server) async fn files(call: Call) -> Result<Response, Failure> {
     .await?;
     let names = names.ok_or(Failure::NOT_FOUND)?;
     Ok(json_response(StatusCode::OK, &json!(names)))
+}
+
+/// Folder types that hold no models.
+const NO_MODELS: &[&str] = &["configs", "custom_nodes"];
+
+/// `GET /experiment/models`: the folder types that hold models, with their places.
+pub(in crate::server) async fn places(call: Call) -> Result<Response, Failure> {
+    let types = call.app.folders.model_folders().filter(|(name, _)| !NO_MODELS.contains(name));
+    let types: Json = types.map(|(name, roots)| json!({"name": name, "folders": roots})).collect();
+    Ok(json_response(StatusCode::OK, &types))
+}
+
+fn seconds(time: std::io::Result<SystemTime>) -> Option<f64> {
+    Some(time.ok()?.duration_since(UNIX_EPOCH).ok()?.as_secs_f64())
+}
+
+/// A file with its size and times; `None` if it is gone meanwhile.
+fn describe(entry: &ModelEntry) -> Option<Json> {
+    let facts = entry.path.metadata().ok()?;
+    let modified = seconds(facts.modified())?;
+    Some(json!({
+        "name": entry.name,
+        "pathIndex": entry.root,
+        "modified": modified,
+        // some file systems don't know it
+        "created": seconds(facts.created()).unwrap_or(modified),
+        "size": facts.len(),
+    }))
+}
+
+/// `GET /experiment/models/{folder}`: the files of a type with size and times.
+pub(in crate::server) async fn entries(call: Call) -> Result<Response, Failure> {
+    let list = |folders: &Folders, folder: &str| {
+        folders.model_roots(folder)?;
+        Some(folders.model_entries(folder).iter().filter_map(describe).collect::<Json>())
+    };
+    let files = blocking(move || list(&call.app.folders, call.param("folder"))).await?;
+    Ok(json_response(StatusCode::OK, &files.ok_or(Failure::NOT_FOUND)?))
+}
+
+/// `GET /experiment/models/preview/{folder}/{index}/{file}`: the picture beside a model file, as WebP.
+pub(in crate::server) async fn preview(call: Call) -> Result<Response, Failure> {
+    let app = call.app.clone();
+    let root: usize = call.param("index").parse().map_err(|_| Failure::NOT_FOUND)?;
+    let picture =
+        blocking(move || call.app.folders.model_preview(call.param("folder"), root, call.param("file")))
+            .await?;
+    let form = Form::Preview(Preview { format: PreviewFormat::Webp, quality: 90, rgb: false });
+    let (bytes, media_type) = convert(&app, picture.ok_or(Failure::NOT_FOUND)?, form).await?;
+    let mut response = Response::new(Body::Bytes(bytes.into()));
+    http::set(&mut response, CONTENT_TYPE, media_type);
+    Ok(response)
 }
 
 /// `GET /view_metadata/{folder}?filename=`: the texts in a model file's header.

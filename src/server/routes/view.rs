@@ -15,10 +15,14 @@ use crate::server::http::{Body, Call, Failure, Response};
 const MAX_PICTURE_BYTES: u64 = 512 * 1024 * 1024;
 
 /// What the client wants to see.
-enum Form {
+pub(super) enum Form {
+    /// The file as it is.
     File,
+    /// A PNG without alpha.
     Rgb,
+    /// A PNG of the alpha channel.
     Alpha,
+    /// A smaller file.
     Preview(Preview),
 }
 
@@ -62,7 +66,11 @@ pub(in crate::server) async fn view(call: Call) -> Result<Response, Failure> {
 }
 
 /// Decodes and encodes on one of a few blocking threads.
-async fn convert(app: &App, path: PathBuf, form: Form) -> Result<(Vec<u8>, &'static str), Failure> {
+pub(super) async fn convert(
+    app: &App,
+    path: PathBuf,
+    form: Form,
+) -> Result<(Vec<u8>, &'static str), Failure> {
     let _slot = app.image_slots.acquire().await.map_err(Failure::internal)?;
     blocking(move || {
         let bytes = read_picture(&path)?;

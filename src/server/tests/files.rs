@@ -245,6 +245,32 @@ async fn model_lists_and_metadata() {
     for unknown in ["no_such_folder", "unet", "clip", "..", "%2e%2e%2f"] {
         assert_eq!(server.get(&format!("/models/{unknown}")).await.status, 404, "{unknown}");
     }
+    let places = server.get("/experiment/models").await.json();
+    let places = places.as_array().unwrap();
+    assert!(places.iter().all(|p| p["name"] != "configs" && p["name"] != "custom_nodes"));
+    let lora_folders = &places.iter().find(|p| p["name"] == "loras").unwrap()["folders"];
+    assert!(lora_folders[0].as_str().is_some_and(|f| f.ends_with("models/loras")), "{lora_folders}");
+    let entries = server.get("/experiment/models/loras").await.json();
+    assert_eq!((&entries[1]["name"], &entries[1]["pathIndex"]), (&json!("sub/l.safetensors"), &json!(0)));
+    assert_eq!(entries[1]["size"], json!(file.len()));
+    assert!(entries[1]["modified"].as_f64().is_some_and(|t| t > 1.7e9));
+    assert_eq!(server.get("/experiment/models/none").await.status, 404);
+    std::fs::write(loras.join("l.png"), png([1, 2, 3, 255])).unwrap();
+    let preview = "/experiment/models/preview/loras/0/sub/l.safetensors";
+    assert_eq!(server.get(preview).await.header("content-type"), Some("image/webp"));
+    for missing in [
+        "loras/1/sub/l.safetensors",
+        "loras/x/sub/l.safetensors",
+        "loras/0/sub/broken.safetensors",
+        "none/0/a",
+        "loras/0/..%2floras/sub/l.safetensors",
+    ] {
+        assert_eq!(
+            server.get(&format!("/experiment/models/preview/{missing}")).await.status,
+            404,
+            "{missing}"
+        );
+    }
     let metadata = server.get("/view_metadata/loras?filename=sub/l.safetensors").await;
     assert_eq!(metadata.json(), json!({"note": "made for tests", "a": "1"}));
     for query in [

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use serde_json::{Map, json};
 
+use crate::backend::{self, DeviceOptions};
 use crate::files::{FolderOptions, Folders};
 use crate::graph::{Input, Schema};
 use crate::models::ModelStore;
@@ -13,6 +14,7 @@ use crate::nodes::{
     Inputs, Node, NodeCtx, NodeError, NodeOutput, PreviewFrame, PreviewMethod, Services, Value,
 };
 use crate::tensor::HostTensor;
+use crate::weights::OpenOptions;
 
 /// Gives its number.
 struct Number;
@@ -90,7 +92,10 @@ pub(super) fn folders(base: &Path) -> Folders {
 pub(super) fn services(folders: Arc<Folders>) -> Services {
     Services {
         folders,
-        models: Arc::new(ModelStore::default()),
+        models: Arc::new(ModelStore::new(
+            backend::open(DeviceOptions { threads: Some(1), ..DeviceOptions::default() }).unwrap(),
+            OpenOptions { mmap: true },
+        )),
         save_metadata: true,
         png_level: 1,
         preview: PreviewMethod::None,

@@ -202,6 +202,28 @@ async fn preview_frames_depend_on_the_feature_flags() {
 }
 
 #[tokio::test]
+async fn previews_have_the_size_asked_for() {
+    for (size, wanted) in [(None, (64, 32)), (Some(256), (256, 128))] {
+        let server = Server::with(|config| config.preview_size = size).await;
+        let mut client = Client::connect(&server, "/ws?clientId=me").await;
+        client.next().await;
+        server.queue(slow(1, 0), Some("me")).await;
+        let frame = loop {
+            if let Message::Binary(frame) =
+                timeout(PATIENCE, client.0.next()).await.unwrap().unwrap().unwrap()
+            {
+                break frame;
+            }
+        };
+        assert_eq!(&frame[..8], b"\x00\x00\x00\x01\x00\x00\x00\x01", "an image, JPEG");
+        let picture = image::load_from_memory(&frame[8..]).unwrap().to_rgb8();
+        assert_eq!(picture.dimensions(), wanted);
+        assert!(picture.get_pixel(5, 5).0.iter().all(|v| (126..=129).contains(v)), "half grey");
+        server.stop().await;
+    }
+}
+
+#[tokio::test]
 async fn pictures_arrive_as_png() {
     let server = Server::start().await;
     let mut client = Client::connect(&server, "/ws?clientId=me").await;

@@ -88,11 +88,11 @@ fn fit(width: usize, height: usize, longest: usize) -> (usize, usize) {
     if width >= height { (longest, scale(height, width)) } else { (scale(width, height), longest) }
 }
 
-fn encode_preview(preview: &PreviewFrame) -> Result<Picture, String> {
+fn encode_preview(preview: &PreviewFrame, longest: u32) -> Result<Picture, String> {
     let [_, height, width, _] = *preview.image.shape() else {
         return Err(format!("a preview has the shape {:?}, not [1, H, W, 3]", preview.image.shape()));
     };
-    let (width, height) = fit(width.max(1), height.max(1), preview.max_size.clamp(1, 4096) as usize);
+    let (width, height) = fit(width.max(1), height.max(1), longest.clamp(1, 4096) as usize);
     let resized =
         image::upscale_images(&preview.image, image::Resize::to(width, height, image::Method::Bilinear))
             .map_err(|e| e.to_string())?;
@@ -115,8 +115,8 @@ impl EventKind {
 }
 
 impl Frames {
-    /// Encodes an event; CPU work if it [has a picture](EventKind::has_picture).
-    pub(super) fn new(event: &Event) -> Self {
+    /// Encodes an event, previews with `preview_size` pixels if given; CPU work if it [has a picture](EventKind::has_picture).
+    pub(super) fn new(event: &Event, preview_size: Option<u32>) -> Self {
         let weight = match event.kind {
             EventKind::Progress { .. } | EventKind::ProgressState { .. } => Weight::Progress,
             _ => Weight::Vital,
@@ -129,7 +129,8 @@ impl Frames {
             }
             EventKind::Picture { prompt_id, node, image } => encoded(encode_picture(image), node, prompt_id),
             EventKind::Progress { prompt_id, node, preview: Some(preview), .. } => {
-                encoded(encode_preview(preview), node, prompt_id)
+                let longest = preview_size.unwrap_or(preview.max_size);
+                encoded(encode_preview(preview, longest), node, prompt_id)
             }
             _ => None,
         };

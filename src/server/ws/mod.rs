@@ -114,6 +114,7 @@ fn message(kind: &str, data: &Json) -> Message {
 
 /// Distributes engine events until the engine ends.
 pub(super) async fn pump(app: Arc<App>, mut events: broadcast::Receiver<Arc<Event>>) {
+    let preview_size = app.config.preview_size;
     loop {
         let event = match events.recv().await {
             Ok(event) => event,
@@ -129,9 +130,9 @@ pub(super) async fn pump(app: Arc<App>, mut events: broadcast::Receiver<Arc<Even
         }
         let frames = if event.kind.has_picture() {
             let event = event.clone();
-            tokio::task::spawn_blocking(move || Frames::new(&event)).await.unwrap_or_default()
+            tokio::task::spawn_blocking(move || Frames::new(&event, preview_size)).await.unwrap_or_default()
         } else {
-            Frames::new(&event)
+            Frames::new(&event, preview_size)
         };
         for socket in targets {
             let knows_metadata = socket.knows_preview_metadata.load(Ordering::Acquire);

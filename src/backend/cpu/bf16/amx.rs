@@ -86,12 +86,7 @@ macro_rules! prefetch_text {
         )
     };
     (32) => {
-        concat!(
-            prefetch_text!(8),
-            prefetch_text!(8),
-            prefetch_text!(8),
-            prefetch_text!(8)
-        )
+        concat!(prefetch_text!(8), prefetch_text!(8), prefetch_text!(8), prefetch_text!(8))
     };
 }
 

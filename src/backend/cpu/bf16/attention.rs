@@ -15,11 +15,11 @@
 //! f32. Keys and values that exceed the second-level cache are shared by eight
 //! query blocks at a time.
 
+use super::attention_stream::{LIMIT, STREAM_BYTES, StreamBuffers, stream};
 use super::block::{BLOCK, BlockArgs, K_STEP, TILE, TILE_BYTES, TileSession, multiply_block};
 use super::memory::{Scratch, Slot};
 use super::pack::interleave_pairs;
 use super::parallel::run_tasks;
-use super::attention_stream::{LIMIT, STREAM_BYTES, StreamBuffers, stream};
 use super::softmax::{RowSums, SoftmaxBlock, State, normalize, softmax_block, squared_norm};
 use super::tiles::NEAR_BYTES;
 use super::{KernelError, Tier};
@@ -179,7 +179,8 @@ impl<'a> HeadTask<'a> {
     }
 
     fn row(&self, from: Heads<'a>, tokens: usize, token: usize) -> &'a [bf16] {
-        let start = (self.sample * tokens + token) * from.stride + from.offset + self.head * self.call.head_dim;
+        let start =
+            (self.sample * tokens + token) * from.stride + from.offset + self.head * self.call.head_dim;
         &from.data[start..start + self.call.head_dim]
     }
 
@@ -292,12 +293,7 @@ impl<'a> HeadTask<'a> {
     /// # Safety
     ///
     /// As [`HeadTask::run`].
-    unsafe fn run_bounded(
-        &self,
-        pass: &Pass,
-        blocks: usize,
-        block: impl Fn(usize) -> Range<usize>,
-    ) {
+    unsafe fn run_bounded(&self, pass: &Pass, blocks: usize, block: impl Fn(usize) -> Range<usize>) {
         for i in 0..blocks {
             // SAFETY: the layout has row sums for `group` blocks.
             unsafe { pass.layout.row_sums(pass.base, i).write_bytes(0, 1) };
@@ -332,12 +328,7 @@ impl<'a> HeadTask<'a> {
     /// # Safety
     ///
     /// As [`HeadTask::run`].
-    unsafe fn run_online(
-        &self,
-        pass: &Pass,
-        blocks: usize,
-        block: impl Fn(usize) -> Range<usize>,
-    ) {
+    unsafe fn run_online(&self, pass: &Pass, blocks: usize, block: impl Fn(usize) -> Range<usize>) {
         let mut states = [State::START; FAR_GROUP];
         for key in (0..pass.last_key).step_by(BLOCK_KEYS) {
             let keys = key..(key + BLOCK_KEYS).min(self.call.keys);

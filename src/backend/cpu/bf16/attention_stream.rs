@@ -140,12 +140,8 @@ impl<'a> Products<'a> {
         (sums, is_first): (*mut f32, bool),
     ) -> Products<'a> {
         let panels = head.value_tiles().div_ceil(2);
-        let args = BlockArgs {
-            row_stride: P_STRIDE,
-            c: sums,
-            c_stride: panels * BLOCK * size_of::<f32>(),
-            ..args
-        };
+        let args =
+            BlockArgs { row_stride: P_STRIDE, c: sums, c_stride: panels * BLOCK * size_of::<f32>(), ..args };
         Products { head, values, args, first_chunk: 0, chunks: 0, next_panel: panels, accumulate: !is_first }
     }
 

@@ -17,7 +17,11 @@ pub(super) unsafe fn f32_to_bf16(from: &[f32], to: &mut [bf16]) {
         // SAFETY: only the masked values, inside both slices, are touched.
         unsafe {
             let rounded = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, from.as_ptr()));
-            _mm256_mask_storeu_epi16(to.as_mut_ptr().cast(), mask, std::mem::transmute::<__m256bh, __m256i>(rounded));
+            _mm256_mask_storeu_epi16(
+                to.as_mut_ptr().cast(),
+                mask,
+                std::mem::transmute::<__m256bh, __m256i>(rounded),
+            );
         }
     }
 }

@@ -4,16 +4,18 @@
 //! scores take one pass for the maximum and about twelve instructions for the
 //! exponential, against 56 tile cycles for 256 scores.
 
+use super::avx512_epilogue::LOWEST;
 use super::block::BLOCK;
 use super::polynomial::{EXP2_CENTRED, EXP2_SHORT};
 use super::softmax::{ChunkBlock, RowSums, SoftmaxBlock, State};
 use half::bf16;
 use std::arch::x86_64::*;
 
-/// 2^x to 2.6e-6: rounded to bf16 right after.
+/// 2^x to 2.6e-6, at least 2^[`LOWEST`]: rounded to bf16 right after.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
 fn exp2_short(x: __m512) -> __m512 {
+    let x = _mm512_max_ps(_mm512_set1_ps(LOWEST), x);
     let fraction = _mm512_reduce_ps::<1>(x);
     let mut value = _mm512_set1_ps(EXP2_SHORT[4]);
     for c in [EXP2_SHORT[3], EXP2_SHORT[2], EXP2_SHORT[1], EXP2_SHORT[0]] {

@@ -336,7 +336,8 @@ impl Plan {
         let left = (origin[1] * self.geometry.stride) as isize - self.geometry.left as isize;
         // Columns of the window that lie inside the image.
         let inside_start = (-left).clamp(0, columns as isize) as usize;
-        let inside_end = (self.seen[1] as isize - left).clamp(inside_start as isize, columns as isize) as usize;
+        let inside_end =
+            (self.seen[1] as isize - left).clamp(inside_start as isize, columns as isize) as usize;
         for (row, to) in to.chunks_exact_mut(columns * pixel).take(rows).enumerate() {
             let y = (origin[0] * self.geometry.stride + row) as isize - self.geometry.top as isize;
             if y < 0 || y >= self.seen[0] as isize {

@@ -59,13 +59,7 @@ pub struct Epilogue<'a> {
 
 impl Default for Epilogue<'_> {
     fn default() -> Self {
-        Epilogue {
-            bias: None,
-            group_bias: None,
-            activation: Activation::None,
-            scale: 1.0,
-            residual: None,
-        }
+        Epilogue { bias: None, group_bias: None, activation: Activation::None, scale: 1.0, residual: None }
     }
 }
 
@@ -197,26 +191,6 @@ impl Finish {
             finish.group_rows = group_rows;
         }
         Ok(finish)
-    }
-
-    /// Asks for the cache lines that a block will read and write.
-    #[inline(always)]
-    pub fn prefetch(&self, rows: &[u32], column: usize) {
-        #[cfg(target_arch = "x86_64")]
-        for &row in rows.iter().filter(|&&row| row != SKIP) {
-            use std::arch::x86_64::{_MM_HINT_ET0, _MM_HINT_T0, _mm_prefetch};
-            let size = if self.out_is_f32 { 4 } else { 2 };
-            let out = self.out.wrapping_add((row as usize * self.out_stride + column) * size);
-            // SAFETY: a prefetch never faults.
-            unsafe { _mm_prefetch::<_MM_HINT_ET0>(out.cast()) };
-            if !self.residual.is_null() {
-                let residual = self.residual.wrapping_add(row as usize * self.residual_stride + column);
-                // SAFETY: a prefetch never faults.
-                unsafe { _mm_prefetch::<_MM_HINT_T0>(residual.cast()) };
-            }
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        let _ = (rows, column);
     }
 
     /// Finishes one block.

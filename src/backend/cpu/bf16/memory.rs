@@ -51,11 +51,6 @@ impl AlignedBytes {
         self.layout.size()
     }
 
-    /// First byte.
-    pub fn as_ptr(&self) -> *const u8 {
-        self.start.as_ptr()
-    }
-
     /// The bytes as plain values.
     pub fn as_slice<T: bytemuck::Pod>(&self) -> &[T] {
         // SAFETY: initialised at allocation, aligned to at least 64 bytes, any bits are a T.

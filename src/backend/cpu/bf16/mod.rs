@@ -18,14 +18,14 @@
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
+pub mod attention;
+mod attention_stream;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 #[cfg(target_arch = "x86_64")]
 mod avx512_epilogue;
 #[cfg(target_arch = "x86_64")]
 mod avx512_softmax;
-pub mod attention;
-mod attention_stream;
 mod block;
 pub mod conv;
 mod convert;

@@ -215,12 +215,7 @@ struct TileSlot<'a> {
 }
 
 /// Packs up to 16 weight rows over all k-steps.
-fn pack_column_tile(
-    weights: &Weights,
-    shape: &KernelShape,
-    rows: std::ops::Range<usize>,
-    slot: TileSlot,
-) {
+fn pack_column_tile(weights: &Weights, shape: &KernelShape, rows: std::ops::Range<usize>, slot: TileSlot) {
     const MAX_TAPS: usize = 9;
     let taps = shape.height * shape.width;
     let tile_values = TILE_BYTES / size_of::<bf16>();
@@ -286,7 +281,8 @@ mod tests {
         let packed = PackedB::conv(Weights::F32(&weights), shape).unwrap();
         assert_eq!((packed.k_steps(), packed.panels(), packed.tiles_in(0)), (12, 1, 2));
         let all: &[bf16] = packed.bytes.as_slice();
-        for (step, tile, pair, column, half) in [(0, 0, 0, 0, 0), (4, 0, 0, 3, 1), (11, 1, 1, 3, 0), (7, 1, 0, 0, 1)]
+        for (step, tile, pair, column, half) in
+            [(0, 0, 0, 0, 0), (4, 0, 0, 3, 1), (11, 1, 1, 3, 0), (7, 1, 0, 0, 1)]
         {
             let (y, block, x) = (step / 6, step / 3 % 2, step % 3);
             let (n, c) = (tile * 16 + column, block * 32 + pair * 2 + half);

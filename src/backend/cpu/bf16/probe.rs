@@ -1,7 +1,7 @@
 //! What this core can do: the ceilings that benchmarks compare with.
 
 use super::block::TileSession;
-use super::{Epilogue, GemmInput, KernelError, Output, PackedB, Tier, Weights, gemm};
+use super::{Activation, Epilogue, GemmInput, KernelError, Output, PackedB, Tier, Weights, gemm};
 use half::bf16;
 use std::time::{Duration, Instant};
 
@@ -50,22 +50,31 @@ fn spin(tier: Tier) -> f64 {
 
 /// GFLOP/s of a packed `m × n × k` product on the current pool, best of `runs`,
 /// in the calling thread's CPU time when the pool has one thread and in wall
-/// time otherwise.
+/// time otherwise. With GEGLU, n counts both halves.
 ///
 /// # Errors
 ///
 /// If the shape is empty.
-pub fn gemm_rate(tier: Tier, shape: (usize, usize, usize), runs: usize) -> Result<f64, KernelError> {
-    let (m, n, k) = shape;
+pub fn gemm_rate(
+    tier: Tier,
+    [m, n, k]: [usize; 3],
+    activation: Activation,
+    runs: usize,
+) -> Result<f64, KernelError> {
     let fill = |len: usize| -> Vec<bf16> {
         (0..len).map(|i| bf16::from_f32(((i * 37 + i / 64) % 61) as f32 / 61.0 - 0.5)).collect()
     };
-    let b = PackedB::linear(Weights::Bf16(&fill(n * k)), n, k)?;
-    let (a, mut out) = (fill(m * k), vec![bf16::ZERO; m * n]);
+    let weights = fill(n * k);
+    let b = match activation {
+        Activation::Geglu => PackedB::geglu(Weights::Bf16(&weights), n, k)?,
+        _ => PackedB::linear(Weights::Bf16(&weights), n, k)?,
+    };
+    let (a, mut out) = (fill(m * k), vec![bf16::ZERO; m * b.columns()]);
+    let epilogue = Epilogue { activation, ..Epilogue::default() };
     let mut best = f64::INFINITY;
     for _ in 0..runs + 1 {
         let start = ThreadClock::start();
-        gemm(tier, &GemmInput::dense(&a, m, k), &b, &Epilogue::default(), Output::bf16(&mut out, n))?;
+        gemm(tier, &GemmInput::dense(&a, m, k), &b, &epilogue, Output::bf16(&mut out, b.columns()))?;
         best = best.min(start.elapsed().as_secs_f64());
     }
     Ok(2.0 * (m * n * k) as f64 / best / 1e9)

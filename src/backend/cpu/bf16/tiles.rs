@@ -115,10 +115,6 @@ pub(super) unsafe fn multiply(
                     column_tiles: b.tiles_in(panel),
                     ..ahead.apply(pair, args)
                 };
-                if is_last {
-                    let rows = &a.rows[pair * BLOCK..a.rows.len().min((pair + 1) * BLOCK)];
-                    finish.prefetch(rows, b.columns_in(panel).0);
-                }
                 // SAFETY: operands from the caller; the slot's sums are ours.
                 unsafe { multiply_block(tier, &args) };
                 if is_last {
@@ -248,10 +244,6 @@ impl Tables {
         let (tiles, rest) = bytes.split_at_mut(self.tiles * size_of::<usize>());
         let (rows, rest) = rest.split_at_mut(self.tiles * TILE * size_of::<u32>());
         let k_offsets = &mut rest[..self.k_steps * size_of::<u32>()];
-        (
-            bytemuck::cast_slice_mut(tiles),
-            bytemuck::cast_slice_mut(rows),
-            bytemuck::cast_slice_mut(k_offsets),
-        )
+        (bytemuck::cast_slice_mut(tiles), bytemuck::cast_slice_mut(rows), bytemuck::cast_slice_mut(k_offsets))
     }
 }

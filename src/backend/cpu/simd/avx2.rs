@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{Kernel, Simd};
+use super::{Block, Kernel, Simd};
 
 /// AVX2, FMA, F16C.
 #[derive(Clone, Copy)]
@@ -49,6 +49,20 @@ unsafe impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn store(p: *mut f32, v: __m256) {
         unsafe { _mm256_storeu_ps(p, v) }
+    }
+    #[inline(always)]
+    unsafe fn stream(p: *mut f32, v: __m256) {
+        unsafe {
+            if (p as usize).is_multiple_of(32) {
+                _mm256_stream_ps(p, v);
+            } else {
+                _mm256_storeu_ps(p, v);
+            }
+        }
+    }
+    #[inline(always)]
+    unsafe fn fence() {
+        unsafe { _mm_sfence() }
     }
     #[inline(always)]
     unsafe fn store_part(p: *mut f32, n: usize, v: __m256) {
@@ -111,15 +125,8 @@ unsafe impl Simd for Avx2 {
         unsafe { _mm256_andnot_ps(_mm256_set1_ps(-0.0), a) }
     }
     #[inline(always)]
-    unsafe fn copysign(magnitude: __m256, sign: __m256) -> __m256 {
-        unsafe {
-            let bit = _mm256_set1_ps(-0.0);
-            _mm256_or_ps(_mm256_andnot_ps(bit, magnitude), _mm256_and_ps(bit, sign))
-        }
-    }
-    #[inline(always)]
-    unsafe fn select_less(a: __m256, b: __m256, then: __m256, otherwise: __m256) -> __m256 {
-        unsafe { _mm256_blendv_ps(otherwise, then, _mm256_cmp_ps::<_CMP_LT_OQ>(a, b)) }
+    unsafe fn any_less(a: __m256, b: __m256) -> bool {
+        unsafe { _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_LT_OQ>(a, b)) != 0 }
     }
     #[inline(always)]
     unsafe fn scale_by_power(v: __m256, magic: __m256) -> __m256 {
@@ -134,6 +141,39 @@ unsafe impl Simd for Avx2 {
             let four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
             let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
             _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps::<1>(two, two)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn transpose(b: Block) {
+        unsafe {
+            let m = mask(b.columns);
+            let factor = _mm256_set1_ps(b.factor);
+            let mut r = [_mm256_setzero_ps(); 8];
+            for (i, r) in r.iter_mut().enumerate() {
+                if i < b.rows {
+                    *r = _mm256_mul_ps(_mm256_maskload_ps(b.from.add(i * b.stride), m), factor);
+                }
+            }
+            let mut s = r;
+            for i in (0..8).step_by(2) {
+                s[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+                s[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+            }
+            for i in (0..8).step_by(4) {
+                r[i] = _mm256_shuffle_ps::<0x44>(s[i], s[i + 2]);
+                r[i + 1] = _mm256_shuffle_ps::<0xee>(s[i], s[i + 2]);
+                r[i + 2] = _mm256_shuffle_ps::<0x44>(s[i + 1], s[i + 3]);
+                r[i + 3] = _mm256_shuffle_ps::<0xee>(s[i + 1], s[i + 3]);
+            }
+            for i in 0..4 {
+                s[i] = _mm256_permute2f128_ps::<0x20>(r[i], r[i + 4]);
+                s[i + 4] = _mm256_permute2f128_ps::<0x31>(r[i], r[i + 4]);
+            }
+            for (i, s) in s.iter().enumerate() {
+                if i < b.columns {
+                    _mm256_storeu_ps(b.to.add(i * b.to_stride), *s);
+                }
+            }
         }
     }
     #[inline(always)]

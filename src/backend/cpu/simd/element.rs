@@ -25,6 +25,16 @@ pub trait Element: bytemuck::Pod + Send + Sync {
     /// As [`Element::load`].
     unsafe fn store<S: Simd>(p: *mut Self, v: S::V);
 
+    /// Writes a vector past the caches, see [`Simd::stream`].
+    ///
+    /// # Safety
+    /// As [`Element::load`].
+    #[inline(always)]
+    unsafe fn stream<S: Simd>(p: *mut Self, v: S::V) {
+        // SAFETY: the function's contract.
+        unsafe { Self::store::<S>(p, v) }
+    }
+
     /// Reads `n < S::LANES` elements, the other lanes are zero.
     ///
     /// # Safety
@@ -59,6 +69,11 @@ pub trait Element: bytemuck::Pod + Send + Sync {
     fn widen_into(isa: super::Isa, from: &[Self], to: &mut [f32]) {
         isa.launch(Widen { from, to });
     }
+
+    /// Copies `f32` to elements.
+    fn narrow_into(isa: super::Isa, from: &[f32], to: &mut [Self]) {
+        isa.launch(Narrow { from, to });
+    }
 }
 
 impl Element for f32 {
@@ -82,6 +97,11 @@ impl Element for f32 {
         unsafe { S::store(p, v) }
     }
     #[inline(always)]
+    unsafe fn stream<S: Simd>(p: *mut f32, v: S::V) {
+        // SAFETY: the trait's contract.
+        unsafe { S::stream(p, v) }
+    }
+    #[inline(always)]
     unsafe fn load_part<S: Simd>(p: *const f32, n: usize) -> S::V {
         // SAFETY: the trait's contract.
         unsafe { S::load_part(p, n) }
@@ -92,6 +112,9 @@ impl Element for f32 {
         unsafe { S::store_part(p, n, v) }
     }
     fn widen_into(_isa: super::Isa, from: &[f32], to: &mut [f32]) {
+        to.copy_from_slice(from);
+    }
+    fn narrow_into(_isa: super::Isa, from: &[f32], to: &mut [f32]) {
         to.copy_from_slice(from);
     }
 }
@@ -140,6 +163,29 @@ impl<E: Element> Kernel for Widen<'_, E> {
             if i < n {
                 let v = E::load_part::<S>(self.from.as_ptr().add(i), n - i);
                 S::store_part(self.to.as_mut_ptr().add(i), n - i, v);
+            }
+        }
+    }
+}
+
+struct Narrow<'a, E> {
+    from: &'a [f32],
+    to: &'a mut [E],
+}
+
+impl<E: Element> Kernel for Narrow<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        assert_eq!(self.from.len(), self.to.len());
+        let n = self.from.len();
+        for i in (0..n).step_by(S::LANES) {
+            let part = (n - i).min(S::LANES);
+            // SAFETY: i + part ≤ n, the length of both.
+            unsafe {
+                let v = super::finish::read::<S, f32>(self.from, i, part);
+                super::finish::write::<S, E>(self.to, i, part, v);
             }
         }
     }

@@ -20,15 +20,29 @@ impl<E: Element> Kernel for Activate<'_, E> {
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
+        // SAFETY: passed on. One loop for each activation keeps the choice out of it.
+        unsafe {
+            match self.act {
+                Activation::None => self.map::<S>(|v| v),
+                Activation::Silu => self.map::<S>(|v| math::silu::<S>(v)),
+                Activation::Gelu => self.map::<S>(|v| math::gelu::<S>(v)),
+                Activation::QuickGelu => self.map::<S>(|v| math::quick_gelu::<S>(v)),
+            }
+        }
+    }
+}
+
+impl<E: Element> Activate<'_, E> {
+    /// # Safety
+    /// The CPU must have the instructions of `S`.
+    #[inline(always)]
+    unsafe fn map<S: Simd>(self, f: impl Fn(S::V) -> S::V) {
         let n = self.out.len();
         assert_eq!(self.x.len(), n);
         for i in (0..n).step_by(S::LANES) {
             let part = (n - i).min(S::LANES);
             // SAFETY: i + part ≤ n, the length of both.
-            unsafe {
-                let v = math::activate::<S>(self.act, read::<S, E>(self.x, i, part));
-                write::<S, E>(self.out, i, part, v);
-            }
+            unsafe { write::<S, E>(self.out, i, part, f(read::<S, E>(self.x, i, part))) };
         }
     }
 }

@@ -16,6 +16,7 @@ mod avx512;
 mod portable;
 
 pub mod attend;
+pub mod attend_pack;
 pub mod element;
 pub mod finish;
 pub mod map;
@@ -46,6 +47,16 @@ pub unsafe trait Simd: Copy + 'static {
     unsafe fn load_part(p: *const f32, n: usize) -> Self::V;
     /// Writes `LANES` values.
     unsafe fn store(p: *mut f32, v: Self::V);
+    /// Writes `LANES` values past the caches where the CPU can and `p` is aligned;
+    /// [`Simd::fence`] must follow before other threads read.
+    #[inline(always)]
+    unsafe fn stream(p: *mut f32, v: Self::V) {
+        // SAFETY: the trait's contract.
+        unsafe { Self::store(p, v) }
+    }
+    /// Orders streamed writes before later ones.
+    #[inline(always)]
+    unsafe fn fence() {}
     /// Writes the first `n < LANES` values.
     unsafe fn store_part(p: *mut f32, n: usize, v: Self::V);
     /// Reads `LANES` IEEE half values.
@@ -62,6 +73,12 @@ pub unsafe trait Simd: Copy + 'static {
     unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
     /// a / b
     unsafe fn div(a: Self::V, b: Self::V) -> Self::V;
+    /// 1 / a for normal a and 1/a, within one unit in the last place.
+    #[inline(always)]
+    unsafe fn recip(a: Self::V) -> Self::V {
+        // SAFETY: the trait's contract.
+        unsafe { Self::div(Self::splat(1.0), a) }
+    }
     /// a · b + c, rounded once where the CPU can
     unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     /// The larger; `b` if one of them is NaN.
@@ -70,17 +87,38 @@ pub unsafe trait Simd: Copy + 'static {
     unsafe fn min(a: Self::V, b: Self::V) -> Self::V;
     /// |a|
     unsafe fn abs(a: Self::V) -> Self::V;
-    /// |magnitude| with the sign of `sign`.
-    unsafe fn copysign(magnitude: Self::V, sign: Self::V) -> Self::V;
-    /// `then` in lanes with `a < b`, `otherwise` elsewhere.
-    unsafe fn select_less(a: Self::V, b: Self::V, then: Self::V, otherwise: Self::V) -> Self::V;
+    /// Whether any lane has `a < b`.
+    unsafe fn any_less(a: Self::V, b: Self::V) -> bool;
     /// `v · 2^n`, where `magic` is `n + 1.5·2²³` (so `n` stands in its low bits)
     /// and both `v` and the result are normal numbers.
     unsafe fn scale_by_power(v: Self::V, magic: Self::V) -> Self::V;
     /// Sum of the lanes, in one fixed order.
     unsafe fn sum(v: Self::V) -> f32;
+    /// Transposes a block of `b.rows × b.columns ≤ LANES × LANES` values: for each
+    /// column, in order, `LANES` values are written at `b.to_stride` (missing rows
+    /// are zero; what lies behind is overwritten too).
+    unsafe fn transpose(b: Block);
     /// Asks for the cache line at `p` to be fetched into the second-level cache.
     unsafe fn prefetch(p: *const u8);
+}
+
+/// Operands of [`Simd::transpose`].
+#[derive(Clone, Copy)]
+pub struct Block {
+    /// First value.
+    pub from: *const f32,
+    /// Distance between rows.
+    pub stride: usize,
+    /// Rows.
+    pub rows: usize,
+    /// Columns.
+    pub columns: usize,
+    /// Multiplies every value.
+    pub factor: f32,
+    /// First result.
+    pub to: *mut f32,
+    /// Distance between results.
+    pub to_stride: usize,
 }
 
 /// A leaf loop, generic over the vector type.
@@ -146,6 +184,11 @@ impl Isa {
             Level::Avx2 => "AVX2",
             Level::Portable => "portable",
         }
+    }
+
+    /// Whether vectors are 512 bits wide.
+    pub fn has_wide_vectors(self) -> bool {
+        self.name() == "AVX-512"
     }
 
     /// Rows of a register tile.

@@ -95,6 +95,8 @@ pub struct ScaleShift<'a, E> {
     pub stride: usize,
     /// First output channel.
     pub column: usize,
+    /// The output won't stay in the caches.
+    pub is_large: bool,
 }
 
 impl<E: Element> Kernel for ScaleShift<'_, E> {
@@ -117,12 +119,18 @@ impl<E: Element> Kernel for ScaleShift<'_, E> {
                     let shift = read::<S, f32>(self.shift, i, part);
                     let mut v = S::fma(read::<S, E>(x, i, part), factor, shift);
                     if self.silu {
-                        v = math::activate::<S>(crate::tensor::Activation::Silu, v);
+                        v = math::silu::<S>(v);
                     }
-                    write::<S, E>(out, i, part, v);
+                    if self.is_large && part == S::LANES {
+                        E::stream::<S>(out.as_mut_ptr().add(i), v);
+                    } else {
+                        write::<S, E>(out, i, part, v);
+                    }
                 }
             }
         }
+        // SAFETY: needs nothing but the instruction set.
+        unsafe { S::fence() };
     }
 }
 

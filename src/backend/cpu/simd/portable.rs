@@ -3,7 +3,7 @@
 
 use half::{bf16, f16};
 
-use super::Simd;
+use super::{Block, Simd};
 
 /// Eight lanes in an array.
 #[derive(Clone, Copy)]
@@ -110,18 +110,8 @@ unsafe impl Simd for Portable {
         a.map(f32::abs)
     }
     #[inline(always)]
-    unsafe fn copysign(magnitude: Lanes, sign: Lanes) -> Lanes {
-        zip(magnitude, sign, f32::copysign)
-    }
-    #[inline(always)]
-    unsafe fn select_less(a: Lanes, b: Lanes, then: Lanes, otherwise: Lanes) -> Lanes {
-        let mut out = otherwise;
-        for i in 0..8 {
-            if a[i] < b[i] {
-                out[i] = then[i];
-            }
-        }
-        out
+    unsafe fn any_less(a: Lanes, b: Lanes) -> bool {
+        a.iter().zip(&b).any(|(x, y)| x < y)
     }
     #[inline(always)]
     unsafe fn scale_by_power(v: Lanes, magic: Lanes) -> Lanes {
@@ -131,6 +121,16 @@ unsafe impl Simd for Portable {
     unsafe fn sum(v: Lanes) -> f32 {
         let [a, b, c, d, e, f, g, h] = v;
         ((a + e) + (c + g)) + ((b + f) + (d + h))
+    }
+    #[inline(always)]
+    unsafe fn transpose(b: Block) {
+        for column in 0..b.columns {
+            let mut lanes = [0.0; 8];
+            for (i, lane) in lanes.iter_mut().enumerate().take(b.rows) {
+                *lane = unsafe { *b.from.add(i * b.stride + column) } * b.factor;
+            }
+            unsafe { Self::store(b.to.add(column * b.to_stride), lanes) };
+        }
     }
     #[inline(always)]
     unsafe fn prefetch(_p: *const u8) {}

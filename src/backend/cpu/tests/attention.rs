@@ -9,14 +9,15 @@ struct Case {
     keys: usize,
     heads: usize,
     d: usize,
-    is_shared: bool,
+    /// Samples that share keys and values.
+    sharing: usize,
     is_causal: bool,
     spread: f32,
 }
 
 fn attention_case(b: &CpuBackend, case: Case, rng: &mut Rng) {
     let width = case.heads * case.d;
-    let sample_keys = if case.is_shared { 1 } else { case.batch };
+    let sample_keys = case.batch / case.sharing;
     let scaled = |shape: Shape, rng: &mut Rng| {
         let values: Vec<f32> = rng.values(shape.len()).iter().map(|v| v * case.spread).collect();
         b.put(shape, &values)
@@ -38,7 +39,7 @@ fn attention_case(b: &CpuBackend, case: Case, rng: &mut Rng) {
     let (qv, kvv) = (b.get(&q), b.get(&kv));
     let mut reference = vec![0f64; case.batch * case.queries * width];
     for n in 0..case.batch {
-        let kn = if case.is_shared { 0 } else { n };
+        let kn = n / case.sharing;
         for h in 0..case.heads {
             for i in 0..case.queries {
                 let q = &qv[(n * case.queries + i) * (width + 3) + 2 + h * case.d..][..case.d];
@@ -65,21 +66,17 @@ fn attention_case(b: &CpuBackend, case: Case, rng: &mut Rng) {
     }
     // Scores grow with spread² and carry their rounding error into the exponent.
     let tolerance = 1e-6 * f64::from(1.0 + case.spread * case.spread);
-    b.check(&format!("{case:?}"), &out, &reference, tolerance);
+    // bf16 instructions round the softmax weights as well as the result.
+    match b.exec.tier {
+        Some(_) => b.check_with(&format!("{case:?}"), &out, &reference, 1.0 / 125.0),
+        None => b.check(&format!("{case:?}"), &out, &reference, tolerance),
+    }
 }
 
 #[test]
 fn attention_matches_the_reference() {
-    let plain = Case {
-        batch: 2,
-        queries: 64,
-        keys: 64,
-        heads: 2,
-        d: 40,
-        is_shared: false,
-        is_causal: false,
-        spread: 1.0,
-    };
+    let plain =
+        Case { batch: 2, queries: 64, keys: 64, heads: 2, d: 40, sharing: 1, is_causal: false, spread: 1.0 };
     let cases = [
         plain,
         Case { queries: 50, keys: 77, ..plain },
@@ -87,7 +84,8 @@ fn attention_matches_the_reference() {
         Case { queries: 1, keys: 1, d: 8, heads: 1, ..plain },
         Case { queries: 5, keys: 169, d: 160, ..plain },
         Case { batch: 1, queries: 70, keys: 350, d: 512, heads: 1, ..plain },
-        Case { queries: 64, keys: 77, is_shared: true, ..plain },
+        Case { queries: 64, keys: 77, sharing: 2, ..plain },
+        Case { batch: 6, queries: 9, keys: 77, sharing: 3, ..plain },
         Case { queries: 77, keys: 77, d: 64, is_causal: true, ..plain },
         Case { queries: 300, keys: 300, d: 16, is_causal: true, spread: 3.0, ..plain },
         Case { queries: 40, keys: 500, d: 24, spread: 6.0, ..plain },
@@ -106,14 +104,15 @@ fn random_attention_matches_the_reference() {
     let mut rng = Rng(6);
     let backends = backends();
     for i in 0..40 {
+        let (samples, sharing) = (rng.range(1, 3), rng.range(1, 2));
         let case = Case {
-            batch: rng.range(1, 3),
+            batch: samples * sharing,
             queries: rng.range(1, 120),
             keys: rng.range(1, 200),
             heads: rng.range(1, 4),
             d: 8 * rng.range(1, 20),
-            is_shared: rng.range(0, 1) == 1,
-            is_causal: rng.range(0, 2) == 0,
+            sharing,
+            is_causal: sharing == 1 && rng.range(0, 2) == 0,
             spread: 2.0,
         };
         attention_case(&backends[i % backends.len()], case, &mut rng);

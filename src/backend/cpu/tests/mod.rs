@@ -78,6 +78,12 @@ impl CpuBackend {
         out
     }
 
+    /// What the products make of weights: bf16 instructions take bf16.
+    fn seen(&self, weights: &[f32]) -> Vec<f32> {
+        let round = |&w: &f32| if self.exec.tier.is_some() { bf16::from_f32(w).to_f32() } else { w };
+        weights.iter().map(round).collect()
+    }
+
     /// Fails unless every value is within `tolerance·max|reference|` in f32;
     /// in bf16 results are rounded to 8 bits, at worst by 2⁻⁸ of the value.
     fn check(&self, what: &str, found: &Tensor, reference: &[f64], tolerance: f64) {

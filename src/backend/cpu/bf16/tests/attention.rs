@@ -68,7 +68,8 @@ fn check_case(tier: Tier, case: Case) {
             let weights: Vec<f64> = scores.iter().map(|s| (s - max).exp()).collect();
             let total: f64 = weights.iter().sum();
             for d in 0..dim {
-                let terms = || weights.iter().enumerate().map(|(j, w)| w / total * at(j, v_offset)[d].to_f64());
+                let terms =
+                    || weights.iter().enumerate().map(|(j, w)| w / total * at(j, v_offset)[d].to_f64());
                 let (expected, magnitude) = (terms().sum::<f64>(), terms().map(f64::abs).sum::<f64>());
                 let got = out[(b * queries + i) * out_stride + h * dim + d].to_f64();
                 let limit = (expected.abs() + magnitude) / 256.0 + 1e-6;
@@ -157,7 +158,10 @@ fn bad_calls_are_errors() {
     };
     let run = |call: Attention| attention(Tier::detect(), &call, &mut [bf16::ZERO; 64], 32);
     assert!(run(good).is_ok());
-    assert!(run(Attention { keys: 3, ..good }).is_err_and(|e| e.to_string().contains("attention keys is 64, needs 96")));
+    assert!(
+        run(Attention { keys: 3, ..good })
+            .is_err_and(|e| e.to_string().contains("attention keys is 64, needs 96"))
+    );
     assert!(run(Attention { scale: -1.0, ..good }).is_err_and(|e| e.to_string().contains("scale is -1")));
     assert!(run(Attention { v: Heads { offset: 8, ..heads }, ..good }).is_err());
 }

@@ -116,14 +116,46 @@ fn cases() -> Vec<Case> {
         Case { size: [9, 12], channels: [40, 24], cout: 36, is_upsampled: true, seed: 9, ..PLAIN },
         Case { size: [20, 300], channels: [512, 0], cout: 16, seed: 10, ..PLAIN },
         Case { size: [70, 70], channels: [256, 64], cout: 4, batch: 2, seed: 11, ..PLAIN },
-        Case { size: [6, 6], channels: [33, 0], cout: 17, window: [1, 1], geometry: Geometry::same(0), seed: 12, ..PLAIN },
-        Case { size: [6, 6], channels: [16, 17], cout: 17, window: [1, 1], geometry: Geometry::same(0), seed: 13, ..PLAIN },
-        Case { size: [12, 12], channels: [8, 0], cout: 8, window: [5, 4], geometry: Geometry::same(2), seed: 14, ..PLAIN },
+        Case {
+            size: [6, 6],
+            channels: [33, 0],
+            cout: 17,
+            window: [1, 1],
+            geometry: Geometry::same(0),
+            seed: 12,
+            ..PLAIN
+        },
+        Case {
+            size: [6, 6],
+            channels: [16, 17],
+            cout: 17,
+            window: [1, 1],
+            geometry: Geometry::same(0),
+            seed: 13,
+            ..PLAIN
+        },
+        Case {
+            size: [12, 12],
+            channels: [8, 0],
+            cout: 8,
+            window: [5, 4],
+            geometry: Geometry::same(2),
+            seed: 14,
+            ..PLAIN
+        },
         Case { size: [8, 8], channels: [1280, 0], cout: 64, batch: 2, seed: 15, ..PLAIN },
         Case { size: [40, 24], channels: [48, 0], cout: 32, seed: 16, is_upsampled: true, batch: 2, ..PLAIN },
         Case { size: [9, 9], channels: [1300, 700], cout: 40, batch: 2, seed: 19, ..PLAIN },
         Case { size: [3, 3], channels: [32, 0], cout: 32, batch: 5, seed: 17, ..PLAIN },
-        Case { size: [16, 16], channels: [16, 0], cout: 16, window: [1, 1], geometry: Geometry { stride: 2, ..Geometry::same(0) }, seed: 18, ..PLAIN },
+        Case {
+            size: [16, 16],
+            channels: [16, 0],
+            cout: 16,
+            window: [1, 1],
+            geometry: Geometry { stride: 2, ..Geometry::same(0) },
+            seed: 18,
+            ..PLAIN
+        },
     ]
 }
 
@@ -175,7 +207,9 @@ fn portable_matches_f64() {
 
 #[test]
 fn mismatched_operands_are_errors() {
-    let packed = PackedB::conv(Weights::F32(&[0.0; 72]), KernelShape { cout: 2, cin: 4, height: 3, width: 3 }).unwrap();
+    let packed =
+        PackedB::conv(Weights::F32(&[0.0; 72]), KernelShape { cout: 2, cin: 4, height: 3, width: 3 })
+            .unwrap();
     let data = [bf16::ONE; 16];
     let call = |shape, geometry| {
         let mut out = [bf16::ZERO; 64];

@@ -95,7 +95,11 @@ fn check_case(tier: Tier, (m, n, k): (usize, usize, usize), activation: Activati
         }
         // The gap between output rows is untouched.
         let gap = row * ldo + columns..(row + 1) * ldo;
-        assert!(if is_f32 { out32[gap].iter().all(|v| v.is_nan()) } else { out16[gap].iter().all(|v| v.is_nan()) });
+        assert!(if is_f32 {
+            out32[gap].iter().all(|v| v.is_nan())
+        } else {
+            out16[gap].iter().all(|v| v.is_nan())
+        });
     }
 }
 
@@ -165,7 +169,8 @@ fn all_weight_types_pack_alike() {
     let from_bf16 = run(Weights::Bf16(&rounded));
     assert_eq!(from_bf16, run(Weights::F32(&f32s)));
     // bf16 values in ±1 lose low bits in f16 only below 2⁻¹⁴.
-    let worst = run(Weights::F16(&f16s)).iter().zip(&from_bf16).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    let worst =
+        run(Weights::F16(&f16s)).iter().zip(&from_bf16).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
     assert!(worst < 1e-3, "{worst}");
 }
 
@@ -178,7 +183,9 @@ fn short_slices_are_errors() {
         gemm(Tier::detect(), &GemmInput::dense(&a, rows, 4), &b, &Epilogue::default(), Output::bf16(out, 3))
     };
     assert!(call(2, &mut out).is_err_and(|e| e.to_string().contains("output is 5, needs 6")));
-    assert!(call(3, &mut [bf16::ZERO; 9]).is_err_and(|e| e.to_string().contains("first input is 8, needs 12")));
+    assert!(
+        call(3, &mut [bf16::ZERO; 9]).is_err_and(|e| e.to_string().contains("first input is 8, needs 12"))
+    );
     assert!(call(1, &mut out).is_ok());
 }
 
