@@ -9,6 +9,7 @@
 //! `cargo test --release --test golden -- FILTER` runs the cases whose
 //! `file/case` contains FILTER.
 
+mod bench;
 mod compare;
 mod report;
 mod special;
@@ -20,7 +21,7 @@ use std::process::ExitCode;
 
 use serde_json::Value as Json;
 
-use report::{Outcome, Report};
+use report::Report;
 use tensors::Tensors;
 
 /// One group of recorded numbers: `NAME.json` and, for most, `NAME.safetensors`.
@@ -71,14 +72,14 @@ fn main() -> ExitCode {
     let folder = folder();
     println!("golden data: {}", folder.display());
     let mut report = Report::new(filter);
-    let mut bench = workflow::Bench::new(&folder);
+    let bench = bench::Bench::new(&folder);
     for group in groups(&folder) {
-        run_group(&group, &mut bench, &mut report);
+        run_group(&group, &bench, &mut report);
     }
     report.finish()
 }
 
-fn run_group(group: &Group, bench: &mut workflow::Bench, report: &mut Report) {
+fn run_group(group: &Group, bench: &bench::Bench, report: &mut Report) {
     if special::run(group, bench, report) {
         return;
     }
@@ -92,7 +93,7 @@ fn run_group(group: &Group, bench: &mut workflow::Bench, report: &mut Report) {
         }
         let outcome = match case["workflow"].as_object() {
             Some(_) => workflow::run(group, name, case, bench),
-            None => Outcome::Skip("no workflow".to_owned()),
+            None => special::case(group, name, case, bench),
         };
         report.case(&group.name, name, outcome);
     }

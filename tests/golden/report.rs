@@ -39,6 +39,11 @@ impl Outcome {
         }
     }
 
+    /// The worst of several outcomes.
+    pub fn worst(outcomes: impl IntoIterator<Item = Outcome>) -> Option<Outcome> {
+        outcomes.into_iter().reduce(Outcome::and)
+    }
+
     fn is_pass(&self) -> Option<bool> {
         match self {
             Outcome::Compared { error, tolerance, .. } => Some(error <= tolerance),

@@ -1,289 +1,236 @@
 //! Cases that are workflows: run the nodes, compare the recorded outputs.
 
-use std::cell::RefCell;
-use std::collections::{BTreeSet, HashMap};
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-
-use kiln::backend::{self, DeviceOptions};
-use kiln::diffusion::{Conditioning, Latent};
-use kiln::files::{FolderOptions, Folders};
-use kiln::models::ModelStore;
-use kiln::nodes::{
-    Inputs, Node, NodeCtx, PreviewFrame, PreviewMethod, ProgressSink, Services, Value, registry,
-};
-use kiln::tensor::{DType, HostTensor};
-use kiln::weights::OpenOptions;
-use kiln::weights::synth::{self, Manifest};
+use kiln::diffusion::{CondEntry, Conditioning, Latent};
+use kiln::image::{Limits, decode};
+use kiln::nodes::Value;
+use kiln::nodes::loaders::VaeHandle;
+use kiln::tensor::HostTensor;
 use serde_json::{Map, Value as Json};
 
 use super::Group;
-use super::compare::{self, Measure};
+use super::bench::{Bench, link};
+use super::compare::{self, Measure, WIDE_CONDITIONING};
 use super::report::Outcome;
 
-/// Nodes, folders and models that cases run on.
-pub struct Bench {
-    nodes: HashMap<&'static str, Box<dyn Node>>,
-    services: Services,
-    base: tempfile::TempDir,
-    /// Node outputs by class, inputs and upstream outputs: a loader runs once for all cases.
-    cache: RefCell<HashMap<String, Vec<Value>>>,
+/// A case under way.
+struct Case<'a> {
+    group: &'a Group,
+    name: &'a str,
+    prompt: &'a Map<String, Json>,
+    bench: &'a Bench,
 }
 
-/// Synthetic model files by the name that workflows use: folder, manifest.
-const MODELS: &[(&str, &str, &str)] = &[
-    ("synth-sd15.safetensors", "checkpoints", "sd15"),
-    ("synth-embed.safetensors", "embeddings", "sd15-embedding"),
-    ("synth-embed-l.safetensors", "embeddings", "sd15-embedding-clip_l"),
-];
-
-struct Silent;
-
-impl ProgressSink for Silent {
-    fn progress(&self, _: &str, _: u64, _: u64, _: Option<PreviewFrame>) {}
-    fn picture(&self, _: &str, _: &HostTensor) {}
-    fn is_interrupted(&self) -> bool {
-        false
-    }
-}
-
-/// A folder that survives between runs, for synthetic models of gigabytes.
-pub fn model_folder() -> PathBuf {
-    let target = std::env::var_os("CARGO_TARGET_DIR").map(PathBuf::from);
-    target.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("target")).join("golden-models")
-}
-
-impl Bench {
-    pub fn new(golden: &Path) -> Self {
-        let base = tempfile::tempdir().expect("a temporary folder");
-        let inputs = golden.join("inputs");
-        let options = FolderOptions {
-            base: base.path().to_owned(),
-            input: inputs.is_dir().then_some(inputs),
-            extra_model_paths: vec![extra_paths(base.path())],
-            ..FolderOptions::default()
-        };
-        let folders = Folders::open(&options).unwrap_or_else(|e| panic!("{e}"));
-        let services = Services {
-            folders: Arc::new(folders),
-            models: Arc::new(ModelStore::new(
-                backend::open(DeviceOptions::default()).expect("a backend"),
-                OpenOptions::default(),
-            )),
-            save_metadata: true,
-            png_level: 1,
-            preview: PreviewMethod::None,
-        };
-        let nodes = registry().into_iter().map(|n| (n.schema().class, n)).collect();
-        Self { nodes, services, base, cache: RefCell::default() }
-    }
-
-    /// Services that cases run on.
-    pub fn services(&self) -> &Services {
-        &self.services
-    }
-
-    /// Writes the synthetic models that a workflow names and that don't exist yet.
-    pub fn provide_models(&self, text: &str) {
-        for (file, folder, manifest) in MODELS {
-            let path = model_folder().join(folder).join(file);
-            if !text.contains(file.trim_end_matches(".safetensors")) || path.exists() {
-                continue;
-            }
-            std::fs::create_dir_all(path.parent().expect("a folder")).expect("making the model folder");
-            let manifest = Manifest::built_in(manifest).unwrap_or_else(|| panic!("no manifest {manifest}"));
-            println!("writing {}", path.display());
-            synth::write(&manifest, &path, DType::F16, &[], |_, _| {}).unwrap_or_else(|e| panic!("{e}"));
-        }
-    }
-
-    /// The values of node `id`, running what it needs first.
-    fn evaluate(&self, prompt: &Map<String, Json>, id: &str) -> Result<(String, Vec<Value>), String> {
-        let node = prompt.get(id).ok_or_else(|| format!("no node {id}"))?;
-        let class = node["class_type"].as_str().unwrap_or_default();
-        let mut inputs = Inputs::default();
-        let mut key = format!("{class}(");
-        for (name, value) in node["inputs"].as_object().into_iter().flatten() {
-            match link(value) {
-                Some((from, slot)) => {
-                    let (upstream, values) = self.evaluate(prompt, from)?;
-                    key += &format!("{name}={upstream}#{slot},");
-                    let value =
-                        values.get(slot).ok_or_else(|| format!("node {from} has no output {slot}"))?;
-                    inputs.insert(name.clone(), value.clone());
-                }
-                None => {
-                    key += &format!("{name}={value},");
-                    inputs.insert(name.clone(), Value::Json(value.clone()));
-                }
-            }
-        }
-        key += ")";
-        if let Some(values) = self.cache.borrow().get(&key) {
-            return Ok((key.clone(), values.clone()));
-        }
-        let node = self.nodes.get(class).ok_or_else(|| format!("no node class {class}"))?;
-        let stored = Json::Object(prompt.clone());
-        let mut ctx = NodeCtx {
-            services: &self.services,
-            node_id: id,
-            prompt: &stored,
-            extra_pnginfo: None,
-            sink: &Silent,
-        };
-        let output = node.execute(&mut ctx, &inputs).map_err(|e| format!("node {id} ({class}): {e}"))?;
-        self.cache.borrow_mut().insert(key.clone(), output.values.clone());
-        Ok((key, output.values))
-    }
-
-    fn missing(&self, prompt: &Map<String, Json>) -> Vec<String> {
-        let classes = prompt.values().filter_map(|n| n["class_type"].as_str());
-        let missing: BTreeSet<_> = classes.filter(|c| !self.nodes.contains_key(c)).collect();
-        missing.into_iter().map(str::to_owned).collect()
-    }
-}
-
-/// Tells the folders about the model folder that survives between runs.
-fn extra_paths(base: &Path) -> PathBuf {
-    let path = base.join("golden.yaml");
-    let text = format!(
-        "golden:\n  base_path: {}\n  checkpoints: checkpoints\n  embeddings: embeddings\n  vae: vae\n",
-        model_folder().display()
-    );
-    std::fs::write(&path, text).expect("writing the model paths");
-    path
-}
-
-fn link(value: &Json) -> Option<(&str, usize)> {
-    match value.as_array()?.as_slice() {
-        [Json::String(id), slot] => Some((id, slot.as_u64()? as usize)),
-        _ => None,
-    }
-}
-
-/// Runs a case and compares all its outputs.
-pub fn run(group: &Group, name: &str, case: &Json, bench: &mut Bench) -> Outcome {
+/// Runs a case and compares everything that is recorded for it.
+pub fn run(group: &Group, name: &str, case: &Json, bench: &Bench) -> Outcome {
     let Some(prompt) = case["workflow"].as_object() else { return Outcome::Skip("no workflow".into()) };
-    let missing = bench.missing(prompt);
-    if !missing.is_empty() {
-        return Outcome::Later(missing);
-    }
-    bench.provide_models(&case["workflow"].to_string());
-    let mut outcome: Option<Outcome> = None;
-    for (label, output) in case["outputs"].as_object().into_iter().flatten() {
-        let compared = output_of(group, name, prompt, output, bench)
-            .unwrap_or_else(|e| Outcome::Fail(format!("{label}: {e}")));
-        outcome = Some(match outcome {
-            None => compared,
-            Some(o) => o.and(compared),
-        });
-    }
-    for (index, file) in case["png"].as_array().into_iter().flatten().filter_map(Json::as_str).enumerate() {
-        let compared =
-            png(group, prompt, file, index, bench).unwrap_or_else(|e| Outcome::Fail(format!("{file}: {e}")));
-        outcome = Some(match outcome {
-            None => compared,
-            Some(o) => o.and(compared),
-        });
-    }
-    outcome.unwrap_or_else(|| Outcome::Skip("no outputs recorded".into()))
+    Case { group, name, prompt, bench }.compare(case).unwrap_or_else(|outcome| outcome)
 }
 
-fn output_of(
-    group: &Group,
-    case: &str,
-    prompt: &Map<String, Json>,
-    output: &Json,
-    bench: &Bench,
-) -> Result<Outcome, String> {
-    let (id, slot) = link(&output["link"]).ok_or("no link")?;
-    let (_, values) = bench.evaluate(prompt, id)?;
-    let value = values.get(slot).ok_or("no such output slot")?;
-    let type_name = output["type"].as_str().unwrap_or_default();
-    let measure = compare::tolerance(&group.name, type_name, case);
-    let golden = |name: &str| group.tensors.get(name).ok_or_else(|| format!("no recorded tensor {name}"));
-    let recorded = output["tensors"].as_object();
-    match type_name {
-        "CONDITIONING" => conditioning(value, &output["entries"], measure, &golden),
-        "LATENT" => {
-            let latent = value.downcast::<Latent>().ok_or("not a latent")?;
-            let mut outcome: Option<Outcome> = None;
-            for (part, name) in recorded.into_iter().flatten() {
-                let (ours, measure) = match part.as_str() {
-                    "samples" => (Some(latent.samples.clone()), measure),
-                    "noise_mask" => (latent.noise_mask.clone(), Measure::Absolute(1e-6)),
-                    other => return Err(format!("unknown part {other} of a latent")),
+fn fail(what: impl Into<String>) -> Outcome {
+    Outcome::Fail(what.into())
+}
+
+impl Case<'_> {
+    fn compare(&self, case: &Json) -> Result<Outcome, Outcome> {
+        let outputs: Vec<_> = case["outputs"].as_object().into_iter().flatten().collect();
+        let links = outputs
+            .iter()
+            .map(|(label, o)| link(&o["link"]).ok_or_else(|| fail(format!("{label}: no link"))));
+        let links = links.collect::<Result<Vec<_>, _>>()?;
+        let ran = self.bench.run(self.prompt, &links)?;
+        let mut outcomes = Vec::new();
+        for (((label, output), (id, _)), values) in outputs.iter().zip(&links).zip(&ran.values) {
+            let compared = match values.as_slice() {
+                [value] => self.output(output, id, value),
+                values => self.list(output, id, values),
+            };
+            outcomes.push(compared.unwrap_or_else(|e| fail(format!("{label}: {e}"))));
+        }
+        let files = case["png"].as_array().into_iter().flatten().filter_map(Json::as_str);
+        for (index, file) in files.enumerate() {
+            outcomes.push(self.png(file, index, &ran.ui).unwrap_or_else(|e| fail(format!("{file}: {e}"))));
+        }
+        let raw = format!("{}.raw_before_output_scaling", self.name);
+        if let Some(recorded) = self.group.tensors.get(&raw) {
+            outcomes.push(self.raw_decoded(&recorded)?);
+        }
+        let wide = format!("{}.image_u16", self.name);
+        if let Some(recorded) = self.group.tensors.get(&wide) {
+            outcomes.push(self.picture_of_16_bits(&recorded)?);
+        }
+        Ok(Outcome::worst(outcomes).unwrap_or_else(|| Outcome::Skip("no outputs recorded".into())))
+    }
+
+    fn golden(&self, name: &Json) -> Result<HostTensor, String> {
+        let name = name.as_str().ok_or("no name of a recorded tensor")?;
+        self.group.tensors.get(name).ok_or_else(|| format!("no recorded tensor {name}"))
+    }
+
+    /// A list slot: recorded tensors are numbered or stacked along the first axis.
+    fn list(&self, output: &Json, id: &str, values: &[Value]) -> Result<Outcome, String> {
+        let tensors: Vec<_> = values.iter().filter_map(Value::downcast::<HostTensor>).collect();
+        let Some(first) = tensors.first().filter(|_| tensors.len() == values.len()) else {
+            return Err(format!("{} values on the link", values.len()));
+        };
+        let mut shape = first.shape().to_vec();
+        if let Some(batch) = shape.first_mut() {
+            *batch = tensors.iter().map(|t| t.dim(0)).sum();
+        }
+        let data = tensors.iter().flat_map(|t| t.data().iter().copied()).collect();
+        let stacked = HostTensor::new(&shape, data).ok_or("the list's tensors differ in shape")?;
+        self.output(output, id, &Value::object("IMAGE", stacked))
+    }
+
+    fn output(&self, output: &Json, id: &str, value: &Value) -> Result<Outcome, String> {
+        let type_name = output["type"].as_str().unwrap_or_default();
+        let measure = compare::tolerance(self.prompt, id, type_name);
+        match type_name {
+            "CONDITIONING" => self.conditioning(value, &output["entries"], measure),
+            "LATENT" => {
+                let latent = value.downcast::<Latent>().ok_or("not a latent")?;
+                self.latent(&latent, output, measure)
+            }
+            _ => {
+                let ours = value
+                    .downcast::<HostTensor>()
+                    .ok_or_else(|| format!("not a tensor: {}", value.describe()))?;
+                self.tensor(&ours, &output["tensors"][""], measure)
+            }
+        }
+    }
+
+    /// Pictures may be recorded as 8 or 16 bits a value, rounded.
+    fn tensor(&self, ours: &HostTensor, name: &Json, measure: Measure) -> Result<Outcome, String> {
+        let golden = self.golden(name)?;
+        let name = name.as_str().unwrap_or_default();
+        if name.ends_with("_u8") {
+            let rounded =
+                |t: &HostTensor| t.data().iter().map(|v| (v * 255.0).round() as u8).collect::<Vec<_>>();
+            let recorded: Vec<u8> = golden.data().iter().map(|v| *v as u8).collect();
+            return Ok(compare::pictures(&rounded(ours), &recorded));
+        }
+        if name.ends_with("_u16") {
+            return Ok(compare::tensors(ours, &golden.map(|v| v / 65535.0), measure));
+        }
+        Ok(compare::tensors(ours, &golden, measure))
+    }
+
+    fn latent(&self, latent: &Latent, output: &Json, measure: Measure) -> Result<Outcome, String> {
+        let mut outcomes = Vec::new();
+        for (part, name) in output["tensors"].as_object().into_iter().flatten() {
+            let (ours, measure) = match part.as_str() {
+                "samples" => (Some(&latent.samples), measure),
+                // Masks are resized, not sampled.
+                "noise_mask" => (latent.noise_mask.as_ref(), Measure::Absolute(1e-5)),
+                other => return Err(format!("unknown part {other} of a latent")),
+            };
+            let ours = ours.ok_or_else(|| format!("the latent has no {part}"))?;
+            outcomes.push(self.tensor(ours, name, measure)?);
+        }
+        for (field, recorded) in output["fields"].as_object().into_iter().flatten() {
+            let ours = match field.as_str() {
+                "batch_index" => serde_json::json!(latent.batch_index),
+                other => return Err(format!("unknown field {other} of a latent")),
+            };
+            if ours != *recorded {
+                return Err(format!("{field} is {ours}, recorded {recorded}"));
+            }
+        }
+        Outcome::worst(outcomes).ok_or_else(|| "nothing recorded".into())
+    }
+
+    fn conditioning(&self, value: &Value, entries: &Json, measure: Measure) -> Result<Outcome, String> {
+        let ours = value.downcast::<Conditioning>().ok_or("not a conditioning")?;
+        let entries = entries.as_array().ok_or("no entries recorded")?;
+        if ours.len() != entries.len() {
+            return Err(format!("{} entries, recorded {}", ours.len(), entries.len()));
+        }
+        let mut outcomes = Vec::new();
+        for (ours, entry) in ours.iter().zip(entries) {
+            let golden = self.golden(&entry["cond"])?;
+            let is_wide = golden.shape().last().is_some_and(|&width| width > 768);
+            let measure = if is_wide { WIDE_CONDITIONING } else { measure };
+            outcomes.push(compare::tensors(&ours.cond, &golden, measure));
+            for (part, name) in entry["tensors"].as_object().into_iter().flatten() {
+                let tensor = match part.as_str() {
+                    "pooled_output" => ours.pooled.as_ref(),
+                    "mask" => ours.mask.as_ref(),
+                    other => return Err(format!("unknown tensor {other} of a conditioning")),
                 };
-                let ours = ours.ok_or_else(|| format!("the latent has no {part}"))?;
-                let compared = compare::tensors(&ours, &golden(name.as_str().unwrap_or_default())?, measure);
-                outcome = Some(match outcome {
-                    None => compared,
-                    Some(o) => o.and(compared),
-                });
+                let tensor = tensor.ok_or_else(|| format!("the conditioning has no {part}"))?;
+                outcomes.push(self.tensor(tensor, name, measure)?);
             }
-            outcome.ok_or_else(|| "nothing recorded".into())
-        }
-        _ => {
-            let ours = value
-                .downcast::<HostTensor>()
-                .ok_or_else(|| format!("not a tensor: {}", value.describe()))?;
-            let name = recorded.and_then(|r| r.get("")).and_then(Json::as_str).ok_or("nothing recorded")?;
-            let golden = golden(name)?;
-            if name.ends_with("_u8") {
-                let rounded =
-                    |t: &HostTensor| t.data().iter().map(|v| (v * 255.0).round() as u8).collect::<Vec<_>>();
-                let recorded: Vec<u8> = golden.data().iter().map(|v| *v as u8).collect();
-                return Ok(compare::pictures(&rounded(&ours), &recorded));
+            for (field, recorded) in entry["fields"].as_object().into_iter().flatten() {
+                check_field(ours, field, recorded)?;
             }
-            Ok(compare::tensors(&ours, &golden, measure))
         }
+        Outcome::worst(outcomes).ok_or_else(|| "no entries recorded".into())
+    }
+
+    /// Compares the pixels of the file that SaveImage wrote, and the prompt in it.
+    fn png(&self, file: &str, index: usize, ui: &Json) -> Result<Outcome, String> {
+        let images = ui.as_object().into_iter().flat_map(Map::values).filter_map(|o| o["images"].as_array());
+        let image = images.flatten().nth(index).ok_or("the workflow saved no such picture")?;
+        let name = image["filename"].as_str().ok_or("the saved picture has no file name")?;
+        let pixels = |bytes: Vec<u8>| -> Result<Vec<u8>, String> {
+            let picture = decode(&bytes, &Limits::default()).map_err(|e| e.to_string())?;
+            Ok(picture.images().data().iter().map(|v| (v * 255.0).round() as u8).collect())
+        };
+        let read =
+            |path: std::path::PathBuf| std::fs::read(&path).map_err(|e| format!("{}: {e}", path.display()));
+        let folder = self.bench.output_folder().join(image["subfolder"].as_str().unwrap_or_default());
+        let ours = pixels(read(folder.join(name))?)?;
+        Ok(compare::pictures(&ours, &pixels(read(self.group.folder.join(file))?)?))
+    }
+
+    /// The first node of a class: its id and inputs.
+    fn node_of(&self, class: &str) -> Result<(&str, &Json), Outcome> {
+        let found = self.prompt.iter().find(|(_, n)| n["class_type"] == class);
+        found
+            .map(|(id, n)| (id.as_str(), &n["inputs"]))
+            .ok_or_else(|| fail(format!("the workflow has no {class}")))
+    }
+
+    /// The decoder's output before it is scaled to 0..1.
+    fn raw_decoded(&self, recorded: &HostTensor) -> Result<Outcome, Outcome> {
+        let (_, inputs) = self.node_of("VAEDecode")?;
+        let links =
+            [link(&inputs["samples"]), link(&inputs["vae"])].into_iter().flatten().collect::<Vec<_>>();
+        let ran = self.bench.run(self.prompt, &links)?;
+        let value = |i: usize| ran.values.get(i).and_then(|v| v.first());
+        let latent =
+            value(0).and_then(Value::downcast::<Latent>).ok_or_else(|| fail("VAEDecode got no latent"))?;
+        let vae =
+            value(1).and_then(Value::downcast::<VaeHandle>).ok_or_else(|| fail("VAEDecode got no VAE"))?;
+        let decoded = vae.file.vae().and_then(|vae| vae.decode_raw(&latent.samples));
+        let decoded = decoded.map_err(|e| fail(e.to_string()))?;
+        Ok(compare::tensors(&decoded, recorded, Measure::Absolute(2e-5)))
+    }
+
+    /// A picture recorded beside the outputs as round(65535·value).
+    fn picture_of_16_bits(&self, recorded: &HostTensor) -> Result<Outcome, Outcome> {
+        let (id, _) = self.node_of("VAEDecode")?;
+        let ran = self.bench.run(self.prompt, &[(id, 0)])?;
+        let value = ran.values.first().and_then(|v| v.first()).and_then(Value::downcast::<HostTensor>);
+        let ours = value.ok_or_else(|| fail("VAEDecode gave no picture"))?;
+        let measure = compare::tolerance(self.prompt, id, "IMAGE");
+        Ok(compare::tensors(&ours, &recorded.map(|v| v / 65535.0), measure))
     }
 }
 
-fn conditioning(
-    value: &Value,
-    entries: &Json,
-    measure: Measure,
-    golden: &dyn Fn(&str) -> Result<HostTensor, String>,
-) -> Result<Outcome, String> {
-    let ours = value.downcast::<Conditioning>().ok_or("not a conditioning")?;
-    let entries = entries.as_array().ok_or("no entries recorded")?;
-    if ours.len() != entries.len() {
-        return Err(format!("{} entries, recorded {}", ours.len(), entries.len()));
+/// A plain value of a conditioning.
+fn check_field(entry: &CondEntry, field: &str, recorded: &Json) -> Result<(), String> {
+    let ours = match field {
+        "strength" => Some(entry.strength),
+        "mask_strength" => Some(entry.mask_strength),
+        "set_area_to_bounds" => Some(f64::from(u8::from(entry.set_area_to_bounds))),
+        "start_percent" => entry.start_percent,
+        "end_percent" => entry.end_percent,
+        other => entry.extra.get::<f64>(other).map(|v| *v),
+    };
+    let recorded_number = recorded.as_f64().or_else(|| recorded.as_bool().map(|b| f64::from(u8::from(b))));
+    if ours.is_some() && ours == recorded_number {
+        return Ok(());
     }
-    let mut outcome: Option<Outcome> = None;
-    for (ours, entry) in ours.iter().zip(entries) {
-        let mut compared =
-            compare::tensors(&ours.cond, &golden(entry["cond"].as_str().unwrap_or_default())?, measure);
-        if let Some(name) = entry["tensors"]["pooled_output"].as_str() {
-            let pooled = ours.pooled.as_ref().ok_or("no pooled output")?;
-            compared = compared.and(compare::tensors(pooled, &golden(name)?, measure));
-        }
-        outcome = Some(match outcome {
-            None => compared,
-            Some(o) => o.and(compared),
-        });
-    }
-    outcome.ok_or_else(|| "no entries recorded".into())
-}
-
-/// Runs the workflow's SaveImage and compares the file's pixels with the recorded PNG.
-fn png(
-    group: &Group,
-    prompt: &Map<String, Json>,
-    file: &str,
-    index: usize,
-    bench: &Bench,
-) -> Result<Outcome, String> {
-    let (_, node) =
-        prompt.iter().find(|(_, n)| n["class_type"] == "SaveImage").ok_or("the workflow has no SaveImage")?;
-    let (id, slot) = link(&node["inputs"]["images"]).ok_or("SaveImage has no link")?;
-    let (_, values) = bench.evaluate(prompt, id)?;
-    let image = values.get(slot).and_then(Value::downcast::<HostTensor>).ok_or("no picture")?;
-    let ours: Vec<u8> = image.row(index).iter().map(|v| (v * 255.0).clamp(0.0, 255.0) as u8).collect();
-    let bytes = std::fs::read(group.folder.join(file)).map_err(|e| e.to_string())?;
-    let recorded = kiln::image::decode(&bytes, &kiln::image::Limits::default()).map_err(|e| e.to_string())?;
-    let recorded: Vec<u8> = recorded.images().data().iter().map(|v| (v * 255.0).round() as u8).collect();
-    debug_assert!(bench.base.path().is_dir());
-    Ok(compare::pictures(&ours, &recorded))
+    Err(format!("field {field} is {ours:?}, recorded {recorded}"))
 }

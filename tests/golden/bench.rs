@@ -1,0 +1,281 @@
+//! What cases run on: kiln's engine with all its node classes, folders with the
+//! recorded inputs, and synthetic models.
+//!
+//! A case goes the way of a client's prompt (validation, conversion, lists,
+//! cache). Two node classes are added to the engine's: one gives a value that a
+//! case brings along, one keeps whatever is linked to it.
+
+use std::collections::{BTreeSet, HashMap};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use kiln::backend::{self, DeviceOptions};
+use kiln::engine::{CachePolicy, Engine, EngineConfig, Submission};
+use kiln::files::{FolderOptions, Folders};
+use kiln::graph::Input;
+use kiln::models::ModelStore;
+use kiln::nodes::{
+    Inputs, Node, NodeCtx, NodeError, NodeOutput, PreviewMethod, Schema, Services, Value, registry,
+};
+use kiln::tensor::DType;
+use kiln::weights::OpenOptions;
+use kiln::weights::synth::{self, Manifest};
+use serde_json::{Map, Value as Json, json};
+
+use super::report::Outcome;
+
+/// Synthetic model files by the name that workflows use: folder, manifest.
+const MODELS: &[(&str, &str, &str)] = &[
+    ("synth-sd15.safetensors", "checkpoints", "sd15"),
+    ("synth-embed.safetensors", "embeddings", "sd15-embedding"),
+    ("synth-embed-l.safetensors", "embeddings", "sd15-embedding-clip_l"),
+];
+
+/// Values by key: those that cases bring along, or those kept for them.
+type Values = Arc<Mutex<HashMap<String, Vec<Value>>>>;
+
+/// Engine, folders and models that cases run on.
+pub struct Bench {
+    engine: Arc<Engine>,
+    classes: BTreeSet<&'static str>,
+    services: Services,
+    base: tempfile::TempDir,
+    given: Values,
+    kept: Values,
+}
+
+/// What a prompt gave.
+pub struct Ran {
+    /// The values on the links asked for, in that order; a list slot has several.
+    pub values: Vec<Vec<Value>>,
+    /// The engine's `outputs` by node id.
+    pub ui: Json,
+}
+
+/// A folder that survives between runs, for synthetic models of gigabytes.
+fn model_folder() -> PathBuf {
+    let target = std::env::var_os("CARGO_TARGET_DIR").map(PathBuf::from);
+    target.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("target")).join("golden-models")
+}
+
+/// A link of a prompt: node id and output slot.
+pub fn link(value: &Json) -> Option<(&str, usize)> {
+    match value.as_array()?.as_slice() {
+        [Json::String(id), slot] => Some((id, usize::try_from(slot.as_u64()?).ok()?)),
+        _ => None,
+    }
+}
+
+impl Bench {
+    pub fn new(golden: &Path) -> Self {
+        let base = tempfile::tempdir().expect("a temporary folder");
+        let inputs = golden.join("inputs");
+        let options = FolderOptions {
+            base: base.path().to_owned(),
+            input: inputs.is_dir().then_some(inputs),
+            extra_model_paths: vec![extra_paths(base.path())],
+            ..FolderOptions::default()
+        };
+        let folders = Folders::open(&options).unwrap_or_else(|e| panic!("{e}"));
+        let backend = backend::open(DeviceOptions::default()).expect("a backend");
+        let services = Services {
+            folders: Arc::new(folders),
+            models: Arc::new(ModelStore::new(backend, OpenOptions::default())),
+            save_metadata: true,
+            png_level: 1,
+            preview: PreviewMethod::None,
+        };
+        let mut nodes = registry();
+        let classes = nodes.iter().map(|n| n.schema().class).collect();
+        let (given, kept) = (Values::default(), Values::default());
+        nodes.push(Box::new(Given(given.clone())));
+        nodes.push(Box::new(Keep(kept.clone())));
+        // Cases share loaders and prompts: what they computed is kept.
+        let config =
+            EngineConfig { cache: CachePolicy::Lru(256), ..EngineConfig::new(services.clone(), nodes) };
+        Self { engine: Engine::new(config), classes, services, base, given, kept }
+    }
+
+    /// Services that cases run on.
+    pub fn services(&self) -> &Services {
+        &self.services
+    }
+
+    /// Where nodes write their files.
+    pub fn output_folder(&self) -> PathBuf {
+        self.base.path().join("output")
+    }
+
+    /// The path of a synthetic model, written first if it isn't there yet; `None`
+    /// if this build has no model of that name.
+    pub fn model(&self, name: &str) -> Option<PathBuf> {
+        let (file, folder, manifest) = MODELS.iter().find(|(file, ..)| *file == name)?;
+        let path = model_folder().join(folder).join(file);
+        if !path.exists() {
+            std::fs::create_dir_all(path.parent()?).expect("making the model folder");
+            let manifest = Manifest::built_in(manifest).unwrap_or_else(|| panic!("no manifest {manifest}"));
+            println!("writing {}", path.display());
+            synth::write(&manifest, &path, DType::F16, &[], |_, _| {}).unwrap_or_else(|e| panic!("{e}"));
+        }
+        Some(path)
+    }
+
+    /// Writes the embeddings that prompts may name.
+    fn provide_embeddings(&self, text: &str) {
+        let named = |file: &str| text.contains(file.trim_end_matches(".safetensors"));
+        for (file, ..) in MODELS.iter().filter(|(file, folder, _)| *folder == "embeddings" && named(file)) {
+            self.model(file);
+        }
+    }
+
+    /// Node classes and models of a prompt that this build doesn't have, in words.
+    fn missing(&self, prompt: &Map<String, Json>) -> Vec<String> {
+        let class = |n: &Json| n["class_type"].as_str().unwrap_or_default().to_owned();
+        let classes: BTreeSet<String> =
+            prompt.values().map(class).filter(|c| !self.classes.contains(c.as_str())).collect();
+        if !classes.is_empty() {
+            return classes.into_iter().collect();
+        }
+        let mut models = BTreeSet::new();
+        for node in prompt.values().filter(|n| class(n).contains("Loader")) {
+            for name in node["inputs"].as_object().into_iter().flat_map(Map::values).filter_map(Json::as_str)
+            {
+                if self.model(name).is_none() {
+                    models.insert(format!("{} of {name}", class(node)));
+                }
+            }
+        }
+        models.into_iter().collect()
+    }
+
+    /// A node that gives `value`, for a prompt.
+    pub fn give(&self, key: &str, value: Value) -> Json {
+        self.given.lock().expect("no panic holds it").insert(key.to_owned(), vec![value]);
+        json!({"class_type": Given::CLASS, "inputs": {"key": key}})
+    }
+
+    /// Runs a prompt and gives the values on `links`.
+    ///
+    /// # Errors
+    /// [`Outcome::Later`] if node classes or models are missing, [`Outcome::Fail`]
+    /// if the engine refuses the prompt or a node fails.
+    pub fn run(&self, prompt: &Map<String, Json>, links: &[(&str, usize)]) -> Result<Ran, Outcome> {
+        let own = |n: &Json| n["class_type"] == Given::CLASS;
+        let theirs = prompt.iter().filter(|(_, n)| !own(n)).map(|(id, n)| (id.clone(), n.clone())).collect();
+        let missing = self.missing(&theirs);
+        if !missing.is_empty() {
+            return Err(Outcome::Later(missing));
+        }
+        self.provide_embeddings(&Json::Object(theirs).to_string());
+        let mut prompt = prompt.clone();
+        for (place, (id, slot)) in links.iter().enumerate() {
+            let inputs = json!({"value": [id, slot], "key": place.to_string()});
+            prompt.insert(format!("keep {place}"), json!({"class_type": Keep::CLASS, "inputs": inputs}));
+        }
+        let submission = Submission { prompt: Json::Object(prompt), ..Submission::default() };
+        let accepted = self
+            .engine
+            .submit(submission)
+            .map_err(|r| Outcome::Fail(format!("refused: {} {}", r.error["details"], r.node_errors)))?;
+        if accepted.node_errors.as_object().is_some_and(|e| !e.is_empty()) {
+            return Err(Outcome::Fail(format!("refused in part: {}", accepted.node_errors)));
+        }
+        let ui = self.wait(&accepted.prompt_id)?;
+        let mut kept = self.kept.lock().expect("no panic holds it");
+        let values =
+            (0..links.len()).map(|place| kept.remove(&place.to_string()).unwrap_or_default()).collect();
+        Ok(Ran { values, ui })
+    }
+
+    /// Waits for a prompt's end and gives its `outputs`.
+    fn wait(&self, id: &str) -> Result<Json, Outcome> {
+        let entry = loop {
+            let history = self.engine.history_one(id);
+            if let Some(entry) = history.get(id) {
+                break entry.clone();
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        };
+        self.engine.delete_history(&[id.to_owned()]);
+        if entry["status"]["completed"] == true {
+            return Ok(entry["outputs"].clone());
+        }
+        let messages = entry["status"]["messages"].as_array().into_iter().flatten();
+        let error = messages.map(|m| &m[1]).find(|m| m.get("exception_message").is_some());
+        Err(Outcome::Fail(error.map_or_else(
+            || "the prompt did not complete".to_owned(),
+            |e| format!("node {} ({}): {}", e["node_id"], e["node_type"], e["exception_message"]),
+        )))
+    }
+}
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        self.engine.shutdown();
+    }
+}
+
+/// Tells the folders about the model folder that survives between runs.
+fn extra_paths(base: &Path) -> PathBuf {
+    let path = base.join("golden.yaml");
+    let text = format!(
+        "golden:\n  base_path: {}\n  checkpoints: checkpoints\n  embeddings: embeddings\n  vae: vae\n",
+        model_folder().display()
+    );
+    std::fs::write(&path, text).expect("writing the model paths");
+    path
+}
+
+/// Gives a value that a case brings along.
+struct Given(Values);
+
+impl Given {
+    const CLASS: &str = "golden given";
+}
+
+impl Node for Given {
+    fn schema(&self) -> Schema {
+        Schema::new(Self::CLASS, "golden").input(Input::string("key")).output("*")
+    }
+
+    fn execute(&self, _: &mut NodeCtx<'_>, inputs: &Inputs) -> Result<NodeOutput, NodeError> {
+        let values = self.0.lock().expect("no panic holds it");
+        let value = values.get(inputs.string("key")?).and_then(|v| v.first()).cloned();
+        value.map(NodeOutput::one).ok_or_else(|| NodeError::input("key", "names no value"))
+    }
+
+    fn is_cacheable(&self) -> bool {
+        false
+    }
+}
+
+/// Keeps the values on a link.
+struct Keep(Values);
+
+impl Keep {
+    const CLASS: &str = "golden keep";
+}
+
+impl Node for Keep {
+    fn schema(&self) -> Schema {
+        let mut schema = Schema::new(Self::CLASS, "golden")
+            .input(Input::link("value", "*"))
+            .input(Input::string("key"))
+            .sink();
+        schema.input_is_list = true;
+        schema
+    }
+
+    fn execute(&self, _: &mut NodeCtx<'_>, inputs: &Inputs) -> Result<NodeOutput, NodeError> {
+        let key =
+            inputs.list("key")?.first().and_then(Value::json).and_then(Json::as_str).unwrap_or_default();
+        let values = inputs.list("value")?.to_vec();
+        self.0.lock().expect("no panic holds it").insert(key.to_owned(), values);
+        Ok(NodeOutput::default())
+    }
+
+    fn is_cacheable(&self) -> bool {
+        false
+    }
+}
