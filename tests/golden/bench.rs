@@ -5,13 +5,13 @@
 //! cache). Two node classes are added to the engine's: one gives a value that a
 //! case brings along, one keeps whatever is linked to it.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use kiln::backend::{self, DeviceOptions};
-use kiln::engine::{CachePolicy, Engine, EngineConfig, Submission};
+use kiln::engine::{Accepted, CachePolicy, Engine, EngineConfig, Refused, Submission};
 use kiln::files::{FolderOptions, Folders};
 use kiln::graph::Input;
 use kiln::models::ModelStore;
@@ -38,7 +38,8 @@ type Values = Arc<Mutex<HashMap<String, Vec<Value>>>>;
 /// Engine, folders and models that cases run on.
 pub struct Bench {
     engine: Arc<Engine>,
-    classes: BTreeSet<&'static str>,
+    /// Names of inputs by class.
+    classes: BTreeMap<&'static str, Vec<&'static str>>,
     services: Services,
     base: tempfile::TempDir,
     given: Values,
@@ -87,7 +88,8 @@ impl Bench {
             preview: PreviewMethod::None,
         };
         let mut nodes = registry();
-        let classes = nodes.iter().map(|n| n.schema().class).collect();
+        let inputs = |schema: &Schema| schema.inputs.iter().map(|i| i.name).collect();
+        let classes = nodes.iter().map(|n| n.schema()).map(|s| (s.class, inputs(&s))).collect();
         let (given, kept) = (Values::default(), Values::default());
         nodes.push(Box::new(Given(given.clone())));
         nodes.push(Box::new(Keep(kept.clone())));
@@ -100,6 +102,11 @@ impl Bench {
     /// Services that cases run on.
     pub fn services(&self) -> &Services {
         &self.services
+    }
+
+    /// Whether a node class has an input of that name.
+    pub fn takes(&self, class: &str, input: &str) -> bool {
+        self.classes.get(class).is_some_and(|inputs| inputs.contains(&input))
     }
 
     /// Where nodes write their files.
@@ -133,7 +140,7 @@ impl Bench {
     fn missing(&self, prompt: &Map<String, Json>) -> Vec<String> {
         let class = |n: &Json| n["class_type"].as_str().unwrap_or_default().to_owned();
         let classes: BTreeSet<String> =
-            prompt.values().map(class).filter(|c| !self.classes.contains(c.as_str())).collect();
+            prompt.values().map(class).filter(|c| !self.classes.contains_key(c.as_str())).collect();
         if !classes.is_empty() {
             return classes.into_iter().collect();
         }
@@ -173,11 +180,13 @@ impl Bench {
             let inputs = json!({"value": [id, slot], "key": place.to_string()});
             prompt.insert(format!("keep {place}"), json!({"class_type": Keep::CLASS, "inputs": inputs}));
         }
-        let submission = Submission { prompt: Json::Object(prompt), ..Submission::default() };
         let accepted = self
-            .engine
-            .submit(submission)
-            .map_err(|r| Outcome::Fail(format!("refused: {} {}", r.error["details"], r.node_errors)))?;
+            .submit(&prompt)
+            .or_else(|refused| {
+                self.loosen(&mut prompt, &refused.node_errors);
+                self.submit(&prompt)
+            })
+            .map_err(|r| Outcome::Fail(format!("refused: {} {}", r.error["message"], r.node_errors)))?;
         if accepted.node_errors.as_object().is_some_and(|e| !e.is_empty()) {
             return Err(Outcome::Fail(format!("refused in part: {}", accepted.node_errors)));
         }
@@ -186,6 +195,32 @@ impl Bench {
         let values =
             (0..links.len()).map(|place| kept.remove(&place.to_string()).unwrap_or_default()).collect();
         Ok(Ran { values, ui })
+    }
+
+    fn submit(&self, prompt: &Map<String, Json>) -> Result<Accepted, Box<Refused>> {
+        self.engine.submit(Submission { prompt: Json::Object(prompt.clone()), ..Submission::default() })
+    }
+
+    /// Passes numbers outside an input's range over links, which have no range: the
+    /// reference was recorded by calling nodes, without the checks of a server.
+    fn loosen(&self, prompt: &mut Map<String, Json>, errors: &Json) {
+        for (id, node) in errors.as_object().into_iter().flatten() {
+            for error in node["errors"].as_array().into_iter().flatten() {
+                let is_range = matches!(
+                    error["type"].as_str(),
+                    Some("value_smaller_than_min" | "value_bigger_than_max")
+                );
+                let Some(name) = error["extra_info"]["input_name"].as_str().filter(|_| is_range) else {
+                    continue;
+                };
+                let key = format!("{id} {name}");
+                let given = self.give(&key, Value::Json(error["extra_info"]["received_value"].clone()));
+                prompt.insert(key.clone(), given);
+                if let Some(input) = prompt.get_mut(id).and_then(|n| n["inputs"].get_mut(name)) {
+                    *input = json!([key, 0]);
+                }
+            }
+        }
     }
 
     /// Waits for a prompt's end and gives its `outputs`.

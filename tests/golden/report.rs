@@ -44,7 +44,8 @@ impl Outcome {
         outcomes.into_iter().reduce(Outcome::and)
     }
 
-    fn is_pass(&self) -> Option<bool> {
+    /// `None` for cases that didn't run.
+    pub fn is_pass(&self) -> Option<bool> {
         match self {
             Outcome::Compared { error, tolerance, .. } => Some(error <= tolerance),
             Outcome::Fail(_) => Some(false),

@@ -51,12 +51,17 @@ fn prompt(group: &Group, case: &Json, bench: &Bench) -> Result<Json, Outcome> {
         "sigmas": ["sigmas", 0],
         "latent_image": ["latent", 0],
     });
+    let class = text(case, "node")?;
+    let mut inputs = case["inputs"].clone();
+    if bench.takes(class, "model") {
+        inputs["model"] = json!(["model", 0]);
+    }
     Ok(json!({
         "model": bench.give("model", Value::object("MODEL", model)),
         "positive": bench.give("positive", side(1.0)),
         "negative": bench.give("negative", side(-1.0)),
         "latent": bench.give("latent", Value::object("LATENT", latent)),
-        "sampler": {"class_type": text(case, "node")?, "inputs": case["inputs"]},
+        "sampler": {"class_type": class, "inputs": inputs},
         "sigmas": {"class_type": "BasicScheduler", "inputs": scheduler},
         "run": {"class_type": "SamplerCustom", "inputs": run},
     }))
