@@ -54,7 +54,7 @@ fn schemas_are_the_recorded_ones() {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
-    assert_eq!(recorded.len(), 49);
+    assert_eq!(recorded.len(), 59);
 }
 
 /// Counts progress calls; may ask to stop after some.
