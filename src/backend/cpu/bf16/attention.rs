@@ -15,7 +15,7 @@
 //! f32. Keys and values that exceed the second-level cache are shared by eight
 //! query blocks at a time.
 
-use super::attention_stream::{LIMIT, STREAM_BYTES, StreamBuffers, stream};
+use super::attention_stream::{LEAST_SUM, LIMIT, STREAM_BYTES, StreamBuffers, stream};
 use super::block::{BLOCK, BlockArgs, K_STEP, TILE, TILE_BYTES, TileSession, multiply_block};
 use super::memory::{Scratch, Slot};
 use super::pack::interleave_pairs;
@@ -83,6 +83,8 @@ impl Attention<'_> {
         part("attention values", self.v, self.keys)?;
         part("attention output", Heads { data: out, stride: out_stride, offset: 0 }, self.queries)?;
         KernelError::check("attention head size", self.head_dim > 0, self.head_dim, 1)?;
+        let limit = K_OFFSETS.len() * K_STEP;
+        KernelError::check("attention head size limit", self.head_dim <= limit, limit, self.head_dim)?;
         KernelError::check("attention keys", self.keys > 0, self.keys, 1)?;
         if self.scale > 0.0 { Ok(()) } else { Err(KernelError::Scale { scale: self.scale }) }
     }
@@ -254,23 +256,22 @@ impl<'a> HeadTask<'a> {
         let layout = Layout::new(self.call.head_dim, group);
         let mut scratch = Scratch::take(Slot::Scores, layout.bytes);
         let base = scratch.as_mut_slice::<u8>().as_mut_ptr();
+        let mut is_loose = false;
         for first in queries.clone().step_by(group * BLOCK) {
             let blocks = (queries.end - first).div_ceil(BLOCK).min(group);
             let end = queries.end.min(first + blocks * BLOCK);
-            let block = |i: usize| first + i * BLOCK..(first + (i + 1) * BLOCK).min(end);
+            let block = &|i: usize| first + i * BLOCK..(first + (i + 1) * BLOCK).min(end);
             for i in 0..blocks {
                 // SAFETY: the layout has room for `group` blocks.
                 unsafe { self.copy_queries(block(i), layout.queries(base, i)) };
             }
             let last_key = if self.call.is_causal { end.min(self.call.keys) } else { self.call.keys };
-            let query_norm = self.largest_norm(self.call.q, self.call.queries, first..end);
-            let is_bounded = self.scale_bits() * (self.key_norm * query_norm).sqrt() <= LIMIT;
             let pass = Pass { layout: &layout, base, packed, last_key, is_far: group > 1 };
             // SAFETY: passed on from the caller.
             unsafe {
-                if is_bounded {
-                    self.run_bounded(&pass, blocks, block);
-                } else {
+                // A head whose bound was too loose once is not tried again.
+                is_loose = is_loose || !self.run_bounded(&pass, blocks, block);
+                if is_loose {
                     self.run_online(&pass, blocks, block);
                 }
             }
@@ -288,24 +289,42 @@ impl<'a> HeadTask<'a> {
         }
     }
 
-    /// All keys for a group of query blocks whose scores need no maximum.
+    /// Bits by which each query's score bound exceeds the limit, rounded up.
+    fn offsets(&self, rows: Range<usize>) -> [f32; BLOCK] {
+        let mut offsets = [0.0; BLOCK];
+        for (query, offset) in rows.zip(&mut offsets) {
+            let norm = squared_norm(self.tier, self.row(self.call.q, self.call.queries, query));
+            let excess = self.scale_bits() * (self.key_norm * norm).sqrt() - LIMIT;
+            *offset = if excess <= 0.0 { 0.0 } else { excess.ceil() };
+        }
+        offsets
+    }
+
+    /// All keys for a group of query blocks without a running maximum; whether
+    /// the sums came out in range.
     ///
     /// # Safety
     ///
     /// As [`HeadTask::run`].
-    unsafe fn run_bounded(&self, pass: &Pass, blocks: usize, block: impl Fn(usize) -> Range<usize>) {
-        for i in 0..blocks {
+    unsafe fn run_bounded(&self, pass: &Pass, blocks: usize, block: impl Fn(usize) -> Range<usize>) -> bool {
+        let mut offsets = [[0.0; BLOCK]; FAR_GROUP];
+        for (i, offsets) in offsets[..blocks].iter_mut().enumerate() {
+            *offsets = self.offsets(block(i));
+            if !offsets.iter().all(|offset| offset.is_finite()) {
+                return false;
+            }
             // SAFETY: the layout has row sums for `group` blocks.
             unsafe { pass.layout.row_sums(pass.base, i).write_bytes(0, 1) };
         }
         let chunks = pass.last_key.div_ceil(K_STEP);
         let stretch = if pass.is_far { BLOCK_KEYS / K_STEP } else { chunks };
         for first in (0..chunks).step_by(stretch) {
-            for i in 0..blocks {
+            for (i, offsets) in offsets[..blocks].iter().enumerate() {
                 let at = StreamBuffers {
                     queries: pass.layout.queries(pass.base, i).cast_const(),
                     work: pass.layout.scores(pass.base).cast(),
                     sums: pass.layout.sums(pass.base, i),
+                    offsets: offsets.iter().any(|&offset| offset > 0.0).then_some(offsets),
                 };
                 let range = first..(first + stretch).min(chunks);
                 // SAFETY: passed on from the caller; buffers are the layout's.
@@ -315,12 +334,16 @@ impl<'a> HeadTask<'a> {
                 }
             }
         }
-        for i in 0..blocks {
+        let mut is_in_range = true;
+        for (i, offsets) in offsets[..blocks].iter().enumerate() {
             // SAFETY: as above.
-            unsafe {
-                *pass.layout.totals(pass.base, i) = (*pass.layout.row_sums(pass.base, i)).totals(self.tier);
-            }
+            let totals = unsafe { &mut *pass.layout.totals(pass.base, i) };
+            // SAFETY: as above.
+            *totals = unsafe { (*pass.layout.row_sums(pass.base, i)).totals(self.tier) };
+            let rows = block(i).len();
+            is_in_range &= offsets.iter().zip(&totals[..rows]).all(|(&o, &t)| o == 0.0 || t >= LEAST_SUM);
         }
+        is_in_range
     }
 
     /// All keys for a group of query blocks, with the running maximum.

@@ -4,7 +4,10 @@
 //! Cauchy–Schwarz a score is at most `c·|q|·|k|`; where that bound stays below
 //! [`LIMIT`] bits for a whole block of queries, 2^x neither overflows nor
 //! underflows f32 or bf16 (same exponents) and the quotient `Σ2^x v / Σ2^x` is
-//! the same number to the same relative precision. What falls away: the pass
+//! the same number to the same relative precision. Above it, each query's scores
+//! are lowered by what its bound exceeds [`LIMIT`] by: nothing can overflow, and
+//! a row whose largest score turns out far below its bound is seen by its sum
+//! ([`LEAST_SUM`]) and left to the path with a running maximum. What falls away: the pass
 //! for the maximum, the rescaling of the sums, and the wait for a whole block of
 //! scores, so that tile products and exponentials can overlap:
 //!
@@ -20,8 +23,13 @@ use half::bf16;
 use std::ops::Range;
 
 /// Largest bound, in bits, under which 2^±x and sums of it times values are
-/// far from the ends of the exponent range (2^±126).
-pub(super) const LIMIT: f32 = 80.0;
+/// away from the ends of the exponent range (2^±126).
+pub(super) const LIMIT: f32 = 96.0;
+/// Exponents below this count as this.
+#[cfg(target_arch = "x86_64")]
+pub(super) const FLOOR: f32 = -120.0;
+/// Smallest sum of a lowered row, 2⁻⁸⁰: 2^[`FLOOR`] is nothing beside it.
+pub(super) const LEAST_SUM: f32 = 1.0 / (1u128 << 80) as f32;
 /// Chunks whose probabilities are multiplied by V at a time.
 const BLOCK_CHUNKS: usize = 8;
 /// Bytes from one row of probabilities to the next.
@@ -32,13 +40,15 @@ const S_STRIDE: usize = BLOCK * size_of::<f32>();
 pub(super) const STREAM_BYTES: usize = 2 * BLOCK * (S_STRIDE + P_STRIDE);
 
 /// One query block's buffers for [`stream`].
-pub(super) struct StreamBuffers {
+pub(super) struct StreamBuffers<'a> {
     /// Queries, zero-padded to k-steps.
     pub queries: *const bf16,
     /// [`STREAM_BYTES`] of working memory.
     pub work: *mut u8,
     /// The output's sums so far.
     pub sums: *mut f32,
+    /// Bits to subtract from each row's scores, if their bound asks for it.
+    pub offsets: Option<&'a [f32; BLOCK]>,
 }
 
 /// Multiplies finished blocks of probabilities by V, a panel at a time.
@@ -110,6 +120,7 @@ pub(super) unsafe fn stream(
             keys: (head.call.keys - first_key).min(K_STEP),
             causal: head.call.is_causal.then_some(rows.start as isize + 1 - first_key as isize),
             scale: head.scale_bits(),
+            offsets: at.offsets,
         };
         // Tile work before each half: one half's instructions fit the reorder
         // buffer, so both tile bursts run behind exponentials.

@@ -4,6 +4,7 @@
 //! scores take one pass for the maximum and about twelve instructions for the
 //! exponential, against 56 tile cycles for 256 scores.
 
+use super::attention_stream::FLOOR;
 use super::avx512_epilogue::LOWEST;
 use super::block::BLOCK;
 use super::polynomial::{EXP2_CENTRED, EXP2_SHORT};
@@ -139,11 +140,18 @@ pub(super) unsafe fn softmax_block(
 /// the exponent bits. Nine instructions where reduce and scale take eleven.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-fn exp2_bounded(score: __m512, scale: __m512) -> __m512 {
+fn exp2_bounded<const HAS_OFFSET: bool>(score: __m512, scale: __m512, offset: __m512) -> __m512 {
     // 1.5·2²³: adding it leaves the nearest integer in the low mantissa bits.
     let shift = _mm512_set1_ps(12_582_912.0);
-    let shifted = _mm512_fmadd_ps(score, scale, shift);
-    let fraction = _mm512_fmsub_ps(score, scale, _mm512_sub_ps(shifted, shift));
+    let (shifted, fraction) = if HAS_OFFSET {
+        let x = _mm512_fmsub_ps(score, scale, offset);
+        let x = _mm512_max_ps(_mm512_set1_ps(FLOOR), x);
+        let shifted = _mm512_add_ps(x, shift);
+        (shifted, _mm512_sub_ps(x, _mm512_sub_ps(shifted, shift)))
+    } else {
+        let shifted = _mm512_fmadd_ps(score, scale, shift);
+        (shifted, _mm512_fmsub_ps(score, scale, _mm512_sub_ps(shifted, shift)))
+    };
     let mut value = _mm512_set1_ps(EXP2_CENTRED[4]);
     for c in [EXP2_CENTRED[3], EXP2_CENTRED[2], EXP2_CENTRED[1], EXP2_CENTRED[0]] {
         value = _mm512_fmadd_ps(value, fraction, _mm512_set1_ps(c));
@@ -157,16 +165,27 @@ fn exp2_bounded(score: __m512, scale: __m512) -> __m512 {
 /// # Safety
 ///
 /// As there.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
 pub(super) unsafe fn exp_chunk(block: &ChunkBlock, sums: &mut RowSums) {
+    // SAFETY: passed on from the caller.
+    unsafe {
+        match block.offsets {
+            None => exp_rows::<false>(block, &[0.0; BLOCK], sums),
+            Some(offsets) => exp_rows::<true>(block, offsets, sums),
+        }
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+unsafe fn exp_rows<const HAS_OFFSET: bool>(block: &ChunkBlock, offsets: &[f32; BLOCK], sums: &mut RowSums) {
     let scale = _mm512_set1_ps(block.scale);
     let is_whole = block.keys == 32 && block.causal.is_none();
     for (row, sums) in block.rows.clone().zip(&mut sums.0[block.rows.clone()]) {
         // SAFETY: rows of 32 scores and 32 probabilities, 16 lanes of sums.
         unsafe {
             let from = block.scores.add(32 * row);
-            let mut low = exp2_bounded(_mm512_loadu_ps(from), scale);
-            let mut high = exp2_bounded(_mm512_loadu_ps(from.add(16)), scale);
+            let offset = _mm512_set1_ps(offsets[row]);
+            let mut low = exp2_bounded::<HAS_OFFSET>(_mm512_loadu_ps(from), scale, offset);
+            let mut high = exp2_bounded::<HAS_OFFSET>(_mm512_loadu_ps(from.add(16)), scale, offset);
             if !is_whole {
                 let limit = block.limit(row);
                 low = _mm512_maskz_mov_ps(lanes(limit, 0), low);

@@ -13,6 +13,8 @@
 //! | [`epilogue`] | bias, activation, scale, residual, rounding |
 //! | `tiles`, `block` | block driver and the seam to the tiers |
 //! | `amx`, `avx512*`, `portable` | leaves: the only code that differs by tier |
+//! | `attention_stream`, `softmax` | attention's inner loop, and its exponentials' seam to the tiers |
+//! | `parallel` | division among threads |
 //! | `memory` | aligned buffers, per-thread scratch |
 //! | [`probe`] | measured peak and GEMM ceiling |
 

@@ -97,7 +97,7 @@ impl RowSums {
 }
 
 /// A chunk of 32 keys' scores whose exponentials need no maximum.
-pub(super) struct ChunkBlock {
+pub(super) struct ChunkBlock<'a> {
     /// 32 scores a row, rows dense.
     pub scores: *const f32,
     /// 32 probabilities a row.
@@ -112,9 +112,11 @@ pub(super) struct ChunkBlock {
     pub causal: Option<isize>,
     /// Factor on the scores, log₂e included.
     pub scale: f32,
+    /// Bits to subtract from each row's scaled scores, if any needs it.
+    pub offsets: Option<&'a [f32; BLOCK]>,
 }
 
-impl ChunkBlock {
+impl ChunkBlock<'_> {
     /// Keys that a row sees.
     #[inline(always)]
     pub fn limit(&self, row: usize) -> usize {
@@ -125,7 +127,7 @@ impl ChunkBlock {
     }
 }
 
-/// `to = 2^(scores · scale)`; adds to the row sums.
+/// `to = 2^(scores · scale − offset)`; adds to the row sums.
 ///
 /// # Safety
 ///
@@ -150,7 +152,8 @@ unsafe fn exp_chunk_portable(block: &ChunkBlock, sums: &mut RowSums) {
         for i in 0..BLOCK {
             // SAFETY: inside the row of scores and of probabilities.
             unsafe {
-                let score = *block.scores.add(row * BLOCK + i) * block.scale;
+                let offset = block.offsets.map_or(0.0, |offsets| offsets[row]);
+                let score = *block.scores.add(row * BLOCK + i) * block.scale - offset;
                 let p = if i < limit { score.exp2() } else { 0.0 };
                 sums.0[row][i % 16] += p;
                 *block.to.cast::<u8>().add(row * block.stride).cast::<bf16>().add(i) = bf16::from_f32(p);

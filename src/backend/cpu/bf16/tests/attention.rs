@@ -101,6 +101,7 @@ fn check_tier(tier: Tier) {
         Case { dim: 512, heads: 1, queries: 300, keys: 1100, spread: 8.0, seed: 7, ..base },
         Case { dim: 16, queries: 1, keys: 1, seed: 8, ..base },
         Case { dim: 48, queries: 33, keys: 700, spread: 30.0, seed: 9, ..base },
+        Case { dim: 40, queries: 300, keys: 600, spread: 200.0, seed: 12, ..base },
         Case { dim: 32, queries: 700, keys: 700, is_causal: true, spread: 20.0, seed: 10, ..base },
         Case { dim: 128, heads: 1, queries: 40, keys: 300, is_causal: true, seed: 11, ..base },
     ];
@@ -140,6 +141,44 @@ fn portable_matches_f64() {
     check_tier(Tier::Portable);
 }
 
+/// Keys far from every query but one huge key pointing away: the bound is loose
+/// by hundreds of bits, so lowered scores vanish and the maximum must be used.
+#[test]
+fn loose_bounds_fall_back_to_the_maximum() {
+    for tier in Tier::available() {
+        let (dim, keys) = (32, 70);
+        let mut random = Random(4);
+        let q = vec![bf16::ONE; 20 * dim];
+        let mut k = random.bf16s(keys * dim);
+        k[..dim].fill(bf16::from_f32(-60.0));
+        let v = random.bf16s(keys * dim);
+        let heads = |data| Heads { data, stride: dim, offset: 0 };
+        let call = Attention {
+            batch: 1,
+            heads: 1,
+            head_dim: dim,
+            queries: 20,
+            keys,
+            q: heads(&q),
+            k: heads(&k),
+            v: heads(&v),
+            scale: 1.0,
+            is_causal: false,
+        };
+        let mut out = vec![bf16::NAN; 20 * dim];
+        attention(tier, &call, &mut out, dim).unwrap();
+        let scores: Vec<f64> = k.chunks(dim).map(|k| k.iter().map(|v| v.to_f64()).sum()).collect();
+        let max = scores.iter().copied().fold(f64::MIN, f64::max);
+        let total: f64 = scores.iter().map(|s| (s - max).exp()).sum();
+        for d in 0..dim {
+            let terms =
+                scores.iter().zip(v.chunks(dim)).map(|(s, v)| (s - max).exp() / total * v[d].to_f64());
+            let expected: f64 = terms.sum();
+            assert!((out[d].to_f64() - expected).abs() < 0.01, "{tier:?} {d}: {} {expected}", out[d]);
+        }
+    }
+}
+
 #[test]
 fn bad_calls_are_errors() {
     let data = [bf16::ONE; 64];
@@ -163,5 +202,6 @@ fn bad_calls_are_errors() {
             .is_err_and(|e| e.to_string().contains("attention keys is 64, needs 96"))
     );
     assert!(run(Attention { scale: -1.0, ..good }).is_err_and(|e| e.to_string().contains("scale is -1")));
+    assert!(run(Attention { head_dim: 4096, heads: 0, ..good }).is_ok());
     assert!(run(Attention { v: Heads { offset: 8, ..heads }, ..good }).is_err());
 }

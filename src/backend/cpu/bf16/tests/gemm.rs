@@ -12,6 +12,21 @@ fn activate(activation: Activation, x: f64, gate: f64) -> f64 {
     }
 }
 
+/// Padding between the rows is poisoned: it must never reach a sum.
+fn poison(stride: usize, used: usize, mut data: Vec<bf16>) -> Vec<bf16> {
+    data.iter_mut().enumerate().filter(|(i, _)| i % stride >= used).for_each(|(_, v)| *v = bf16::NAN);
+    data
+}
+
+fn dot(a: impl Fn(usize) -> bf16, weights: &[bf16]) -> Expected {
+    let mut s = Expected::default();
+    for (i, weight) in weights.iter().enumerate() {
+        let product = a(i).to_f64() * weight.to_f64();
+        s = Expected { value: s.value + product, magnitude: s.magnitude + product.abs() };
+    }
+    s
+}
+
 /// One random case: which parts of the epilogue it has is drawn from `seed`.
 fn check_case(tier: Tier, (m, n, k): (usize, usize, usize), activation: Activation, seed: u64) {
     let n = if activation == Activation::Geglu { n.next_multiple_of(2) } else { n };
@@ -19,11 +34,6 @@ fn check_case(tier: Tier, (m, n, k): (usize, usize, usize), activation: Activati
     let pick = random.next();
     let split = if pick & 1 == 1 && k > 1 { k / 2 } else { k };
     let (lda, lda2) = (split + (pick >> 1 & 7) as usize, k - split + (pick >> 4 & 7) as usize);
-    // Padding between the rows is poisoned: it must never reach a sum.
-    let poison = |stride: usize, used: usize, mut data: Vec<bf16>| {
-        data.iter_mut().enumerate().filter(|(i, _)| i % stride >= used).for_each(|(_, v)| *v = bf16::NAN);
-        data
-    };
     let a1 = poison(lda, split, random.bf16s(m * lda));
     let a2 = if split < k { poison(lda2, k - split, random.bf16s(m * lda2)) } else { Vec::new() };
     let weights = random.bf16s(n * k);
@@ -64,11 +74,7 @@ fn check_case(tier: Tier, (m, n, k): (usize, usize, usize), activation: Activati
     gemm(tier, &input, &packed, &epilogue, out).unwrap();
     let a = |row: usize, i: usize| if i < split { a1[row * lda + i] } else { a2[row * lda2 + i - split] };
     let sum = |row: usize, column: usize| {
-        let mut s = Expected::default();
-        for i in 0..k {
-            let product = a(row, i).to_f64() * weights[column * k + i].to_f64();
-            s = Expected { value: s.value + product, magnitude: s.magnitude + product.abs() };
-        }
+        let mut s = dot(|i| a(row, i), &weights[column * k..][..k]);
         s.value += epilogue.bias.map_or(0.0, |b| f64::from(b[column]));
         s
     };
