@@ -23,6 +23,7 @@ mod bf16_ops;
 pub mod ceiling;
 mod check;
 mod elementwise;
+mod heap;
 mod layers;
 mod matmul;
 mod norm;
@@ -172,7 +173,14 @@ impl Backend for CpuBackend {
     }
 
     fn trim(&self) {
+        self.pool.broadcast(|_| {
+            matmul::release_scratch();
+            attention::release_scratch();
+            regions::release_scratch();
+            bf16::release_scratch();
+        });
         self.arena.trim();
+        heap::give_back();
     }
 
     fn alloc(&self, shape: Shape) -> Result<Tensor, TensorError> {
