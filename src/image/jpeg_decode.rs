@@ -6,7 +6,9 @@
 //! integer DCT, triangle-filtered chroma, smoothed blocks where a progressive
 //! file leaves coefficients open); MozJPEG, the same C library with another
 //! encoder, computes the same bits. It is built without assembly: the C code
-//! gives the same result on every processor and needs only a C compiler.
+//! gives the same result on every processor and needs only a C compiler. Only
+//! coefficients far out of range, as in damaged files, tell them apart: there
+//! libjpeg-turbo's assembly saturates and its C code wraps.
 //!
 //! libjpeg reports an error by unwinding, which [`decode`] catches; the crate
 //! must therefore not be built with `panic = "abort"`. What libjpeg only warns
