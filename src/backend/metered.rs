@@ -77,6 +77,10 @@ impl Backend for Metered {
         self.inner.alloc(shape)
     }
 
+    fn alloc_result(&self, shape: Shape) -> Result<Tensor, TensorError> {
+        self.inner.alloc_result(shape)
+    }
+
     fn pack_linear(&self, parts: &LinearParts<'_>) -> Result<LinearWeight, TensorError> {
         self.count("pack", 0.0, || self.inner.pack_linear(parts))
     }

@@ -134,6 +134,8 @@ pub fn run(args: &ServeArgs) -> anyhow::Result<()> {
     let config = config(args)?;
     let services = services(args)?;
     let folders = services.folders.clone();
+    let backend = services.models.backend().clone();
+    std::thread::spawn(move || setup::warm_up(backend));
     empty(folders.root(Kind::Temp));
     let engine = Engine::new(EngineConfig::new(services, nodes::registry()));
     let runtime = tokio::runtime::Builder::new_multi_thread()

@@ -6,9 +6,14 @@ use std::sync::Arc;
 use anyhow::{Context as _, Result};
 
 use crate::backend::{self, DeviceOptions};
-use crate::files::{FolderOptions, Folders};
-use crate::models::ModelStore;
+use crate::diffusion::noise::prepare_noise;
+use crate::files::{DEMO_BYTES, DEMO_CHECKPOINT, FolderOptions, Folders};
+use crate::models::unet::UnetInput;
+use crate::models::{ModelError, ModelSource, ModelStore};
+use crate::nodes::text::weighted_tokens;
 use crate::nodes::{PreviewMethod, Services};
+use crate::tensor::Backend;
+use crate::tokenizer::{self, NoEmbeddings, TokenizerOptions};
 use crate::weights::OpenOptions;
 
 /// PNG compression of outputs: fast, a few per cent larger than the slow levels.
@@ -93,4 +98,30 @@ pub fn local_folders(args: &RuntimeArgs, output: &Path, scratch: &Path) -> Folde
         user: Some(scratch.join("user")),
         ..args.folders()
     }
+}
+
+/// Runs the built-in model once at its smallest, and unloads it.
+///
+/// The first prompt then finds the code pages in memory and the tokenizer's
+/// tables built, and a machine on which the backend doesn't work says so at start.
+pub fn warm_up(backend: Arc<dyn Backend>) {
+    let began = std::time::Instant::now();
+    match forward_once(backend.clone()) {
+        Ok(()) => tracing::debug!(elapsed = ?began.elapsed(), "warm"),
+        Err(error) => tracing::error!(%error, "the built-in model does not run: prompts will fail too"),
+    }
+    backend.trim();
+}
+
+fn forward_once(backend: Arc<dyn Backend>) -> Result<(), ModelError> {
+    let store = ModelStore::new(backend, OpenOptions::default());
+    let file = store.file(ModelSource::Embedded { name: DEMO_CHECKPOINT, bytes: DEMO_BYTES });
+    let chunks = tokenizer::tokenize("a red circle", &TokenizerOptions::sd1(), &NoEmbeddings);
+    let cond = Arc::new(file.clip()?.encode(&weighted_tokens(chunks), 0)?.cond);
+    let unet = file.unet()?;
+    let context = unet.context(&[cond])?;
+    let x = prepare_noise(&[1, unet.config().in_channels, 8, 8], 0, None);
+    let latent = unet.forward(&UnetInput { x: &x, timesteps: &[500.0], context: &context }, None)?;
+    file.vae()?.decode_raw(&latent)?;
+    Ok(())
 }

@@ -132,31 +132,34 @@ impl PreparedGuider<'_> {
         let needs_uncond = needs_uncond || self.patches.iter().any(|p| p.needs_uncond());
         let skip = |scale: f64| is_one(scale) && !needs_uncond;
         let side = |i: usize| self.sides.get(i).map(Vec::as_slice);
+        let at = |scale: f64| At { x, sigma, scale };
         match &self.guider.guidance {
             Guidance::Basic { .. } => {
                 let out = evaluate(model, &[side(0), None], x, sigma)?;
-                self.combine(out, x, sigma, 1.0)
+                self.combine(out, false, at(1.0))
             }
             Guidance::Cfg { scale, .. } => {
                 let negative = if skip(*scale) { None } else { side(1) };
+                let has_negative = negative.is_some();
                 let out = evaluate(model, &[side(0), negative], x, sigma)?;
-                self.combine(out, x, sigma, *scale)
+                self.combine(out, has_negative, at(*scale))
             }
             Guidance::Dual { scale_positive, scale_negative, is_nested, .. } => {
                 let (first, second) = (*scale_positive, *scale_negative);
                 let negative = if !is_nested && skip(second) { None } else { side(2) };
                 let middle = if !is_nested && skip(second) && skip(first) { None } else { side(1) };
+                let has_negative = negative.is_some();
                 let out = evaluate(model, &[negative, middle, side(0)], x, sigma)?;
                 let Ok([negative, middle, positive]) = <[HostTensor; 3]>::try_from(out) else {
                     return Err(DiffusionError::Empty { what: "prediction", hint: "give three sides" });
                 };
                 if *is_nested {
-                    let inner = self.combine(vec![positive, middle], x, sigma, first)?.denoised;
+                    let inner = self.combine(vec![positive, middle], true, at(first))?.denoised;
                     let denoised = inner.zip(&negative, |i, n| n + second as f32 * (i - n));
                     return Ok(Guided { denoised, uncond: Some(negative) });
                 }
                 let change = positive.zip(&middle, |p, m| (p - m) * first as f32);
-                let mut guided = self.combine(vec![middle, negative], x, sigma, second)?;
+                let mut guided = self.combine(vec![middle, negative], has_negative, at(second))?;
                 guided.denoised = guided.denoised.zip(&change, |g, c| g + c);
                 Ok(guided)
             }
@@ -167,8 +170,8 @@ impl PreparedGuider<'_> {
                 };
                 let scales = (*scale, *negative_scale);
                 let guided = perpendicular_negative(&positive, &negative, &empty, scales);
-                let preds = Predictions { cond: positive, uncond: negative };
-                self.finish(preds, guided, x, sigma, *scale)
+                let preds = Predictions { cond: positive, uncond: negative, has_uncond: true };
+                self.finish(preds, guided, at(*scale))
             }
         }
     }
@@ -177,14 +180,14 @@ impl PreparedGuider<'_> {
     fn combine(
         &mut self,
         out: Vec<HostTensor>,
-        x: &HostTensor,
-        sigma: f32,
-        scale: f64,
+        has_uncond: bool,
+        at: At<'_>,
     ) -> Result<Guided, DiffusionError> {
+        let At { x, sigma, scale } = at;
         let Ok([cond, uncond]) = <[HostTensor; 2]>::try_from(out) else {
             return Err(DiffusionError::Empty { what: "prediction", hint: "give two sides" });
         };
-        let mut preds = Predictions { cond, uncond };
+        let mut preds = Predictions { cond, uncond, has_uncond };
         let ctx = PatchContext { model: &*self.guider.model.0, sides: &self.sides, x, sigma, scale };
         for patch in &mut self.patches {
             patch.before(&ctx, &mut preds)?;
@@ -196,17 +199,16 @@ impl PreparedGuider<'_> {
         }
         let guided =
             guided.unwrap_or_else(|| preds.uncond.zip(&preds.cond, |u, c| u + (c - u) * scale as f32));
-        self.finish(preds, guided, x, sigma, scale)
+        self.finish(preds, guided, at)
     }
 
     fn finish(
         &mut self,
         preds: Predictions,
         mut guided: HostTensor,
-        x: &HostTensor,
-        sigma: f32,
-        scale: f64,
+        at: At<'_>,
     ) -> Result<Guided, DiffusionError> {
+        let At { x, sigma, scale } = at;
         let ctx = PatchContext { model: &*self.guider.model.0, sides: &self.sides, x, sigma, scale };
         for patch in &mut self.patches {
             guided = patch.after(&ctx, &preds, guided)?;
@@ -219,6 +221,14 @@ impl PreparedGuider<'_> {
         let sampling = self.guider.model.0.sampling();
         self.patches.iter().rev().find_map(|p| p.mask(sampling, mask, sigma, sigmas))
     }
+}
+
+/// Where a combination happens.
+#[derive(Clone, Copy)]
+struct At<'a> {
+    x: &'a HostTensor,
+    sigma: f32,
+    scale: f64,
 }
 
 /// Within 1e-9 of 1.

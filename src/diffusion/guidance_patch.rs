@@ -6,8 +6,7 @@
 //! 2024; Kwon et al., "TCFG: Tangential damping classifier-free guidance", 2025;
 //! Huang et al., "FreSca", 2025; Ning et al., "Elucidating the exposure bias"
 //! (epsilon scaling), 2023; Armandpour et al. (Perp-Neg), 2023; Levin and Fried,
-//! "Differential diffusion", 2023; Reinhard et al., "Photographic tone
-//! reproduction", 2002.
+//! "Differential diffusion", 2023.
 
 use std::sync::Arc;
 
@@ -18,12 +17,14 @@ use super::schedule::ModelSampling;
 use super::{DiffusionError, frequency};
 use crate::tensor::HostTensor;
 
-/// The denoised predictions of both sides. A side that was not evaluated is zeros.
+/// The denoised predictions of both sides.
 pub struct Predictions {
     /// Towards the positive side.
     pub cond: HostTensor,
-    /// Towards the negative side.
+    /// Towards the negative side; zeros if it was not evaluated.
     pub uncond: HostTensor,
+    /// Whether the negative side was evaluated.
+    pub has_uncond: bool,
 }
 
 /// The step that a patch works on.
@@ -91,8 +92,8 @@ pub trait GuidancePatch: Send + Sync {
     }
 }
 
-/// An operation on latents: what a `LATENT_OPERATION` link carries.
-pub type LatentOperation = Arc<dyn Fn(&HostTensor) -> HostTensor + Send + Sync>;
+/// An operation on latents.
+pub type LatentOperation = Arc<dyn Fn(&HostTensor) -> Result<HostTensor, DiffusionError> + Send + Sync>;
 
 /// The patches that need nothing but the predictions.
 #[derive(Clone)]
@@ -165,8 +166,8 @@ impl GuidancePatch for BuiltinPatch {
 
     fn before(&mut self, ctx: &PatchContext<'_>, preds: &mut Predictions) -> Result<(), DiffusionError> {
         match self {
-            BuiltinPatch::TangentialDamping => tangential_damping(ctx.x, preds),
-            BuiltinPatch::FreSca { low, high, cutoff } => {
+            BuiltinPatch::TangentialDamping if preds.has_uncond => tangential_damping(ctx.x, preds),
+            BuiltinPatch::FreSca { low, high, cutoff } if preds.has_uncond => {
                 let direction = preds.cond.zip(&preds.uncond, |c, u| c - u);
                 let filtered = frequency::scale_bands(&direction, *low, *high, *cutoff);
                 preds.cond = filtered.zip(&preds.uncond, |d, u| d + u);
@@ -183,7 +184,7 @@ impl GuidancePatch for BuiltinPatch {
             }
             BuiltinPatch::LatentOperation(operation) => {
                 let direction = preds.cond.zip(&preds.uncond, |c, u| c - u);
-                preds.cond = operation(&direction).zip(&preds.uncond, |d, u| d + u);
+                preds.cond = operation(&direction)?.zip(&preds.uncond, |d, u| d + u);
             }
             _ => {}
         }
@@ -380,28 +381,5 @@ fn projected(
             .zip(uncond)
             .map(|((d, c), u)| (u + (limit * d + along * c)) + (c - u) / scale)
             .collect()
-    })
-}
-
-/// Tone mapping of a latent: compresses the magnitude over channels towards five
-/// deviations above its mean, times `multiplier`.
-pub fn tonemap_reinhard(multiplier: f32) -> LatentOperation {
-    Arc::new(move |latent: &HostTensor| {
-        let (channels, plane) = (latent.dim(1), latent.dim(2) * latent.dim(3));
-        per_sample([latent], |[values]| {
-            let magnitude: Vec<f32> = (0..plane)
-                .map(|i| {
-                    let squares = (0..channels).map(|c| f64::from(values[c * plane + i]).powi(2));
-                    squares.sum::<f64>().sqrt() as f32 + 1e-10
-                })
-                .collect();
-            let mean = magnitude.iter().map(|m| f64::from(*m)).sum::<f64>() / plane.max(1) as f64;
-            let top = ((deviation(&magnitude) * 5.0 + mean) * f64::from(multiplier)) as f32;
-            let factor = |m: f32| {
-                let relative = m / top;
-                relative / (relative + 1.0) * top / m
-            };
-            values.iter().enumerate().map(|(i, v)| v * factor(magnitude[i % plane])).collect()
-        })
     })
 }

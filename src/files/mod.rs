@@ -26,7 +26,7 @@ use std::path::{Path, PathBuf};
 
 pub use clock::LocalTime;
 pub use error::{FoldersError, PathError};
-pub use models::{DEMO_CHECKPOINT, ModelEntry, ModelPath};
+pub use models::{DEMO_BYTES, DEMO_CHECKPOINT, ModelEntry, ModelPath};
 pub use save::{SaveTarget, write_atomic, write_new};
 
 use models::ModelFolder;

@@ -12,7 +12,7 @@ use super::{Folders, PathError, listing, names};
 /// Name of the checkpoint inside the binary.
 pub const DEMO_CHECKPOINT: &str = "demo-sd.safetensors";
 /// The checkpoint inside the binary.
-static DEMO_BYTES: &[u8] = include_bytes!("../../assets/demo-sd.safetensors");
+pub static DEMO_BYTES: &[u8] = include_bytes!("../../assets/demo-sd.safetensors");
 
 /// Extensions of model files. The pickle formats are listed, as in ComfyUI, so
 /// that choosing one leads to a message instead of an unknown name.

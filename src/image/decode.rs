@@ -9,13 +9,11 @@
 
 use std::io::Cursor;
 
-use image::codecs::{
-    bmp::BmpDecoder, gif::GifDecoder, jpeg::JpegDecoder, tiff::TiffDecoder, webp::WebPDecoder,
-};
+use image::codecs::{bmp::BmpDecoder, gif::GifDecoder, tiff::TiffDecoder, webp::WebPDecoder};
 use image::{AnimationDecoder, DynamicImage, ImageDecoder, ImageFormat};
 use thiserror::Error;
 
-use super::{orientation, png_decode};
+use super::{jpeg_decode, orientation, png_decode};
 use crate::tensor::HostTensor;
 
 /// Side of the mask that stands for "no mask", as in ComfyUI.
@@ -207,7 +205,7 @@ pub fn decode(bytes: &[u8], limits: &Limits) -> Result<DecodedImage, DecodeError
     let reader = Cursor::new(bytes);
     match format {
         ImageFormat::Png => png_decode::decode(bytes, limits),
-        ImageFormat::Jpeg => still(JpegDecoder::new(reader)?, limits),
+        ImageFormat::Jpeg => jpeg_decode::decode(bytes, limits),
         ImageFormat::Gif => decode_gif(bytes, limits),
         ImageFormat::Bmp => still(BmpDecoder::new(reader)?, limits),
         ImageFormat::Tiff => still(TiffDecoder::new(reader)?, limits),

@@ -17,6 +17,7 @@ mod decode;
 #[cfg(test)]
 mod decode_tests;
 mod encode;
+mod jpeg_decode;
 mod lanczos;
 mod orientation;
 mod png_decode;

@@ -210,14 +210,16 @@ impl Ops<'_> {
         Ok(out)
     }
 
+    /// Convolution whose result leaves the device.
+    pub fn conv_result(&self, op: &Conv2d<'_>) -> Result<Tensor, ModelError> {
+        let mut out = self.0.alloc_result(conv_shape(op)?)?;
+        self.0.conv2d(op, &mut out)?;
+        Ok(out)
+    }
+
     /// Convolution.
     pub fn conv(&self, op: &Conv2d<'_>) -> Result<Tensor, ModelError> {
-        let shape = op.out_shape().ok_or(ModelError::Input {
-            what: "height and width of a convolution's input",
-            expected: op.w.kh,
-            found: op.x.shape().h.min(op.x.shape().w),
-        })?;
-        self.with(shape, |out| self.0.conv2d(op, out))
+        self.with(conv_shape(op)?, |out| self.0.conv2d(op, out))
     }
 
     /// Linear layer.
@@ -287,6 +289,14 @@ impl Ops<'_> {
         self.0.download(x, HostLayout::Nhwc, out.data_mut())?;
         Ok(out)
     }
+}
+
+fn conv_shape(op: &Conv2d<'_>) -> Result<Shape, ModelError> {
+    op.out_shape().ok_or(ModelError::Input {
+        what: "height and width of a convolution's input",
+        expected: op.w.kh,
+        found: op.x.shape().h.min(op.x.shape().w),
+    })
 }
 
 /// Self-attention over the fused projection `[B, 1, S, 3·C]`.

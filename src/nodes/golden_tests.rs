@@ -104,15 +104,9 @@ fn part(value: &Value, key: &str) -> Option<HostTensor> {
 
 /// Largest difference allowed. Recorded values come from the same f32
 /// arithmetic in another order: 1e-5. What passes through 8-bit pictures only
-/// is exact. The JPEG case is no pass of that kind: another decoder rounds
-/// differently by up to 6/255 (see `image::decode_tests`); the bound only
-/// catches new damage.
+/// is exact.
 fn tolerance(case: &str) -> f32 {
-    match case {
-        "LoadImage_img_a_jpg" => 6.0 / 255.0 + 1e-6,
-        _ if case.starts_with("LoadImage") || case.contains("lanczos") => 0.0,
-        _ => 1e-5,
-    }
+    if case.starts_with("LoadImage") || case.contains("lanczos") { 0.0 } else { 1e-5 }
 }
 
 fn compare(case: &str, output: &Json, value: &Value, file: &SafeTensors<'_>) -> Result<f32, String> {

@@ -14,6 +14,7 @@ pub mod custom_sampling;
 mod file_tests;
 #[cfg(test)]
 mod golden_tests;
+pub mod guidance;
 pub mod image;
 pub mod image_file;
 pub mod image_filter;
@@ -82,6 +83,7 @@ pub fn registry() -> Vec<Box<dyn Node>> {
         conditioning::nodes(),
         sampling::nodes(),
         custom_sampling::nodes(),
+        guidance::nodes(),
         latent::nodes(),
         latent_math::nodes(),
         latent_file::nodes(),

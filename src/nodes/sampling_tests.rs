@@ -12,7 +12,6 @@ use crate::diffusion::golden::{Group, Toy, distance, entry, report};
 use crate::diffusion::samplers::SAMPLERS;
 use crate::diffusion::{Conditioning, Latent, ModelHandle};
 use crate::graph::{FileList, FileLists, object_info};
-use crate::models::ModelStore;
 use crate::tensor::HostTensor;
 
 struct NoFiles;
@@ -54,7 +53,7 @@ fn schemas_are_the_recorded_ones() {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
-    assert_eq!(recorded.len(), 49);
+    assert_eq!(recorded.len(), 59);
 }
 
 /// Counts progress calls; may ask to stop after some.
@@ -77,10 +76,9 @@ impl ProgressSink for Sink {
 }
 
 fn services() -> Services {
-    let backend = crate::backend::open(Default::default()).unwrap();
     Services {
         folders: Arc::default(),
-        models: Arc::new(ModelStore::new(backend, Default::default())),
+        models: super::file_tests::no_models(),
         save_metadata: true,
         png_level: 1,
         preview: PreviewMethod::None,

@@ -46,7 +46,11 @@ fn tokenize(
 ) -> Result<Vec<Vec<WeightedToken>>, NodeError> {
     let width = clip.file.clip()?.config().width;
     let lookup = EmbeddingFiles { services, width };
-    let chunks = tokenizer::tokenize(text, &TokenizerOptions::sd1(), &lookup);
+    Ok(weighted_tokens(tokenizer::tokenize(text, &TokenizerOptions::sd1(), &lookup)))
+}
+
+/// Chunks of the tokenizer as the text encoder takes them.
+pub fn weighted_tokens(chunks: Vec<Vec<(Token, f32)>>) -> Vec<Vec<WeightedToken>> {
     let convert = |(token, weight)| WeightedToken {
         token: match token {
             Token::Id(id) => ClipToken::Id(id),
@@ -54,7 +58,7 @@ fn tokenize(
         },
         weight,
     };
-    Ok(chunks.into_iter().map(|chunk| chunk.into_iter().map(convert).collect()).collect())
+    chunks.into_iter().map(|chunk| chunk.into_iter().map(convert).collect()).collect()
 }
 
 /// Textual-inversion embeddings in the `embeddings` folder.

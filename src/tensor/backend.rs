@@ -309,6 +309,14 @@ pub trait Backend: Send + Sync {
     /// An activation with undefined content, from the arena.
     fn alloc(&self, shape: Shape) -> Result<Tensor, TensorError>;
 
+    /// An activation for a result that leaves the device, to be written by
+    /// [`conv2d`](Backend::conv2d) or [`linear`](Backend::linear) and read by
+    /// [`download`](Backend::download) only: f32 where the backend's own type
+    /// is shorter and those ops can write it.
+    fn alloc_result(&self, shape: Shape) -> Result<Tensor, TensorError> {
+        self.alloc(shape)
+    }
+
     /// Packs linear weights into this backend's layout.
     fn pack_linear(&self, parts: &LinearParts<'_>) -> Result<LinearWeight, TensorError>;
 

@@ -75,8 +75,43 @@ impl Storage {
                 }
             }
         }
+        #[cfg(target_os = "linux")]
+        if let Storage::Static(bytes) = self {
+            release_program_pages(&bytes[range.clone()]);
+        }
         #[cfg(not(unix))]
         let _ = range;
+    }
+}
+
+/// As [`Storage::release`] for bytes inside the program's file.
+///
+/// A `'static` slice may also be leaked heap memory, whose pages must stay:
+/// only a read-only mapping of a file, as the system lists it, qualifies. Pages
+/// wholly inside a slice of plain bytes hold no relocated pointers, so they
+/// equal the file.
+#[cfg(target_os = "linux")]
+fn release_program_pages(bytes: &[u8]) {
+    let page = page_bytes();
+    let start = (bytes.as_ptr() as usize).next_multiple_of(page);
+    let end = (bytes.as_ptr() as usize + bytes.len()) / page * page;
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
+    let is_program = maps.lines().any(|line| {
+        let mut fields = line.split_whitespace();
+        let (range, mode) = (fields.next().unwrap_or_default(), fields.next().unwrap_or_default());
+        let path = fields.nth(3).unwrap_or_default();
+        let Some((from, to)) = range.split_once('-') else { return false };
+        let parse = |text| usize::from_str_radix(text, 16);
+        let (Ok(from), Ok(to)) = (parse(from), parse(to)) else { return false };
+        mode == "r--p" && path.starts_with('/') && from <= start && end <= to
+    });
+    if is_program && start < end {
+        // SAFETY: the pages belong to a private, read-only mapping of the program's
+        // file and were never written, so a dropped page is read back with the same content.
+        let failed = unsafe { libc::madvise(start as *mut libc::c_void, end - start, libc::MADV_DONTNEED) };
+        if failed != 0 {
+            tracing::debug!("pages of the built-in model were not released");
+        }
     }
 }
 

@@ -19,6 +19,11 @@ thread_local! {
     static SCRATCH: RefCell<HeadScratch> = RefCell::default();
 }
 
+/// Frees the calling thread's working memory; it comes back when needed.
+pub(super) fn release_scratch() {
+    SCRATCH.take();
+}
+
 #[derive(Default)]
 struct HeadScratch {
     rows: Scratch,

@@ -199,8 +199,20 @@ pub(super) fn conv2d(tier: kernels::Tier, op: &Conv2d<'_>, out: &mut Tensor) -> 
         scale: op.scale,
         residual: residual(OP, op.residual, out)?,
     };
-    let target = kernels::Output::bf16(elements_mut(OP, out)?, expected.c);
+    let target = target(OP, out, expected.c)?;
     kernels::conv2d(tier, &input, geometry, &w.packed, &epilogue, target).map_err(kernel_error(OP))
+}
+
+/// Where a matrix op writes: results that leave the device are f32.
+fn target<'a>(
+    op: &'static str,
+    out: &'a mut Tensor,
+    columns: usize,
+) -> Result<kernels::Output<'a>, TensorError> {
+    Ok(match out.dtype() {
+        DType::F32 => kernels::Output::f32(elements_mut(op, out)?, columns),
+        _ => kernels::Output::bf16(elements_mut(op, out)?, columns),
+    })
 }
 
 /// See [`crate::tensor::Backend::linear`].
@@ -235,7 +247,7 @@ pub(super) fn linear(tier: kernels::Tier, op: &Linear<'_>, out: &mut Tensor) -> 
         scale: op.scale,
         residual: residual(OP, op.residual, out)?,
     };
-    let target = kernels::Output::bf16(elements_mut(OP, out)?, op.w.n);
+    let target = target(OP, out, op.w.n)?;
     kernels::gemm(tier, &input, &w.packed, &epilogue, target).map_err(kernel_error(OP))
 }
 

@@ -198,6 +198,11 @@ thread_local! {
     static SCRATCH: RefCell<TaskScratch> = RefCell::default();
 }
 
+/// Frees the calling thread's working memory; it comes back when needed.
+pub(super) fn release_scratch() {
+    SCRATCH.take();
+}
+
 #[derive(Default)]
 struct TaskScratch {
     a: Scratch,

@@ -23,6 +23,7 @@ mod bf16_ops;
 pub mod ceiling;
 mod check;
 mod elementwise;
+mod heap;
 mod layers;
 mod matmul;
 mod norm;
@@ -138,6 +139,14 @@ impl CpuBackend {
         })
     }
 
+    fn alloc_as(&self, shape: Shape, dtype: DType) -> Result<Tensor, TensorError> {
+        let bytes = [shape.n, shape.h, shape.w, shape.c, dtype.size()]
+            .iter()
+            .try_fold(1usize, |a, &b| a.checked_mul(b))
+            .unwrap_or(usize::MAX);
+        Ok(Tensor::new(shape, dtype, Storage::Host(self.arena.alloc(bytes)?)))
+    }
+
     fn dtype(&self) -> DType {
         if self.is_bf16 { DType::BF16 } else { DType::F32 }
     }
@@ -164,15 +173,23 @@ impl Backend for CpuBackend {
     }
 
     fn trim(&self) {
+        self.pool.broadcast(|_| {
+            matmul::release_scratch();
+            attention::release_scratch();
+            regions::release_scratch();
+            bf16::release_scratch();
+        });
         self.arena.trim();
+        heap::give_back();
     }
 
     fn alloc(&self, shape: Shape) -> Result<Tensor, TensorError> {
-        let bytes = [shape.n, shape.h, shape.w, shape.c, self.dtype().size()]
-            .iter()
-            .try_fold(1usize, |a, &b| a.checked_mul(b))
-            .unwrap_or(usize::MAX);
-        Ok(Tensor::new(shape, self.dtype(), Storage::Host(self.arena.alloc(bytes)?)))
+        self.alloc_as(shape, self.dtype())
+    }
+
+    fn alloc_result(&self, shape: Shape) -> Result<Tensor, TensorError> {
+        let dtype = if self.exec.tier.is_some() { DType::F32 } else { self.dtype() };
+        self.alloc_as(shape, dtype)
     }
 
     fn pack_linear(&self, parts: &LinearParts<'_>) -> Result<LinearWeight, TensorError> {
@@ -246,7 +263,10 @@ impl Backend for CpuBackend {
     }
 
     fn download(&self, x: &Tensor, layout: HostLayout, out: &mut [f32]) -> Result<(), TensorError> {
-        run!(self, elementwise::download, x, layout, out)
+        self.pool.install(|| match x.dtype() {
+            DType::BF16 => elementwise::download::<half::bf16>(x, layout, out),
+            _ => elementwise::download::<f32>(x, layout, out),
+        })
     }
 
     fn conv2d(&self, op: &Conv2d<'_>, out: &mut Tensor) -> Result<(), TensorError> {

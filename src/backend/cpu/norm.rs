@@ -101,25 +101,8 @@ pub(super) fn group_norm<E: Element>(
             chunk_moments(exec, &parts, first, rows, per_group, op.groups)
         })
         .collect();
-    let affine: Vec<(Vec<f32>, Vec<f32>)> = moments
-        .chunks(chunks)
-        .map(|sample| {
-            let groups = (0..op.groups)
-                .map(|g| sample.iter().fold(Moments::default(), |m, chunk| m.merge(chunk[g])))
-                .collect::<Vec<_>>();
-            let eps = f64::from(op.eps);
-            let factor = |c: usize| {
-                let m = &groups[c / per_group];
-                f64::from(params.scale[c]) / (m.m2 / m.count + eps).sqrt()
-            };
-            (0..channels)
-                .map(|c| {
-                    let mean = groups[c / per_group].mean;
-                    (factor(c) as f32, (f64::from(params.shift[c]) - mean * factor(c)) as f32)
-                })
-                .unzip()
-        })
-        .collect();
+    let affine: Vec<(Vec<f32>, Vec<f32>)> =
+        moments.chunks(chunks).map(|sample| affine(sample, params, per_group, op.eps)).collect();
     let out = elements_mut::<E>(OP, out)?;
     let is_large = size_of_val(out) >= LARGE_OUTPUT_BYTES;
     let rows_each = (1 << 15) / channels + 1;
@@ -148,6 +131,19 @@ pub(super) fn group_norm<E: Element>(
         }
     });
     Ok(())
+}
+
+/// Factor and shift of each channel of a sample, from its chunks' moments.
+fn affine(chunks: &[Vec<Moments>], params: &NormParams, per_group: usize, eps: f32) -> (Vec<f32>, Vec<f32>) {
+    let groups: Vec<Moments> = (0..params.scale.len() / per_group)
+        .map(|g| chunks.iter().fold(Moments::default(), |m, chunk| m.merge(chunk[g])))
+        .collect();
+    let channel = |(c, (&scale, &shift)): (usize, (&f32, &f32))| {
+        let m = &groups[c / per_group];
+        let factor = f64::from(scale) / (m.m2 / m.count + f64::from(eps)).sqrt();
+        (factor as f32, (f64::from(shift) - m.mean * factor) as f32)
+    };
+    params.scale.iter().zip(&params.shift).enumerate().map(channel).unzip()
 }
 
 /// Moments of every group over some rows. All channels have the same count,

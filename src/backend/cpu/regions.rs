@@ -26,6 +26,11 @@ thread_local! {
     static SCRATCH: RefCell<[Scratch; 3]> = RefCell::default();
 }
 
+/// Frees the calling thread's working memory; it comes back when needed.
+pub(super) fn release_scratch() {
+    SCRATCH.take();
+}
+
 /// Pixels of a line in a region at most.
 const MAX_COLUMNS: usize = 64;
 /// Values of a region's sums at most, a quarter of an L2 cache of 2 MiB.

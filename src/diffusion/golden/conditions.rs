@@ -6,7 +6,7 @@ use serde_json::Value as Json;
 
 use super::{Group, Toy, distance, entry, report};
 use crate::diffusion::conditioning::{Area, Rect, average, concat, zero_out};
-use crate::diffusion::guidance_patch::{BuiltinPatch, tonemap_reinhard};
+use crate::diffusion::guidance_patch::BuiltinPatch;
 use crate::diffusion::noise::prepare_noise;
 use crate::diffusion::sample::{SampleRequest, sample};
 use crate::diffusion::samplers::Sampler;
@@ -76,6 +76,20 @@ fn changed(case: &str, desc: &str, group: &Group) -> Option<(CondEntry, bool)> {
     None
 }
 
+/// Tone mapping after Reinhard et al., 2002: compresses the magnitude over channels
+/// towards five deviations above its mean, times `multiplier`.
+fn tonemap(latent: &HostTensor, multiplier: f32) -> HostTensor {
+    let (c, plane) = (latent.dim(1), latent.dim(2) * latent.dim(3));
+    assert_eq!(latent.dim(0), 1);
+    let x = latent.data();
+    let magnitude = |i: usize| (0..c).map(|k| x[k * plane + i].powi(2)).sum::<f32>().sqrt() + 1e-10;
+    let all: Vec<f32> = (0..plane).map(magnitude).collect();
+    let mean = all.iter().sum::<f32>() / plane as f32;
+    let variance = all.iter().map(|m| (m - mean).powi(2)).sum::<f32>() / (plane - 1) as f32;
+    let top = (variance.sqrt() * 5.0 + mean) * multiplier;
+    HostTensor::from_fn(latent.shape(), |i| x[i] / (all[i % plane] / top + 1.0))
+}
+
 fn patch(case: &str) -> Option<BuiltinPatch> {
     let apg =
         |eta, norm_threshold, momentum| BuiltinPatch::Apg { eta, norm_threshold, momentum, state: None };
@@ -90,7 +104,7 @@ fn patch(case: &str) -> Option<BuiltinPatch> {
         "APG" => apg(0.7, 2.0, -0.4),
         "APG_nomom" => apg(1.0, 5.0, 0.0),
         "DifferentialDiffusion" => BuiltinPatch::DifferentialDiffusion { strength: 1.0 },
-        "LatentApplyOperationCFG" => BuiltinPatch::LatentOperation(tonemap_reinhard(1.1)),
+        "LatentApplyOperationCFG" => BuiltinPatch::LatentOperation(Arc::new(|x| Ok(tonemap(x, 1.1)))),
         "PerpNeg" => BuiltinPatch::PerpNeg { empty: Arc::new(vec![entry(-0.3)]), negative_scale: 1.2 },
         _ => return None,
     })

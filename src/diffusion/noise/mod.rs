@@ -12,6 +12,8 @@ mod brownian;
 mod generator;
 mod mt19937;
 mod seed_sequence;
+// The coefficients are written as published; f32 rounds them as PyTorch's compiler does.
+#[allow(clippy::excessive_precision)]
 mod vector_math;
 
 #[cfg(test)]

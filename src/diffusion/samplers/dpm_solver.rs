@@ -12,7 +12,7 @@ use super::{Run, lincomb};
 use crate::diffusion::DiffusionError;
 use crate::tensor::HostTensor;
 
-/// Largest relative excess of the last step over the schedule's end.
+/// How near to the end, in log-SNR, counts as there.
 const END_TOLERANCE: f64 = 1e-5;
 
 /// Settings of the adaptive solver.

@@ -282,7 +282,7 @@ impl Unet {
             eps: 1e-5,
             silu: true,
         })?;
-        let out = ops.conv(&Conv2d::new(&normed, self.out_conv.get()?))?;
+        let out = ops.conv_result(&Conv2d::new(&normed, self.out_conv.get()?))?;
         (scope.probe)("out", &out);
         ops.download_nchw(&out)
     }

@@ -98,7 +98,8 @@ impl Vae {
                 x = ops.conv(&Conv2d { upsample2x: true, ..Conv2d::new(&x, conv.get()?) })?;
             }
         }
-        ops.download_nchw(&self.finish(ops, decoder, x)?)
+        let normed = self.norm_out(ops, decoder, x)?;
+        ops.download_nchw(&ops.conv_result(&Conv2d::new(&normed, decoder.conv_out.get()?))?)
     }
 
     /// Encodes the network's raw input `[B, 3, H, W]` (-1..1; sides multiples of the downscale)
@@ -120,7 +121,9 @@ impl Vae {
             }
         }
         let x = encoder.mid.forward(ops, x)?;
-        let moments = self.finish(ops, encoder, x)?;
+        let normed = self.norm_out(ops, encoder, x)?;
+        let moments = ops.conv(&Conv2d::new(&normed, encoder.conv_out.get()?))?;
+        drop(normed);
         let moments = ops.download_nchw(&ops.linear(&Linear::new(&moments, encoder.quant.get()?))?)?;
         let (batch, z, plane) = (moments.dim(0), self.config.z_channels, moments.dim(2) * moments.dim(3));
         let mut mean = Vec::with_capacity(batch * z * plane);
@@ -147,18 +150,16 @@ impl Vae {
             .saturating_mul(element_bytes)
     }
 
-    fn finish(&self, ops: Ops<'_>, coder: &Coder, x: Tensor) -> Result<Tensor, ModelError> {
+    fn norm_out(&self, ops: Ops<'_>, coder: &Coder, x: Tensor) -> Result<Tensor, ModelError> {
         let w = coder.norm_out.get()?;
-        let normed = ops.group_norm(&GroupNorm {
+        ops.group_norm(&GroupNorm {
             x: &x,
             x2: None,
             w,
             groups: self.config.norm_groups,
             eps: 1e-6,
             silu: true,
-        })?;
-        drop(x);
-        ops.conv(&Conv2d::new(&normed, coder.conv_out.get()?))
+        })
     }
 
     fn expect_channels(&self, x: &HostTensor, expected: usize, what: &'static str) -> Result<(), ModelError> {

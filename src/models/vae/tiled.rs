@@ -133,9 +133,9 @@ impl Pass {
                 sum.resize(c * oh * ow, 0.0);
                 let (ramp_y, ramp_x) = (ramp(th, feather), ramp(tw, feather));
                 let (oy, ox) = (self.scale.apply(y), self.scale.apply(left));
-                for r in 0..th.min(oh.saturating_sub(oy)) {
-                    for k in 0..tw.min(ow.saturating_sub(ox)) {
-                        let m = ramp_y[r] * ramp_x[k];
+                for (r, my) in ramp_y.iter().enumerate().take(oh.saturating_sub(oy)) {
+                    for (k, mx) in ramp_x.iter().enumerate().take(ow.saturating_sub(ox)) {
+                        let m = my * mx;
                         let at = (oy + r) * ow + ox + k;
                         weight[at] += m;
                         for ch in 0..c {

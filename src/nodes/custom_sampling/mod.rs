@@ -5,6 +5,7 @@ mod schedulers;
 
 use super::pure::PureNode;
 use super::sampling::{Job, cfg_guider, cfg_input, run, seed_input};
+use super::shapes::newer_unnamed;
 use super::{Inputs, Node, NodeCtx, NodeError, NodeOutput, Schema, Value};
 use crate::diffusion::sample::{NoiseSource, Sampled, Sigmas};
 use crate::diffusion::samplers::Sampler;
@@ -36,16 +37,6 @@ const GUIDERS: &str = "sampling/custom_sampling/guiders";
 
 fn bare(name: &'static str, type_name: &'static str) -> Input {
     Input::link(name, type_name).bare()
-}
-
-/// The flags of ComfyUI's newer nodes in `/object_info`.
-fn newer(schema: Schema, is_experimental: bool) -> Schema {
-    schema.flag("deprecated", false).flag("experimental", is_experimental).flag("api_node", false)
-}
-
-/// A failure because of a combo value that no branch knows.
-fn unknown(name: &str, value: &str) -> NodeError {
-    NodeError::input(name, &format!("has an unknown value: {value}"))
 }
 
 /// The two outputs of SamplerCustom: the latent, and the last denoised prediction.
@@ -247,9 +238,8 @@ fn perp_neg_guider_schema() -> Schema {
         .input(Input::link("empty_conditioning", "CONDITIONING"))
         .input(cfg_input("cfg"))
         .input(Input::float("neg_scale", 1.0, 0.0, 100.0).opt("step", 0.01))
-        .output("GUIDER")
-        .flag("display_name", serde_json::Value::Null);
-    newer(schema, true)
+        .output("GUIDER");
+    newer_unnamed(schema, true)
 }
 
 fn perp_neg_guider(inputs: &Inputs) -> Result<Vec<Value>, NodeError> {

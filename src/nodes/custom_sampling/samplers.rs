@@ -4,8 +4,9 @@ use std::sync::Arc;
 
 use super::super::pure::PureNode;
 use super::super::sampling::sampler_named;
+use super::super::shapes::{newer, newer_unnamed, unknown};
 use super::super::{Inputs, Node, NodeError, Schema, Value};
-use super::{MODULE, newer, unknown};
+use super::MODULE;
 use crate::diffusion::samplers::{
     AdaptiveOptions, Algorithm, ErSdeOptions, LcmUpscaleOptions, NoiseScaler, Resizer, SAMPLERS,
     SaSolverOptions, Sampler, SolverType, Stochastic,
@@ -260,9 +261,8 @@ fn lcm_upscale_schema() -> Schema {
         .input(Input::float("scale_ratio", 1.0, 0.1, 20.0).opt("step", 0.01))
         .input(Input::int("scale_steps", -1, -1, 1000).opt("step", 1))
         .input(Input::combo("upscale_method", &UPSCALE_METHODS).opt("multiselect", false))
-        .output("SAMPLER")
-        .flag("display_name", serde_json::Value::Null);
-    newer(schema, false)
+        .output("SAMPLER");
+    newer_unnamed(schema, false)
 }
 
 fn lcm_upscale(inputs: &Inputs) -> Result<Vec<Value>, NodeError> {

@@ -2,8 +2,9 @@
 
 use super::super::pure::PureNode;
 use super::super::sampling::steps_input;
+use super::super::shapes::{newer_unnamed, unknown};
 use super::super::{Inputs, Node, NodeError, Schema, Value};
-use super::{MODULE, bare, newer, unknown};
+use super::{MODULE, bare};
 use crate::diffusion::ModelHandle;
 use crate::diffusion::sample::Sigmas;
 use crate::diffusion::schedule::{
@@ -191,9 +192,8 @@ fn align_your_steps_schema() -> Schema {
         .input(Input::combo("model_type", &["SD1", "SDXL", "SVD"]).opt("multiselect", false))
         .input(steps_input(10))
         .input(denoise())
-        .output("SIGMAS")
-        .flag("display_name", serde_json::Value::Null);
-    newer(schema, false)
+        .output("SIGMAS");
+    newer_unnamed(schema, false)
 }
 
 fn align_your_steps(inputs: &Inputs) -> Result<Vec<Value>, NodeError> {
@@ -209,9 +209,8 @@ fn gits_schema() -> Schema {
         .input(Input::float("coeff", 1.2, 0.8, 1.5).opt("step", 0.05))
         .input(Input::int("steps", 10, 2, 1000))
         .input(denoise())
-        .output("SIGMAS")
-        .flag("display_name", serde_json::Value::Null);
-    newer(schema, false)
+        .output("SIGMAS");
+    newer_unnamed(schema, false)
 }
 
 fn gits(inputs: &Inputs) -> Result<Vec<Value>, NodeError> {

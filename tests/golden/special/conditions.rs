@@ -8,13 +8,15 @@
 
 use std::sync::Arc;
 
+use kiln::diffusion::DiffusionError;
 use kiln::diffusion::conditioning::{Area, Rect, average, concat, zero_out};
-use kiln::diffusion::guidance_patch::{BuiltinPatch, tonemap_reinhard};
+use kiln::diffusion::guidance_patch::BuiltinPatch;
 use kiln::diffusion::noise::prepare_noise;
 use kiln::diffusion::sample::{SampleRequest, sample};
 use kiln::diffusion::samplers::Sampler;
 use kiln::diffusion::schedule::{Betas, ModelSampling, Prediction, ksampler_sigmas};
 use kiln::diffusion::{CondEntry, Conditioning, Guidance, Guider};
+use kiln::nodes::latent_math::LatentOperation;
 use kiln::tensor::HostTensor;
 use serde_json::Value as Json;
 
@@ -258,7 +260,10 @@ fn patch(
         "LatentApplyOperationCFG" => match desc.term_after("operation") {
             Some(Term::Call(call)) if call.name == "LatentOperationTonemapReinhard" => {
                 let multiplier = call.terms.first().and_then(Term::number).unwrap_or(1.0);
-                BuiltinPatch::LatentOperation(tonemap_reinhard(multiplier as f32))
+                let operation = LatentOperation::TonemapReinhard { multiplier: multiplier as f32 };
+                BuiltinPatch::LatentOperation(Arc::new(move |x| {
+                    operation.apply(x).map_err(DiffusionError::model)
+                }))
             }
             other => return Err(Outcome::Later(vec![format!("{name} with {other:?}")])),
         },

@@ -120,6 +120,12 @@ impl Scratch {
     }
 }
 
+/// Frees the calling thread's buffers; they come back when needed.
+pub(in crate::backend::cpu) fn release_scratch() {
+    // A thread that is being torn down has no cell left, and so nothing to free.
+    let _ = KEPT.try_with(|kept| kept.iter().for_each(|slot| drop(slot.take())));
+}
+
 impl Drop for Scratch {
     fn drop(&mut self) {
         let bytes = self.bytes.take();

@@ -35,6 +35,7 @@ pub mod epilogue;
 mod error;
 pub mod gemm;
 mod memory;
+pub(in crate::backend::cpu) use memory::release_scratch;
 pub mod pack;
 mod parallel;
 mod polynomial;
