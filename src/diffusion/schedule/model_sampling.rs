@@ -115,7 +115,8 @@ impl ModelSampling {
     /// Rectified flow (SD3, AuraFlow): sigma = shift·t / (1 + (shift - 1)·t)
     /// for t = 1/1000 … 1; the network is told sigma·`multiplier`.
     pub fn flow(shift: f32, multiplier: f32) -> Self {
-        let sigmas = (1..=1000).map(|i| time_shift(shift, i as f32 / 1000.0 * multiplier / multiplier)).collect();
+        let sigmas =
+            (1..=1000).map(|i| time_shift(shift, i as f32 / 1000.0 * multiplier / multiplier)).collect();
         Self { prediction: Prediction::Flow, axis: Axis::Flow { shift, multiplier }, sigmas, sigma_data: 1.0 }
     }
 
