@@ -290,7 +290,7 @@ fn names_and_odd_counts() {
         for steps in [1, 2, 999, 1000, 1001, 2500] {
             let sigmas = calculate_sigmas(&model, scheduler, steps).expect("a scheduler");
             assert_eq!(sigmas.last(), Some(&0.0), "{scheduler} {steps}");
-            assert!(sigmas.windows(2).all(|w| !(w[0] < w[1])), "{scheduler} {steps} ascends");
+            assert!(sigmas.windows(2).all(|w| w[0] >= w[1] || w[0].is_nan()), "{scheduler} {steps} ascends");
         }
         assert_eq!(ksampler_sigmas(&model, "euler", scheduler, 4, 0.0), Ok(Vec::new()));
         // 0.9999 and less shorten; more than that is a full run.
