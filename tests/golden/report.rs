@@ -138,7 +138,7 @@ impl Report {
             println!("FAIL  {failure}");
         }
         println!(
-            "golden: {} passed, {} failed, {} skipped ({} of them wait for node classes)",
+            "golden: {} passed, {} failed, {} skipped ({} of them wait for node classes or models)",
             total.passed,
             total.failed,
             total.later + total.skipped,
