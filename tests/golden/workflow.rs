@@ -75,7 +75,8 @@ impl Case<'_> {
     fn explain_steps(&self, outcome: Outcome, case: &Json) -> Outcome {
         let Outcome::Compared { error, tolerance, measure, mut detail } = outcome else { return outcome };
         let controlled = |n: &&Json| n["inputs"]["sampler_name"] == "dpm_adaptive";
-        let Some(cfg) = self.prompt.values().find(controlled).and_then(|n| n["inputs"]["cfg"].as_f64()) else {
+        let Some(cfg) = self.prompt.values().find(controlled).and_then(|n| n["inputs"]["cfg"].as_f64())
+        else {
             return Outcome::Compared { error, tolerance, measure, detail };
         };
         for moved in [cfg * (1.0 - 3e-6), cfg * (1.0 + 3e-6)] {
