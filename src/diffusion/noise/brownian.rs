@@ -13,6 +13,9 @@
 //! a pool of 24 words keyed by (index in level, level), bridge coefficients are
 //! computed in f64 and applied in f32.
 //!
+//! A query halves up to about sixty nodes. Their normals do not depend on each
+//! other and are drawn in parallel; only the bridge itself goes level by level.
+//!
 //! Sources: P. Lévy's bridge construction; J. Gaines and T. Lyons, "Variable
 //! step size control in the numerical solution of SDEs", 1997 (Brownian tree);
 //! X. Li et al., "Scalable gradients for stochastic differential equations",
@@ -20,6 +23,7 @@
 
 use std::collections::HashMap;
 
+use rayon::prelude::*;
 use thiserror::Error;
 
 use super::{Generator, SeedSequence};
@@ -49,6 +53,9 @@ pub enum BrownianError {
     },
 }
 
+/// Where a node is: its distance from the root and index within that level.
+type Place = (u64, u64);
+
 /// A node of the virtual tree: an interval and its place.
 #[derive(Clone, Copy)]
 struct Node {
@@ -63,6 +70,30 @@ struct Node {
 impl Node {
     fn middle(&self) -> f64 {
         round_6(0.5 * (self.end + self.start))
+    }
+
+    fn place(&self) -> Place {
+        (self.level, self.index)
+    }
+
+    /// Where this node must be halved to answer for `[ta, tb]`: nowhere if it
+    /// lies within, or if its middle rounds to an end (resolution exhausted).
+    fn halving(&self, ta: f64, tb: f64) -> Option<f64> {
+        let middle = self.middle();
+        let is_within = ta <= self.start && tb >= self.end;
+        (!is_within && middle > self.start && middle < self.end).then_some(middle)
+    }
+
+    /// This node and those below it that a query of `[ta, tb]` halves.
+    fn halved_for(self, ta: f64, tb: f64, out: &mut Vec<Self>) {
+        let Some(middle) = self.halving(ta, tb) else { return };
+        out.push(self);
+        if ta < middle {
+            self.left().halved_for(ta, tb.min(middle), out);
+        }
+        if tb > middle {
+            self.right().halved_for(ta.max(middle), tb, out);
+        }
     }
 
     fn left(&self) -> Self {
@@ -82,9 +113,9 @@ pub struct BrownianTree {
     entropy: u64,
     root: Node,
     root_increment: Vec<f32>,
-    /// Increments of left halves by (level, index) of the halved node: what
+    /// Increments of left halves by the place of the halved node: what
     /// the last query touched, because the next one begins where it ended.
-    left_halves: HashMap<(u64, u64), Vec<f32>>,
+    left_halves: HashMap<Place, Vec<f32>>,
 }
 
 impl BrownianTree {
@@ -109,35 +140,46 @@ impl BrownianTree {
     pub fn increment(&mut self, ta: f32, tb: f32) -> Vec<f32> {
         let clamped = |t: f32| round_6(f64::from(t).max(self.root.start).min(self.root.end));
         let (ta, tb) = (clamped(ta), clamped(tb));
-        let mut walk =
-            Walk { entropy: self.entropy, known: &mut self.left_halves, touched: HashMap::new(), sum: None };
-        if ta < tb {
-            walk.visit(self.root, &self.root_increment, ta, tb);
+        if ta >= tb {
+            return vec![0.0; self.len];
         }
-        let (touched, sum) = (walk.touched, walk.sum);
-        self.left_halves = touched;
-        sum.unwrap_or_else(|| vec![0.0; self.len])
+        let mut halved = Vec::new();
+        self.root.halved_for(ta, tb, &mut halved);
+        halved.retain(|node| !self.left_halves.contains_key(&node.place()));
+        let (entropy, len) = (self.entropy, self.len);
+        let draw = |node: &Node| {
+            let seeds = SeedSequence::new(entropy, &[node.index, node.level], POOL);
+            (node.place(), normals(&seeds, len))
+        };
+        let mut walk = Walk {
+            drawn: halved.par_iter().map(draw).collect(),
+            known: std::mem::take(&mut self.left_halves),
+            touched: HashMap::new(),
+            sum: None,
+        };
+        walk.visit(self.root, &self.root_increment, ta, tb);
+        self.left_halves = walk.touched;
+        walk.sum.unwrap_or_else(|| vec![0.0; self.len])
     }
 }
 
 /// One query on its way down the tree.
-struct Walk<'a> {
-    entropy: u64,
-    known: &'a mut HashMap<(u64, u64), Vec<f32>>,
-    touched: HashMap<(u64, u64), Vec<f32>>,
+struct Walk {
+    /// Normals of the nodes that are halved for the first time.
+    drawn: HashMap<Place, Vec<f32>>,
+    /// Left halves the last query left behind.
+    known: HashMap<Place, Vec<f32>>,
+    touched: HashMap<Place, Vec<f32>>,
     sum: Option<Vec<f32>>,
 }
 
-impl Walk<'_> {
+impl Walk {
     /// Adds the increment over `[ta, tb]`, which lies within `node`.
     fn visit(&mut self, node: Node, increment: &[f32], ta: f64, tb: f64) {
-        let middle = node.middle();
-        let is_whole = ta <= node.start && tb >= node.end;
-        // A midpoint that rounds to an end means the resolution is exhausted.
-        if is_whole || middle <= node.start || middle >= node.end {
+        let Some(middle) = node.halving(ta, tb) else {
             self.add(increment);
             return;
-        }
+        };
         let left = self.left_half(node, increment);
         if ta < middle {
             self.visit(node.left(), &left, ta, tb.min(middle));
@@ -146,7 +188,7 @@ impl Walk<'_> {
             let right: Vec<f32> = increment.iter().zip(&left).map(|(w, l)| w - l).collect();
             self.visit(node.right(), &right, ta.max(middle), tb);
         }
-        self.touched.insert((node.level, node.index), left);
+        self.touched.insert(node.place(), left);
     }
 
     fn add(&mut self, increment: &[f32]) {
@@ -159,15 +201,14 @@ impl Walk<'_> {
     /// The bridge: given the whole increment, that of the left half is normal
     /// with mean proportional to its length and variance left·right/whole.
     fn left_half(&mut self, node: Node, increment: &[f32]) -> Vec<f32> {
-        if let Some(known) = self.known.remove(&(node.level, node.index)) {
+        if let Some(known) = self.known.remove(&node.place()) {
             return known;
         }
         let per_length = 1.0 / (node.end - node.start);
         let (left, right) = (node.middle() - node.start, node.end - node.middle());
         let deviation = (left * right * per_length).sqrt() as f32;
         let (left, per_length) = (left as f32, per_length as f32);
-        let seeds = SeedSequence::new(self.entropy, &[node.index, node.level], POOL);
-        let mut half = normals(&seeds, increment.len());
+        let mut half = self.drawn.remove(&node.place()).unwrap_or_default();
         half.iter_mut().zip(increment).for_each(|(n, w)| *n = left * w * per_length + deviation * *n);
         half
     }

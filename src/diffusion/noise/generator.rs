@@ -20,11 +20,11 @@
 use half::{bf16, f16};
 
 use super::mt19937::Mt19937;
-use super::vector_math;
+use super::vector_math::{self, LANES, Lanes};
 use crate::tensor::HostTensor;
 
 /// Elements of one Box-Muller block.
-const BLOCK: usize = 16;
+const BLOCK: usize = 2 * LANES;
 
 /// A seeded stream of random numbers, the same as `torch.Generator("cpu")`.
 ///
@@ -130,13 +130,12 @@ impl Generator {
             return;
         }
         out.iter_mut().for_each(|slot| *slot = T::uniform(self));
-        let mut blocks = out.chunks_exact_mut(BLOCK);
-        blocks.by_ref().for_each(transform_block);
-        if !blocks.into_remainder().is_empty() {
-            let start = out.len() - BLOCK;
-            let tail = &mut out[start..];
+        let (blocks, rest) = out.as_chunks_mut();
+        let has_rest = !rest.is_empty();
+        blocks.iter_mut().for_each(T::transform_block);
+        if let Some(tail) = out.last_chunk_mut().filter(|_| has_rest) {
             tail.iter_mut().for_each(|slot| *slot = T::uniform(self));
-            transform_block(tail);
+            T::transform_block(tail);
         }
     }
 
@@ -148,32 +147,28 @@ impl Generator {
             out.iter_mut().for_each(|slot| *slot = round(self.next_normal() as f32));
             return;
         }
-        let tail_start = out.len() - BLOCK;
-        let whole = out.len() - out.len() % BLOCK;
-        let starts = (0..whole).step_by(BLOCK).chain((whole < out.len()).then_some(tail_start));
-        for start in starts {
-            let mut block = [0.0f32; BLOCK];
-            block.iter_mut().for_each(|slot| *slot = self.uniform_f32());
-            transform_block(&mut block);
-            out[start..start + BLOCK].iter_mut().zip(block).for_each(|(slot, value)| *slot = round(value));
+        let (blocks, rest) = out.as_chunks_mut::<BLOCK>();
+        let has_rest = !rest.is_empty();
+        blocks.iter_mut().for_each(|block| *block = self.normal_block().map(round));
+        if let Some(tail) = out.last_chunk_mut().filter(|_| has_rest) {
+            *tail = self.normal_block().map(round);
         }
     }
-}
 
-/// Turns 16 uniforms into 16 normals, pairing element `i` with `i + 8`.
-fn transform_block<T: NormalElement>(block: &mut [T]) {
-    let (first, second) = block.split_at_mut(BLOCK / 2);
-    for (a, b) in first.iter_mut().zip(second) {
-        (*a, *b) = T::box_muller(*a, *b);
+    fn normal_block(&mut self) -> [f32; BLOCK] {
+        let mut block = std::array::from_fn(|_| self.uniform_f32());
+        f32::transform_block(&mut block);
+        block
     }
 }
 
-/// What the block transform needs of an element type.
+/// What filling with normals needs of an element type.
 trait NormalElement: Copy {
     fn from_f64(value: f64) -> Self;
     fn uniform(generator: &mut Generator) -> Self;
-    /// (radius·cos, radius·sin) with the radius from `1 - level`, the angle from `turn`.
-    fn box_muller(level: Self, turn: Self) -> (Self, Self);
+    /// Turns 16 uniforms into 16 normals, pairing element `i` with `i + 8`: the
+    /// radius is made from one minus the first, the angle from the second.
+    fn transform_block(block: &mut [Self; BLOCK]);
 }
 
 impl NormalElement for f32 {
@@ -185,10 +180,15 @@ impl NormalElement for f32 {
         generator.uniform_f32()
     }
 
-    fn box_muller(level: Self, turn: Self) -> (Self, Self) {
-        let radius = (-2.0 * vector_math::ln(1.0 - level)).sqrt();
-        let (sin, cos) = vector_math::sin_cos(2.0 * std::f32::consts::PI * turn);
-        (radius * cos, radius * sin)
+    fn transform_block(block: &mut [Self; BLOCK]) {
+        let level: Lanes = std::array::from_fn(|i| 1.0 - block[i]);
+        let angle: Lanes = std::array::from_fn(|i| 2.0 * std::f32::consts::PI * block[i + LANES]);
+        let radius = vector_math::ln(level).map(|l| (-2.0 * l).sqrt());
+        let (sin, cos) = vector_math::sin_cos(angle);
+        for i in 0..LANES {
+            block[i] = radius[i] * cos[i];
+            block[i + LANES] = radius[i] * sin[i];
+        }
     }
 }
 
@@ -201,9 +201,12 @@ impl NormalElement for f64 {
         generator.uniform_f64()
     }
 
-    fn box_muller(level: Self, turn: Self) -> (Self, Self) {
-        let radius = (-2.0 * (1.0 - level).ln()).sqrt();
-        let theta = 2.0 * std::f64::consts::PI * turn;
-        (radius * theta.cos(), radius * theta.sin())
+    fn transform_block(block: &mut [Self; BLOCK]) {
+        let (first, second) = block.split_at_mut(BLOCK / 2);
+        for (a, b) in first.iter_mut().zip(second) {
+            let radius = (-2.0 * (1.0 - *a).ln()).sqrt();
+            let theta = 2.0 * std::f64::consts::PI * *b;
+            (*a, *b) = (radius * theta.cos(), radius * theta.sin());
+        }
     }
 }

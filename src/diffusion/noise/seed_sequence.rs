@@ -13,8 +13,8 @@ const MIX_LEFT: u32 = 0xca01_f9dd;
 const MIX_RIGHT: u32 = 0x4973_f715;
 const SHIFT: u32 = 16;
 
-/// Words of pool when nothing else is asked for.
-pub const DEFAULT_POOL: usize = 4;
+/// Fewest words of pool.
+const FEWEST_WORDS: usize = 4;
 
 /// A hashed pool of entropy from which any number of words can be generated.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,9 +25,9 @@ pub struct SeedSequence {
 impl SeedSequence {
     /// Hashes `entropy` (all 64 bits) and `spawn_key`, the path of this
     /// sequence in its tree (empty at the root), into a pool of `pool_size`
-    /// words; sizes below [`DEFAULT_POOL`] are raised to it, as NumPy demands.
+    /// words; sizes below 4 are raised to it, as NumPy demands.
     pub fn new(entropy: u64, spawn_key: &[u64], pool_size: usize) -> Self {
-        let pool_size = pool_size.max(DEFAULT_POOL);
+        let pool_size = pool_size.max(FEWEST_WORDS);
         let mut words = Vec::with_capacity(pool_size + 2 * spawn_key.len());
         push_words(&mut words, entropy);
         if !spawn_key.is_empty() {

@@ -8,8 +8,9 @@
 //! "Align your steps", 2024; D. Chen et al., "On the trajectory regularity of
 //! ODE-based diffusion sampling", 2024 (GITS).
 
+use super::gits::{MOST, gits_schedule};
 use super::schedulers::last_steps;
-use super::tables::{AYS_SD1, AYS_SDXL, AYS_SVD, gits_row};
+use super::tables::{AYS_SD1, AYS_SDXL, AYS_SVD};
 use super::{ModelSampling, linspace};
 
 /// Steps even in sigma^(1/`rho`), then 0. `rho` 0 gives what a division by zero
@@ -113,10 +114,10 @@ pub fn align_your_steps_sigmas(kind: AlignYourSteps, steps: usize, denoise: f64)
 /// log sigma. `None` for a coefficient without a table or fewer than 2 steps.
 pub fn gits_sigmas(coefficient: f64, steps: usize, denoise: f64) -> Option<Vec<f32>> {
     let Some(total) = denoised_steps(steps, denoise) else { return Some(Vec::new()) };
-    if steps <= 20 {
-        return Some(finish_table(&gits_row(coefficient, steps)?, total));
+    if steps <= MOST {
+        return Some(finish_table(&gits_schedule(coefficient, steps)?, total));
     }
-    Some(finish_table(&log_interpolate(&gits_row(coefficient, 20)?, steps + 1), total))
+    Some(finish_table(&log_interpolate(&gits_schedule(coefficient, MOST)?, steps + 1), total))
 }
 
 /// Steps left by `denoise`, half to even; `None` if there is nothing to do.

@@ -10,6 +10,7 @@
 
 mod custom;
 mod edit;
+mod gits;
 mod model_sampling;
 mod quantile;
 mod schedulers;
@@ -28,7 +29,6 @@ pub use edit::{
 pub use model_sampling::{Betas, ModelSampling, Prediction};
 pub use schedulers::{SCHEDULERS, basic_scheduler, beta_sigmas, calculate_sigmas, ksampler_sigmas};
 
-use quantile::beta_quantile;
 use thiserror::Error;
 
 /// Why a schedule cannot be made.
@@ -51,14 +51,15 @@ pub enum ScheduleError {
 }
 
 /// `count` even points from `start` to `end` inclusive; a single one is
-/// `start`. Counted from the nearer end, so both ends are exact (as PyTorch).
+/// `start`. Counted from the nearer end with a fused multiply-add, as PyTorch
+/// does: both ends are exact and no last bit differs.
 fn linspace(start: f32, end: f32, count: usize) -> Vec<f32> {
     let step = (end - start) / count.saturating_sub(1).max(1) as f32;
     let point = |i: usize| {
         if i < count / 2 || count == 1 {
-            start + step * i as f32
+            step.mul_add(i as f32, start)
         } else {
-            end - step * (count - 1 - i) as f32
+            (-step).mul_add((count - 1 - i) as f32, end)
         }
     };
     (0..count).map(point).collect()

@@ -11,8 +11,8 @@
 //! (`linear_quadratic`); A. Sabour et al., "Align your steps", 2024, theorem
 //! 3.1 (`kl_optimal`).
 
-use super::custom::exponential_sigmas;
-use super::{ModelSampling, ScheduleError, beta_quantile, karras_sigmas, linspace};
+use super::quantile::BetaPlaces;
+use super::{ModelSampling, ScheduleError, exponential_sigmas, karras_sigmas, linspace};
 
 /// Scheduler names in the order clients see them.
 pub const SCHEDULERS: &[&str] = &[
@@ -176,10 +176,10 @@ pub fn beta_sigmas(
     if !(alpha > 0.0 && beta > 0.0) {
         return Err(ScheduleError::BetaShape { alpha, beta });
     }
-    let last = model.sigmas().len().saturating_sub(1) as f64;
-    let quantile = |i: usize| beta_quantile(1.0 - i as f64 / steps as f64, alpha, beta);
-    let mut places: Vec<usize> =
-        (0..steps).map(|i| (quantile(i) * last).round_ties_even() as usize).collect();
+    let quantiles = BetaPlaces::new(alpha, beta, model.sigmas().len().saturating_sub(1));
+    // numpy.linspace's order of operations: the step first, then its multiple.
+    let step = 1.0 / steps as f64;
+    let mut places: Vec<usize> = (0..steps).map(|i| quantiles.place(1.0 - i as f64 * step)).collect();
     places.dedup();
     let entries = places.into_iter().filter_map(|place| model.sigmas().get(place));
     Ok(entries.copied().chain([0.0]).collect())

@@ -36,7 +36,3 @@ pub(super) const AYS_SDXL: [f64; 11] = [
 /// Ten steps for Stable Video Diffusion.
 pub(super) const AYS_SVD: [f64; 11] =
     [700.0, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034, 0.002];
-
-pub(super) fn gits_row(_c: f64, _s: usize) -> Option<Vec<f64>> {
-    None
-}
