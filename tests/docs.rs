@@ -23,7 +23,10 @@ fn one_prompt_names_real_code() {
             let is_route = name.contains(' ') || name.starts_with('/');
             let last = name.rsplit("::").next().unwrap_or(name);
             if !code.is_empty() && !is_route {
-                assert!(code.contains(last), "docs/one-prompt.md names `{name}`, which none of its files has");
+                assert!(
+                    code.contains(last),
+                    "docs/one-prompt.md names `{name}`, which none of its files has"
+                );
                 checked += 1;
             }
         }
