@@ -198,7 +198,7 @@ fn model(args: &ModelArgs) -> Result<()> {
     let info = backend.info();
     let meter = Arc::new(Metered::new(backend.clone()));
     println!("{} {}, {} thread(s), {}", info.kind, info.name, info.threads, path.display());
-    let ceiling = backend::cpu::ceiling::measure(args.cpu_bf16);
+    let ceiling = backend::cpu::ceiling::measure(args.cpu_bf16)?;
     println!("ceiling: {:.0} GFLOP/s a core ({})", ceiling.gflops, ceiling.what);
 
     let began = Instant::now();

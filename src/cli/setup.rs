@@ -120,7 +120,7 @@ fn forward_once(backend: Arc<dyn Backend>) -> Result<(), ModelError> {
     let cond = Arc::new(file.clip()?.encode(&weighted_tokens(chunks), 0)?.cond);
     let unet = file.unet()?;
     let context = unet.context(&[cond])?;
-    let x = prepare_noise(&[1, unet.config().in_channels, 8, 8], 0, None);
+    let x = prepare_noise(&[1, unet.config().in_channels, 16, 16], 0, None);
     let latent = unet.forward(&UnetInput { x: &x, timesteps: &[500.0], context: &context }, None)?;
     file.vae()?.decode_raw(&latent)?;
     Ok(())

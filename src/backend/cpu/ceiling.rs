@@ -1,9 +1,13 @@
 //! What one core can do at best: the yardstick that benchmarks print beside their figures.
 //!
-//! f32: the `gemm` crate on the shape that holds most of SD1.5's convolution
-//! work, written as a matrix product. It is a peer, not a part of the product.
+//! Both on the shape that holds most of SD1.5's convolution work, written as a
+//! matrix product. f32: the `gemm` crate, which is a peer and not a part of the
+//! product. bf16: the bare packed product, without epilogue.
 
 use std::time::Instant;
+
+use super::bf16::{Activation, Tier, gemm_rate};
+use crate::tensor::TensorError;
 
 /// A measured ceiling.
 #[derive(Clone, Debug)]
@@ -18,8 +22,11 @@ pub struct Ceiling {
 const RUNS: usize = 7;
 
 /// Runs the yardstick for f32 or bf16 on one core.
-pub fn measure(is_bf16: bool) -> Ceiling {
-    if is_bf16 { bf16() } else { f32() }
+///
+/// # Errors
+/// If the system can't start a thread.
+pub fn measure(is_bf16: bool) -> Result<Ceiling, TensorError> {
+    if is_bf16 { bf16() } else { Ok(f32()) }
 }
 
 /// 320→320 channels, 3×3, at 64×64, batch 2.
@@ -64,6 +71,14 @@ fn f32() -> Ceiling {
     Ceiling { gflops, what: format!("gemm crate, f32, {m}x{n}x{k}") }
 }
 
-fn bf16() -> Ceiling {
-    f32()
+fn bf16() -> Result<Ceiling, TensorError> {
+    const OP: &str = "ceiling";
+    let unsupported = |what: String| TensorError::Unsupported { op: OP, what };
+    let one_core = rayon::ThreadPoolBuilder::new().num_threads(1).build();
+    let one_core = one_core.map_err(|e| unsupported(format!("starting a thread ({e})")))?;
+    let tier = Tier::detect();
+    let (m, n, k) = SHAPE;
+    let rate = one_core.install(|| gemm_rate(tier, [m, n, k], Activation::None, RUNS));
+    let gflops = rate.map_err(|e| unsupported(e.to_string()))?;
+    Ok(Ceiling { gflops, what: format!("packed bf16 matrix product, {tier:?}, {m}x{n}x{k}") })
 }

@@ -52,6 +52,39 @@ struct Coder {
     quant: LazyLinear,
 }
 
+/// From here on a network's activations are worth giving back to the system.
+const LARGE_BYTES: usize = 64 << 20;
+
+/// Keeps the arena from holding the UNet's and the VAE's blocks at the same
+/// time: their sizes differ, so neither can use what the other left. For large
+/// pictures the arena is emptied before and after.
+struct Room<'a>(Option<&'a dyn Backend>);
+
+impl<'a> Room<'a> {
+    fn make(backend: &'a dyn Backend, bytes: usize) -> Self {
+        if bytes < LARGE_BYTES {
+            return Self(None);
+        }
+        backend.trim();
+        Self(Some(backend))
+    }
+}
+
+impl Room<'_> {
+    /// Empties the arena: what comes next has other sizes.
+    fn clear(&self) {
+        if let Some(backend) = self.0 {
+            backend.trim();
+        }
+    }
+}
+
+impl Drop for Room<'_> {
+    fn drop(&mut self) {
+        self.clear();
+    }
+}
+
 /// A VAE on a backend. Encoder and decoder are loaded when first used.
 pub struct Vae {
     config: VaeConfig,
@@ -81,6 +114,7 @@ impl Vae {
 
     /// Decodes `[B, z, h, w]` to the network's raw output `[B, 3, H, W]` (about -1..1).
     pub fn decode_raw(&self, latent: &HostTensor) -> Result<HostTensor, ModelError> {
+        let room = Room::make(self.backend.as_ref(), self.bytes_at(latent.dim(2), latent.dim(3)));
         let decoder =
             self.decoder.as_ref().ok_or(ModelError::Missing { name: "decoder.conv_in.weight".into() })?;
         self.expect_channels(latent, self.config.z_channels, "latent channels")?;
@@ -96,6 +130,7 @@ impl Vae {
             }
             if let Some(conv) = &level.resample {
                 x = ops.conv(&Conv2d { upsample2x: true, ..Conv2d::new(&x, conv.get()?) })?;
+                room.clear();
             }
         }
         let normed = self.norm_out(ops, decoder, x)?;
@@ -105,6 +140,9 @@ impl Vae {
     /// Encodes the network's raw input `[B, 3, H, W]` (-1..1; sides multiples of the downscale)
     /// to the mean of the latent's distribution `[B, z, h, w]`.
     pub fn encode_raw(&self, picture: &HostTensor) -> Result<HostTensor, ModelError> {
+        let scale = self.config.downscale();
+        let room =
+            Room::make(self.backend.as_ref(), self.bytes_at(picture.dim(2) / scale, picture.dim(3) / scale));
         let encoder =
             self.encoder.as_ref().ok_or(ModelError::Missing { name: "encoder.conv_in.weight".into() })?;
         self.expect_channels(picture, 3, "picture channels")?;
@@ -118,6 +156,7 @@ impl Vae {
             }
             if let Some(conv) = &level.resample {
                 x = ops.conv(&Conv2d { stride: 2, pad, ..Conv2d::new(&x, conv.get()?) })?;
+                room.clear();
             }
         }
         let x = encoder.mid.forward(ops, x)?;
@@ -148,6 +187,10 @@ impl Vae {
             .saturating_mul(scale * scale)
             .saturating_mul(wide * 3)
             .saturating_mul(element_bytes)
+    }
+
+    fn bytes_at(&self, h: usize, w: usize) -> usize {
+        self.decode_bytes(h, w, self.backend.info().element_bytes)
     }
 
     fn norm_out(&self, ops: Ops<'_>, coder: &Coder, x: Tensor) -> Result<Tensor, ModelError> {
