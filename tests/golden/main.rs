@@ -1,8 +1,9 @@
 //! The golden runner: every case of every file in a folder of recorded numbers.
 //!
 //! The folder is `$KILN_GOLDEN`, or `../shared/golden` if that exists, or
-//! `tests/data/golden`, a small part of the same data. What a file holds is told by its structure, not by its
-//! name, so further files of the same formats run without a change of code.
+//! `tests/data/golden`, a small part of the same data. What a file holds is told
+//! by its structure, not by its name, so further files of the same formats run
+//! without a change of code.
 //! One line a case: pass or fail, largest error, tolerance. A case whose node
 //! classes don't exist yet is reported as such, by node name. Workflows go through
 //! the engine as a client's prompt does; the synthetic checkpoint they load is
