@@ -107,6 +107,7 @@ impl CpuBackend {
     /// As [`CpuBackend::new`], with a given instruction set; bf16 instructions
     /// are used beside AVX-512 only.
     pub fn with_isa(options: CpuOptions, isa: Isa) -> Result<Self, TensorError> {
+        heap::set_up();
         let threads = options
             .threads
             .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()))
