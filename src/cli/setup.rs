@@ -8,11 +8,12 @@ use anyhow::{Context as _, Result};
 use crate::backend::{self, DeviceOptions};
 use crate::diffusion::noise::prepare_noise;
 use crate::files::{DEMO_BYTES, DEMO_CHECKPOINT, FolderOptions, Folders};
+use crate::image::{Bitmap, PngCompression, encode_png};
 use crate::models::unet::UnetInput;
-use crate::models::{ModelError, ModelSource, ModelStore};
+use crate::models::{ModelSource, ModelStore};
 use crate::nodes::text::weighted_tokens;
 use crate::nodes::{PreviewMethod, Services};
-use crate::tensor::Backend;
+use crate::tensor::{Backend, HostTensor};
 use crate::tokenizer::{self, NoEmbeddings, TokenizerOptions};
 use crate::weights::OpenOptions;
 
@@ -100,7 +101,7 @@ pub fn local_folders(args: &RuntimeArgs, output: &Path, scratch: &Path) -> Folde
     }
 }
 
-/// Runs the built-in model once at its smallest, and unloads it.
+/// Runs the built-in model once at its smallest, encodes a picture, and unloads it.
 ///
 /// The first prompt then finds the code pages in memory and the tokenizer's
 /// tables built, and a machine on which the backend doesn't work says so at start.
@@ -113,7 +114,7 @@ pub fn warm_up(backend: Arc<dyn Backend>) {
     backend.trim();
 }
 
-fn forward_once(backend: Arc<dyn Backend>) -> Result<(), ModelError> {
+fn forward_once(backend: Arc<dyn Backend>) -> Result<()> {
     let store = ModelStore::new(backend, OpenOptions::default());
     let file = store.file(ModelSource::Embedded { name: DEMO_CHECKPOINT, bytes: DEMO_BYTES });
     let chunks = tokenizer::tokenize("a red circle", &TokenizerOptions::sd1(), &NoEmbeddings);
@@ -122,6 +123,8 @@ fn forward_once(backend: Arc<dyn Backend>) -> Result<(), ModelError> {
     let context = unet.context(&[cond])?;
     let x = prepare_noise(&[1, unet.config().in_channels, 16, 16], 0, None);
     let latent = unet.forward(&UnetInput { x: &x, timesteps: &[500.0], context: &context }, None)?;
-    file.vae()?.decode_raw(&latent)?;
+    let picture = file.vae()?.decode_raw(&latent)?;
+    let pixels = HostTensor::zeros(&[1, picture.dim(2), picture.dim(3), 3]);
+    encode_png(&Bitmap::from_images(&pixels, 0)?, PngCompression::Fast, &[])?;
     Ok(())
 }
