@@ -1,6 +1,7 @@
 //! Backends: implementations of the op set.
 
 pub mod cpu;
+pub mod cuda;
 pub mod metered;
 
 use std::sync::Arc;

@@ -1,0 +1,366 @@
+// ptx_emu.cpp: the PTX instructions of kernels/ptx.cuh on the CPU. Section names are those of the PTX ISA manual.
+//
+// Asynchronous instructions are emulated by the worst behaviour the ISA allows: the destination is destroyed when
+// the copy is issued and holds the data only once the kernel has waited for it. Code that reads too early, or that
+// reuses a buffer too soon, sees NaNs in every run instead of rarely on a GPU.
+#include "runtime.hpp"
+#include "simt.h"
+
+#include <algorithm>
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+using namespace simt;
+
+namespace ptx {
+namespace {
+uint8_t* smem_access(uint32_t addr, unsigned bytes, check::Kind kind, Loc at) {
+    uint8_t* p = smem_at(addr, bytes, at);
+    if (check::on) check::access(p, bytes, kind, check::site(at));
+    return p;
+}
+
+typedef float Row __attribute__((vector_size(32)));  // g++ and clang: eight floats
+
+void halves_to_floats(const void* halves, float* out, int n, bool bf16) {  // n is a multiple of 8
+    const uint16_t* in = static_cast<const uint16_t*>(halves);
+    if (bf16) {
+        for (int i = 0; i < n; i++) {
+            uint32_t u = uint32_t(in[i]) << 16;
+            memcpy(&out[i], &u, 4);
+        }
+        return;
+    }
+#if defined(__F16C__)
+    for (int i = 0; i < n; i += 8) _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(in + i))));
+#else
+    for (int i = 0; i < n; i++) {
+        _Float16 h;
+        memcpy(&h, &in[i], 2);
+        out[i] = (float)h;
+    }
+#endif
+}
+}  // namespace
+
+// ---- "Data Movement and Conversion: Asynchronous copy": cp.async -----------------------------------------------------
+void cp_async(uint32_t dst, const void* src, int bytes, int src_bytes, Loc at) {
+    if (src_bytes < 0 || src_bytes > bytes) fault(at, "cp.async: src-size %d of %d", src_bytes, bytes);
+    if (src_bytes && (uint64_t)src % bytes) fault(at, "cp.async: misaligned global address %p", src);
+    if (src_bytes) check_global(src, src_bytes, "cp.async", at);
+    uint8_t* p = smem_access(dst, bytes, check::Issue, at);
+    if (check::on && src_bytes) check::access(src, src_bytes, check::Read, check::site(at));
+    memset(p, kPoison, bytes);
+    me()->open.push_back({p, static_cast<const uint8_t*>(src), bytes, src_bytes});
+}
+void cp_async_commit() {
+    Fiber* f = me();
+    f->groups.push_back(std::move(f->open));
+    f->open.clear();
+}
+void cp_async_wait(int keep, Loc at) {
+    auto& groups = me()->groups;
+    while ((int)groups.size() > keep) {
+        for (const Copy& c : groups.front()) {
+            if (check::on) check::access(c.dst, c.bytes, check::Write, check::site(at));
+            memcpy(c.dst, c.src, c.src_bytes);
+            memset(c.dst + c.src_bytes, 0, c.bytes - c.src_bytes);
+        }
+        groups.erase(groups.begin());
+    }
+}
+
+// ---- "Warp-level matrix instructions": ldmatrix ---------------------------------------------------------------------
+// Row i of matrix m is the 16 bytes at the address of lane 8m+i. Lane l receives elements 2*(l%4) and 2*(l%4)+1 of
+// row l/4; with .trans, of column l/4.
+namespace {
+struct Ldmatrix {
+    uint32_t* r;
+    int count;
+    bool trans;
+    uint32_t row;
+    Loc at;
+};
+}  // namespace
+void ldmatrix(uint32_t* r, int count, bool trans, uint32_t row, Loc at) {
+    Ldmatrix arg{r, count, trans, row, at};
+    if ((int)me()->lane < 8 * count) smem_access(row, 16, check::Read, at);
+    warp_collective(trans ? "ldmatrix.trans" : "ldmatrix", ~0u, &arg, [](void* const* args, unsigned) {
+        auto lane = [&](int l) -> Ldmatrix& { return *static_cast<Ldmatrix*>(args[l]); };
+        const uint8_t* smem = block().smem;
+        for (int m = 0; m < lane(0).count; m++) {
+            uint16_t e[8][8];
+            int in_banks[8] = {}, worst = 0;
+            for (int i = 0; i < 8; i++) {
+                memcpy(e[i], smem + lane(8 * m + i).row, 16);
+                worst = std::max(worst, ++in_banks[lane(8 * m + i).row / 16 % 8]);
+            }
+            block().bank_conflicts += worst - 1;
+            for (int l = 0; l < 32; l++) {
+                int i = l / 4, j = l % 4 * 2;
+                lane(l).r[m] = lane(0).trans ? e[j][i] | uint32_t(e[j + 1][i]) << 16 : e[i][j] | uint32_t(e[i][j + 1]) << 16;
+            }
+        }
+    }, at);
+}
+
+// ---- "Matrix fragments for mma.m16n8k16 with floating point type" ----------------------------------------------------
+// With g = lane/4 and t = lane%4: a[0] = A[g][2t,2t+1], a[1] = A[g+8][same], a[2] = A[g][2t+8,2t+9], a[3] = A[g+8][same];
+// b0 = B[2t,2t+1][g], b1 = B[2t+8,2t+9][g]; d[0,1] = D[g][2t,2t+1], d[2,3] = D[g+8][same].
+namespace {
+struct Mma {
+    float* d;
+    const uint32_t* a;
+    uint32_t b0, b1;
+    bool bf16;
+};
+}  // namespace
+void mma_m16n8k16(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, bool bf16, Loc at) {
+    Mma arg{d, a, b0, b1, bf16};
+    warp_collective(bf16 ? "mma.m16n8k16.bf16" : "mma.m16n8k16.f16", ~0u, &arg, [](void* const* args, unsigned) {
+        uint32_t ah[16][8];
+        uint16_t bh[16][8];
+        float af[16][16];
+        Row bf[16], df[16];
+        for (int l = 0; l < 32; l++) {
+            const Mma& m = *static_cast<Mma*>(args[l]);
+            int g = l / 4, t = l % 4;
+            ah[g][t] = m.a[0], ah[g + 8][t] = m.a[1], ah[g][t + 4] = m.a[2], ah[g + 8][t + 4] = m.a[3];
+            bh[2 * t][g] = m.b0, bh[2 * t + 1][g] = m.b0 >> 16, bh[2 * t + 8][g] = m.b1, bh[2 * t + 9][g] = m.b1 >> 16;
+            memcpy((float*)&df[g] + 2 * t, m.d, 8), memcpy((float*)&df[g + 8] + 2 * t, m.d + 2, 8);
+        }
+        bool bf16 = static_cast<Mma*>(args[0])->bf16;
+        halves_to_floats(ah, af[0], 256, bf16);
+        halves_to_floats(bh, (float*)bf, 128, bf16);
+        for (int i = 0; i < 16; i++)
+            for (int k = 0; k < 16; k++) df[i] += af[i][k] * bf[k];
+        for (int l = 0; l < 32; l++) {
+            const Mma& m = *static_cast<Mma*>(args[l]);
+            int g = l / 4, t = l % 4;
+            memcpy(m.d, (float*)&df[g] + 2 * t, 8), memcpy(m.d + 2, (float*)&df[g + 8] + 2 * t, 8);
+        }
+    }, at);
+}
+
+// ---- "Parallel Synchronization: mbarrier" ------------------------------------------------------------------------------
+// A phase completes when the pending arrivals and the tx-count are both zero; then the arrivals are set up again.
+namespace {
+MBarrier& mbarrier(uint64_t* bar, Loc at) {
+    smem_at(simt::smem_u32(bar, at), 8, at);
+    Block& b = block();
+    auto it = b.mbarriers.find(bar);
+    if (it == b.mbarriers.end()) fault(at, "mbarrier used before mbarrier.init");
+    if (*bar != kMBarrierCookie) fault(at, "mbarrier was overwritten by an ordinary store");
+    return it->second;
+}
+void settle(MBarrier& m) {
+    if (m.pending || m.tx) return;
+    m.phase++;
+    m.pending = m.count;
+    for (Fiber* f : m.waiting) {
+        check::acquire(f, m.clock);
+        resume(f);
+    }
+    m.waiting.clear();
+}
+}  // namespace
+void mbarrier_init(uint64_t* bar, unsigned count, Loc at) {
+    smem_access(simt::smem_u32(bar, at), 8, check::Write, at);
+    if (!count || count > (1 << 20) - 1) fault(at, "mbarrier.init: count %u", count);
+    MBarrier& m = block().mbarriers[bar];
+    m = MBarrier{};
+    m.count = m.pending = count;
+    *bar = kMBarrierCookie;
+}
+void fence_mbarrier_init() {
+    for (auto& [bar, m] : block().mbarriers) m.fenced = true;
+}
+void mbarrier_arrive(uint64_t* bar, unsigned tx_bytes, Loc at) {
+    MBarrier& m = mbarrier(bar, at);
+    check::release(m.clock);
+    m.tx += tx_bytes;
+    if (!m.pending--) fault(at, "mbarrier: more than the expected %u arrivals in one phase", m.count);
+    settle(m);
+}
+void mbarrier_wait(uint64_t* bar, unsigned parity, Loc at) {
+    MBarrier& m = mbarrier(bar, at);
+    if ((m.phase & 1) == (parity & 1)) {  // the phase of this parity is the current, incomplete one
+        m.waiting.push_back(me());
+        suspend("mbarrier.wait", at, (uint64_t)bar | (parity & 1));
+        return;
+    }
+    check::acquire(me(), m.clock);
+}
+void fence_proxy_async() {
+    if (!check::on) return;
+    Fiber* f = me();
+    f->proxy_clock = f->clock[f->linear]++;
+}
+
+// ---- "cp.async.bulk.tensor", tiled mode, 2D; "Swizzling modes" ---------------------------------------------------------
+// What cuTensorMapEncodeTiled would fill: simt_tensor_map_2d below.
+namespace {
+constexpr uint64_t kTensorMap = 0x70616d726f736e74;
+struct Map2D {
+    uint64_t magic;
+    const uint8_t* base;
+    uint64_t width, height, pitch;  // elements, elements, bytes
+    uint32_t box_w, box_h, elem, swizzle;  // swizzle: 0 none, 3 = 128 bytes
+};
+static_assert(sizeof(Map2D) <= 128);
+// The 128-byte swizzle XORs address bits 4-6 with bits 7-9.
+uint32_t swizzle128(uint32_t addr) { return addr ^ (addr >> 3 & 0x70); }
+}  // namespace
+void tma_load_2d(void* dst, const void* map, int x, int y, uint64_t* bar, Loc at) {
+    Map2D m;
+    memcpy(&m, map, sizeof m);
+    if (m.magic != kTensorMap) fault(at, "cp.async.bulk.tensor: not a tensor map");
+    if (!mbarrier(bar, at).fenced) fault(at, "cp.async.bulk.tensor: its mbarrier was not made visible by fence.mbarrier_init");
+    uint32_t addr = simt::smem_u32(dst, at);
+    if (addr % (m.swizzle ? 1024 : 128)) fault(at, "cp.async.bulk.tensor: destination %#x is not %d-byte aligned", addr, m.swizzle ? 1024 : 128);
+    Bulk bulk{{}, bar, at, {}, me()->linear};
+    const uint32_t row = m.box_w * m.elem;
+    for (uint32_t r = 0; r < m.box_h; r++)
+        for (uint32_t c = 0; c < row; c += 16) {
+            uint32_t to = addr + r * row + c;
+            if (m.swizzle) to = swizzle128(to);
+            int64_t gx = x + int64_t(c / m.elem), gy = y + int64_t(r);
+            bool in = gx >= 0 && gy >= 0 && gx < (int64_t)m.width && gy < (int64_t)m.height;  // widths are multiples of 16 bytes here
+            const uint8_t* from = in ? m.base + gy * m.pitch + gx * m.elem : nullptr;
+            if (from) check_global(from, 16, "cp.async.bulk.tensor", at);
+            memset(smem_access(to, 16, check::Issue, at), kPoison, 16);
+            if (check::on && from) check::access(from, 16, check::Read, check::site(at));
+            bulk.chunks.push_back({to, from});
+        }
+    check::release(bulk.clock);
+    block().bulk.push_back(std::move(bulk));
+}
+}  // namespace ptx
+
+void simt::deliver(Bulk& b) {
+    for (auto [to, from] : b.chunks) {
+        uint8_t* p = ptx::smem_access(to, 16, check::AsyncWrite, b.at);
+        if (from) memcpy(p, from, 16);
+        else memset(p, 0, 16);
+    }
+    MBarrier& m = ptx::mbarrier(b.bar, b.at);
+    if (check::on) check::join(m.clock, b.clock);
+    m.tx -= 16 * b.chunks.size();
+    ptx::settle(m);
+}
+
+extern "C" int simt_tensor_map(void* out, const simt_map_desc* d) {
+    // The rules of cuTensorMapEncodeTiled that hold for this case.
+    if (d->rank != 2 || d->is_im2col) return 1;
+    const uint32_t elem = d->element_bytes, box_w = d->boxes[0], box_h = d->boxes[1], swizzle = d->swizzle_bytes;
+    const uint64_t width = d->extents[0], height = d->extents[1], pitch = d->strides[0];
+    if (d->base % 16 || pitch % 16 || box_w * elem % 16 || box_w > 256 || box_h > 256 || width * elem % 16) return 1;
+    if ((swizzle != 0 && swizzle != 128) || (swizzle == 128 && box_w * elem != 128)) return 1;
+    ptx::Map2D m{ptx::kTensorMap, reinterpret_cast<const uint8_t*>(d->base), width, height, pitch, box_w, box_h, elem, swizzle ? 3u : 0u};
+    memset(out, 0, 128);
+    memcpy(out, &m, sizeof m);
+    return 0;
+}
+
+// ---- "Asynchronous warpgroup-level matrix instructions" ---------------------------------------------------------------------
+// Operands are read, and results appear, only at the wait; until then the accumulator registers hold NaNs.
+namespace ptx {
+namespace {
+WarpGroup& group() { return block().groups[me()->linear / 128]; }
+
+// "Matrix descriptor format": bits 0-13 start address >> 4, 32-45 stride byte offset >> 4, 62-63 swizzle (1: 128 bytes).
+// Row r of a K-major operand lies in the 8-row group r/8; the swizzle applies to the final address.
+void operand(uint64_t desc, int rows, float* out, Loc at) {  // [rows][16]
+    if (desc >> 62 != 1) fault(at, "wgmma: only the 128-byte swizzle is emulated");
+    uint32_t start = (desc & 0x3fff) << 4, stride = (desc >> 32 & 0x3fff) << 4;
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < 2; c++) {
+            uint32_t addr = swizzle128(start + r / 8 * stride + r % 8 * 128 + c * 16);
+            uint16_t e[8];
+            memcpy(e, smem_access(addr, 16, check::AsyncRead, at), 16);
+            halves_to_floats(e, out + r * 16 + c * 8, 8, false);
+        }
+}
+// "Register fragments for wgmma.mma_async.m64nNk16": thread t holds D[16*(t/32) + t%32/4 + 8*(i/2%2)][8*(i/4) + 2*(t%4) + i%2].
+void execute(const Wgmma& w, float* acc) {  // acc[64][n]
+    float a[64 * 16], b[256 * 16];
+    operand(w.a, 64, a, w.at);
+    operand(w.b, w.n, b, w.at);
+    if (!w.accumulate) std::fill(acc, acc + 64 * w.n, 0.0f);
+    for (int j = 0; j < w.n; j += 8) {
+        Row bt[16];
+        for (int k = 0; k < 16; k++)
+            for (int e = 0; e < 8; e++) bt[k][e] = b[(j + e) * 16 + k];
+        for (int i = 0; i < 64; i++) {
+            Row d;
+            memcpy(&d, acc + i * w.n + j, 32);
+            for (int k = 0; k < 16; k++) d += a[i * 16 + k] * bt[k];
+            memcpy(acc + i * w.n + j, &d, 32);
+        }
+    }
+}
+Hidden* find(WarpGroup& g, const Wgmma& w) {
+    for (Hidden& h : g.hidden)
+        if (h.w.d[0] == w.d[0]) return &h;
+    return nullptr;
+}
+template <class F> void each_register(int n, F f) {
+    for (int t = 0; t < 128; t++)
+        for (int i = 0; i < n / 2; i++) f(t, i, (16 * (t / 32) + t % 32 / 4 + i / 2 % 2 * 8) * n + i / 4 * 8 + t % 4 * 2 + i % 2);
+}
+}  // namespace
+void wgmma_fence(Loc at) {
+    warpgroup_collective("wgmma.fence", nullptr, [](void* const*, unsigned) { group().fenced = true; }, at);
+}
+void wgmma(float* d, int n, uint64_t a, uint64_t b, bool accumulate, Loc at) {
+    Wgmma arg{{d}, n, a, b, accumulate, at};
+    warpgroup_collective("wgmma.mma_async", &arg, [](void* const* args, unsigned) {
+        WarpGroup& g = group();
+        Wgmma w = *static_cast<Wgmma*>(args[0]);
+        if (!g.fenced) fault(w.at, "wgmma.mma_async without wgmma.fence since the registers were last used");
+        for (int t = 0; t < 128; t++) {
+            const Wgmma& o = *static_cast<Wgmma*>(args[t]);
+            if (o.a != w.a || o.b != w.b || o.accumulate != w.accumulate) fault(w.at, "wgmma: operands differ between threads 0 and %d of the warpgroup", t);
+            w.d[t] = o.d[0];
+        }
+        if (!find(g, w)) {
+            g.hidden.push_back({w, std::vector<float>(64 * w.n)});
+            auto& acc = g.hidden.back().acc;
+            each_register(w.n, [&](int t, int i, int at) { acc[at] = w.d[t][i], w.d[t][i] = NAN; });
+        }
+        g.open.push_back(w);
+    }, at);
+}
+void wgmma_commit(Loc at) {
+    warpgroup_collective("wgmma.commit_group", nullptr, [](void* const*, unsigned) {
+        WarpGroup& g = group();
+        g.groups.push_back(std::move(g.open));
+        g.open.clear();
+    }, at);
+}
+void wgmma_wait(int keep, Loc at) {
+    warpgroup_collective("wgmma.wait_group", &keep, [](void* const* args, unsigned) {
+        WarpGroup& g = group();
+        g.fenced = false;
+        auto keep = g.groups.end() - std::min<size_t>(g.groups.size(), *static_cast<int*>(args[0]));
+        for (auto it = g.groups.begin(); it != keep; it++)
+            for (const Wgmma& w : *it) execute(w, find(g, w)->acc.data());
+        g.groups.erase(g.groups.begin(), keep);
+        auto idle = [&](const Hidden& h) {  // no wgmma on these registers is left: show the result
+            auto same = [&](const Wgmma& w) { return w.d[0] == h.w.d[0]; };
+            for (auto& list : g.groups)
+                if (std::any_of(list.begin(), list.end(), same)) return false;
+            if (std::any_of(g.open.begin(), g.open.end(), same)) return false;
+            each_register(h.w.n, [&](int t, int i, int at) { h.w.d[t][i] = h.acc[at]; });
+            return true;
+        };
+        g.hidden.erase(std::remove_if(g.hidden.begin(), g.hidden.end(), idle), g.hidden.end());
+        if (!check::on) return;
+        Fiber** f = &block().fibers[me()->linear / 128 * 128];  // the wait orders the group's operand reads before what follows
+        Clock all;
+        for (int t = 0; t < 128; t++) check::join(all, f[t]->clock);
+        for (int t = 0; t < 128; t++) f[t]->clock = all, f[t]->clock[f[t]->linear]++;
+    }, at);
+}
+}  // namespace ptx

@@ -1,0 +1,574 @@
+// simt.cpp: fibers, scheduler, barriers, warp collectives, device memory, launch.
+#include "runtime.hpp"
+
+#include <signal.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+#include <thread>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+namespace simt {
+__thread Thread* self = nullptr;
+
+namespace {
+constexpr size_t kStack = 128 << 10, kPage = 4096;
+enum class Order { Forward, Reverse, Random };
+struct Config {
+    Order order = Order::Forward;
+    uint64_t seed = 1;
+    unsigned workers = 2;
+} config;
+std::mutex lock;
+Kernel* kernels = nullptr;
+std::atomic<uint32_t> block_serial{1};
+thread_local std::string last_error;
+thread_local uint64_t last_conflicts;
+
+// ---- context switch ------------------------------------------------------------------------------------------
+// Saves the callee-saved registers of the System V ABI on the old stack and pops them from the new one. (Rounding
+// mode and x87 state are not part of a CUDA thread and are not switched.)
+extern "C" void simt_switch(void** save_sp, void* load_sp);
+#if defined(__x86_64__)
+asm(R"(.text
+.globl simt_switch
+.type simt_switch,@function
+simt_switch:
+    push %rbp; push %rbx; push %r12; push %r13; push %r14; push %r15
+    mov %rsp, (%rdi)
+    mov %rsi, %rsp
+    pop %r15; pop %r14; pop %r13; pop %r12; pop %rbx; pop %rbp
+    ret
+.size simt_switch, .-simt_switch
+)");
+void* first_frame(uint8_t* top, void (*entry)()) {
+    void** sp = reinterpret_cast<void**>(top) - 1;
+    *sp = nullptr;  // entry's return address: it never returns
+    *--sp = reinterpret_cast<void*>(entry);
+    return sp - 6;
+}
+#else
+#error "simt_switch: write the dozen instructions for this processor, or use Boost.Context"
+#endif
+
+#if defined(__SANITIZE_ADDRESS__)
+thread_local const void* home = nullptr;  // the worker's own stack
+thread_local size_t home_size = 0;
+#endif
+void switch_to(Fiber* from, Fiber* to) {
+    self = to;
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(from->done ? nullptr : &from->asan_fake, to->stack ? to->stack : home, to->stack ? kStack : home_size);
+#endif
+    simt_switch(&from->sp, to->sp);
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(from->asan_fake, nullptr, nullptr);
+#endif
+}
+
+// ---- scheduler ----------------------------------------------------------------------------------------------
+uint64_t next_random(Block& b) {  // xorshift64
+    b.rng ^= b.rng << 13, b.rng ^= b.rng >> 7, b.rng ^= b.rng << 17;
+    return b.rng;
+}
+
+[[noreturn]] void deadlock(Block& b) {
+    std::string text;
+    for (int i = 0; i < b.threads;) {  // ranges of threads that wait at the same place
+        Fiber* f = b.fibers[i];
+        int j = i + 1;
+        auto same = [&](Fiber* g) {
+            return g->done == f->done && (f->done || (g->wait.op == f->wait.op && g->wait.at.line == f->wait.at.line && g->wait.detail == f->wait.detail));
+        };
+        while (j < b.threads && same(b.fibers[j])) j++;
+        char line[400];
+        if (f->done) snprintf(line, sizeof line, "\n  threads %d-%d have exited", i, j - 1);
+        else {
+            char detail[120] = "";
+            if (!strcmp(f->wait.op, "mbarrier.wait")) {
+                uint64_t* bar = reinterpret_cast<uint64_t*>(f->wait.detail & ~uint64_t(1));
+                const MBarrier& m = b.mbarriers[bar];
+                snprintf(detail, sizeof detail, " (shared %#zx) for phase parity %d; phase %u has %u of %u arrivals and %ld bytes pending",
+                         (size_t)((uint8_t*)bar - b.smem), int(f->wait.detail & 1), m.phase, m.count - m.pending, m.count, (long)m.tx);
+            } else if (f->wait.detail) snprintf(detail, sizeof detail, " [%#lx]", (long)f->wait.detail);
+            snprintf(line, sizeof line, "\n  threads %d-%d wait at %s%s, %s:%d", i, j - 1, f->wait.op, detail, f->wait.at.file, f->wait.at.line);
+        }
+        text += line;
+        i = j;
+    }
+    b.error = std::string("kernel ") + b.launch->kernel->name + ": deadlock in block " + std::to_string(me()->bid.x) + "," +
+              std::to_string(me()->bid.y) + "," + std::to_string(me()->bid.z) + text;
+    switch_to(me(), &b.main);
+    abort();
+}
+
+Fiber* pick(Block& b) {
+    for (;;) {
+        // Async copies land as late as they legally can (or, in random order, at some point before that).
+        if (!b.bulk.empty() && (b.ready.empty() || (config.order == Order::Random && next_random(b) % 8 == 0))) {
+            size_t i = config.order == Order::Random ? next_random(b) % b.bulk.size() : 0;
+            Bulk bulk = std::move(b.bulk[i]);
+            b.bulk.erase(b.bulk.begin() + i);
+            deliver(bulk);
+            continue;
+        }
+        if (b.ready.empty()) {
+            if (b.live) deadlock(b);
+            return &b.main;
+        }
+        if (config.order == Order::Random) std::swap(b.ready[next_random(b) % b.ready.size()], b.ready.back());
+        Fiber* f = b.ready.back();
+        b.ready.pop_back();
+        return f;
+    }
+}
+
+void fiber_main() {
+#if defined(__SANITIZE_ADDRESS__)
+    const void* old;
+    size_t size;
+    __sanitizer_finish_switch_fiber(nullptr, &old, &size);
+    if (!home) home = old, home_size = size;  // a worker's first fiber is entered from the worker
+#endif
+    Fiber* f = me();
+    f->block->launch->kernel->run(f->block->launch->params);
+    if (!f->open.empty() || !f->groups.empty()) fault({}, "exits with cp.async copies that it never waited for");
+    f->done = true;
+    f->block->live--;
+    switch_to(f, pick(*f->block));
+    abort();
+}
+
+void push_all(Block& b, std::vector<Fiber*>& list) {  // so that the first of the list runs first (last when reversed)
+    if (config.order == Order::Reverse) b.ready.insert(b.ready.end(), list.begin(), list.end());
+    else b.ready.insert(b.ready.end(), list.rbegin(), list.rend());
+    list.clear();
+}
+}  // namespace
+
+void resume(Fiber* f) { f->block->ready.push_back(f); }
+
+void suspend(const char* op, Loc at, uint64_t detail) {
+    Fiber* f = me();
+    f->wait = {op, at, detail};
+    Fiber* next = pick(*f->block);
+    if (next != f) switch_to(f, next);
+}
+
+void fault(Loc at, const char* format, ...) {
+    char text[4096], where[600] = "", place[300] = "";
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    Fiber* f = me();
+    if (!f) {
+        fprintf(stderr, "simt: %s\n", text);
+        abort();
+    }
+    Block& b = *f->block;
+    if (at.file) snprintf(place, sizeof place, " at %s:%d", at.file, at.line);
+    if (f != &b.main)
+        snprintf(where, sizeof where, ", block (%u,%u,%u), thread (%u,%u,%u) [warp %u lane %u]%s", f->bid.x, f->bid.y, f->bid.z, f->tid.x,
+                 f->tid.y, f->tid.z, f->warp, f->lane, place);
+    b.error = std::string("kernel ") + b.launch->kernel->name + where + ": " + text;
+    switch_to(f, &b.main);  // the block is abandoned: its fibers are never resumed
+    abort();
+}
+
+// ---- barriers and collectives -----------------------------------------------------------------------------------
+namespace {
+Barrier& arrive(int id, int threads, Loc at) {
+    Block& b = block();
+    int n = threads ? threads : b.threads;
+    if (id < 0 || id > 15 || (threads && (threads % 32 || threads > b.threads))) fault(at, "barrier %d over %d threads is not valid", id, threads);
+    Barrier& r = b.barriers[id];
+    if (!r.arrived) r.expected = n, r.at = at;
+    // Stricter than the hardware, which only counts: one barrier, one place in the source.
+    if (id == 0 && (r.at.line != at.line || strcmp(r.at.file, at.file)))
+        fault(at, "divergent barrier: other threads wait at the __syncthreads of %s:%d", r.at.file, r.at.line);
+    if (r.expected != n) fault(at, "barrier %d is used with %d and with %d threads", id, r.expected, n);
+    r.arrived++;
+    check::release(r.clock);
+    if (r.arrived == r.expected) {
+        for (Fiber* f : r.waiting) check::acquire(f, r.clock);
+        r.arrived = 0;
+        push_all(b, r.waiting);
+    }
+    return r;
+}
+}  // namespace
+
+void barrier_arrive(int id, int threads, Loc at) { arrive(id, threads, at); }
+
+void barrier_sync(int id, int threads, Loc at) {
+    Barrier& r = arrive(id, threads, at);
+    if (r.arrived) {
+        r.waiting.push_back(me());
+        suspend(id ? "barrier.sync" : "__syncthreads", at, id);
+    } else check::acquire(me(), r.clock);
+}
+
+static void release_others(Block& b, unsigned first, unsigned mask, Fiber* except) {
+    const bool reverse = config.order == Order::Reverse;
+    for (int i = 0; i < 32; i++) {
+        const int l = reverse ? i : 31 - i;
+        if ((mask >> l & 1) && b.fibers[first + l] != except) b.ready.push_back(b.fibers[first + l]);
+    }
+}
+
+void warp_collective(const char* op, unsigned mask, void* arg, Act act, Loc at) {
+    Fiber* f = me();
+    Block& b = *f->block;
+    unsigned first = f->warp * 32, lanes = b.threads - first >= 32 ? ~0u : (1u << (b.threads - first)) - 1;
+    if (!(mask >> f->lane & 1)) fault(at, "%s: the mask %08x lacks the calling lane", op, mask);
+    mask &= lanes;
+    Rendezvous* r = nullptr;  // one per mask; nearly always the only one
+    for (Rendezvous& c : b.warps[f->warp])
+        if (c.mask == mask) {
+            r = &c;
+            break;
+        }
+    if (!r) {
+        r = &b.warps[f->warp].emplace_back();
+        r->mask = mask;
+    }
+    if (!r->arrived) r->op = op, r->at = at;
+    else if (r->op != op && strcmp(r->op, op))
+        fault(at, "divergent warp: calls %s while other lanes wait at %s, %s:%d", op, r->op, r->at.file, r->at.line);
+    r->args[f->lane] = arg;
+    r->arrived |= 1u << f->lane;
+    if (r->arrived != mask) return suspend(op, at, mask);
+    r->arrived = 0;
+    act(r->args, mask);
+    release_others(b, first, mask, f);
+}
+
+void warpgroup_collective(const char* op, void* arg, Act act, Loc at) {
+    Fiber* f = me();
+    Block& b = *f->block;
+    unsigned first = f->linear / 128 * 128;
+    if (first + 128 > (unsigned)b.threads) fault(at, "%s: the warpgroup has fewer than 128 threads", op);
+    Rendezvous& r = b.groups[f->linear / 128].meet;
+    if (!r.arrived) r.op = op, r.at = at;
+    else if (strcmp(r.op, op) || r.at.line != at.line)
+        fault(at, "divergent warpgroup: calls %s while other threads wait at %s, %s:%d", op, r.op, r.at.file, r.at.line);
+    r.args[f->linear - first] = arg;
+    if (++r.arrived < 128) return suspend(op, at);
+    r.arrived = 0;
+    act(r.args, ~0u);
+    for (int w = 3; w >= 0; w--) release_others(b, first + w * 32, ~0u, f);
+}
+
+void warp_fence(unsigned mask, Loc at) {
+    // __syncwarp orders memory among its lanes; the other warp collectives do not.
+    warp_collective("__syncwarp", mask, nullptr, [](void* const*, unsigned mask) {
+        if (!check::on) return;
+        Fiber** warp = &block().fibers[me()->warp * 32];
+        Clock all;
+        for (int l = 0; l < 32; l++)
+            if (mask >> l & 1) check::join(all, warp[l]->clock);
+        for (int l = 0; l < 32; l++)
+            if (mask >> l & 1) warp[l]->clock = all, warp[l]->clock[warp[l]->linear]++;
+    }, at);
+}
+
+void shfl_act(void* const* args, unsigned mask) {
+    for (int l = 0; l < 32; l++)
+        if (mask >> l & 1) {
+            Shfl* s = static_cast<Shfl*>(args[l]);
+            if (!(mask >> s->src & 1)) fault({}, "shfl: lane %d reads lane %u, which is not in the mask %08x", l, s->src, mask);
+            s->out = static_cast<Shfl*>(args[s->src])->in;
+        }
+}
+
+unsigned vote(const char* op, unsigned mask, bool predicate, Loc at) {
+    unsigned v = predicate;
+    warp_collective(op, mask, &v, [](void* const* args, unsigned mask) {
+        unsigned ballot = 0;
+        for (int l = 0; l < 32; l++)
+            if (mask >> l & 1) ballot |= *static_cast<unsigned*>(args[l]) << l;
+        for (int l = 0; l < 32; l++)
+            if (mask >> l & 1) *static_cast<unsigned*>(args[l]) = ballot;
+    }, at);
+    return v;
+}
+
+// ---- shared memory ------------------------------------------------------------------------------------------------
+void* smem_base() { return block().smem + kSmemOffset; }
+
+uint32_t smem_u32(const void* p, Loc at) {
+    ptrdiff_t a = static_cast<const uint8_t*>(p) - block().smem;
+    if (a < kSmemOffset || a > ptrdiff_t(kSmemOffset + block().launch->smem)) fault(at, "not an address in shared memory: %p", p);
+    return a;
+}
+
+uint8_t* smem_at(uint32_t addr, unsigned bytes, Loc at) {
+    if (addr < kSmemOffset || addr + bytes > kSmemOffset + block().launch->smem)
+        fault(at, "shared memory out of bounds: %u bytes at offset %d of %u", bytes, int(addr - kSmemOffset), block().launch->smem);
+    if (addr % bytes) fault(at, "misaligned shared address %#x for %u bytes", addr, bytes);
+    return block().smem + addr;
+}
+
+// ---- atomics (global memory may be shared with other workers) ---------------------------------------------------
+template <class T> T atomic_add(T* p, T v, Loc at) {
+    if (check::on) check::access(p, sizeof(T), check::Atomic, check::site(at));
+    T old, sum;
+    __atomic_load(p, &old, __ATOMIC_RELAXED);
+    do sum = old + v;
+    while (!__atomic_compare_exchange(p, &old, &sum, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+    return old;
+}
+template float atomic_add(float*, float, Loc);
+template int atomic_add(int*, int, Loc);
+template unsigned atomic_add(unsigned*, unsigned, Loc);
+
+// ---- device memory ---------------------------------------------------------------------------------------------------
+// One reserved range, never reused: each allocation ends (up to 16-byte alignment) at an inaccessible page and
+// begins after one, so an overrun or a use after free faults at once.
+namespace {
+constexpr size_t kArena = size_t(1) << 40;
+uint8_t* arena = nullptr;
+size_t arena_used = 0;
+std::map<const uint8_t*, Allocation> allocations;
+}  // namespace
+
+bool in_device_arena(const void* p) { return p >= arena && p < arena + arena_used; }
+
+const Allocation* find_allocation(const void* p) {  // launches do not change the table
+    static thread_local const Allocation* last;
+    static thread_local uint32_t epoch;
+    auto inside = [&](const Allocation& a) { return p >= a.base && p < a.base + std::max<size_t>(a.size, 1); };
+    if (last && epoch == block_serial && inside(*last)) return last;
+    std::lock_guard<std::mutex> hold(lock);
+    auto it = allocations.upper_bound(static_cast<const uint8_t*>(p));
+    if (it == allocations.begin() || !inside((--it)->second)) return nullptr;
+    epoch = block_serial;
+    return last = &it->second;
+}
+
+std::string describe_global(const void* address) {  // an address that is in no allocation
+    const auto* p = static_cast<const uint8_t*>(address);
+    char text[200];
+    snprintf(text, sizeof text, "global memory not allocated, or freed, at %p", address);
+    for (const auto& [base, a] : allocations)
+        if (p >= base - kPage && p < base + a.size + kPage)
+            snprintf(text, sizeof text, "global memory out of bounds: offset %ld of an allocation of %zu bytes", long(p - base), a.size);
+    return text;
+}
+
+void check_global(const void* p, size_t n, const char* op, Loc at) {
+    const Allocation* a = find_allocation(p);
+    if (!a) fault(at, "%s: %s", op, describe_global(p).c_str());
+    if (static_cast<const uint8_t*>(p) + n > a->base + a->size)
+        fault(at, "%s: global memory out of bounds: %zu bytes at offset %ld of an allocation of %zu", op, n, long(static_cast<const uint8_t*>(p) - a->base), a->size);
+}
+
+// ---- launch ----------------------------------------------------------------------------------------------------------
+Kernel::Kernel(const char* n, void (*r)(void**), int c, const uint32_t* s) : name(n), run(r), count(c), sizes(s), next(kernels) { kernels = this; }
+
+namespace {
+struct sigaction old_segv;
+
+void on_segv(int, siginfo_t* info, void*) {
+    const auto* p = static_cast<const uint8_t*>(info->si_addr);
+    if (!self || !me()->block || self == &block().main) {  // not ours
+        sigaction(SIGSEGV, &old_segv, nullptr);
+        return;
+    }
+    Fiber* f = me();
+    Block& b = *f->block;
+    if (p >= f->stack && p < f->stack + kPage) fault({}, "stack overflow");
+    if (p >= b.smem && p < b.smem + (1 << 20)) fault({}, "shared memory out of bounds at offset %ld", long(p - b.smem) - kSmemOffset);
+    if (in_device_arena(p)) fault({}, "%s", describe_global(p).c_str());
+    fault({}, "invalid address %p", p);
+}
+
+std::unique_ptr<Block> take_worker(std::vector<std::unique_ptr<Block>>& pool) {
+    std::lock_guard<std::mutex> hold(lock);
+    if (pool.empty()) {
+        auto b = std::make_unique<Block>();
+        size_t window = kSmemOffset + ((kSmemMax + kPage - 1) & ~(kPage - 1)) + 2 * kPage;
+        b->smem = static_cast<uint8_t*>(mmap(nullptr, 1 << 20, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+        mprotect(b->smem, window - kPage, PROT_READ | PROT_WRITE);
+        b->main.block = b.get();
+        return b;
+    }
+    auto b = std::move(pool.back());
+    pool.pop_back();
+    return b;
+}
+
+void prepare(Block& b, const Launch& launch) {
+    b.launch = &launch;
+    b.threads = launch.block.x * launch.block.y * launch.block.z;
+    while (b.fibers.size() < (size_t)b.threads) {
+        auto* f = new Fiber();
+        f->block = &b;
+        f->linear = b.fibers.size();
+        f->warp = f->linear / 32, f->lane = f->linear % 32;
+        f->stack = static_cast<uint8_t*>(mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+        mprotect(f->stack, kPage, PROT_NONE);
+        b.fibers.push_back(f);
+    }
+    for (int i = 0; i < b.threads; i++) {
+        Fiber& f = *b.fibers[i];
+        f.tid = {i % launch.block.x, i / launch.block.x % launch.block.y, i / (launch.block.x * launch.block.y)};
+        f.bdim = launch.block, f.gdim = launch.grid;
+    }
+}
+
+void run_block(Block& b, unsigned index) {
+    const Launch& l = *b.launch;
+    b.serial = block_serial++;
+    b.rng = (config.seed * 0x9e3779b97f4a7c15ull) ^ (index + 1) * 0xbf58476d1ce4e5b9ull;
+    b.live = b.threads;
+    b.ready.clear(), b.bulk.clear(), b.mbarriers.clear();
+    for (auto& w : b.warps) w.clear();
+    for (auto& r : b.barriers) r = Barrier{};
+    b.groups.assign((b.threads + 127) / 128, WarpGroup{});
+    memset(b.smem + kSmemOffset, kPoison, (l.smem + 15) & ~15u);
+    std::vector<Fiber*> start;
+    for (int i = 0; i < b.threads; i++) {
+        Fiber* f = b.fibers[i];
+        f->bid = {index % l.grid.x, index / l.grid.x % l.grid.y, index / (l.grid.x * l.grid.y)};
+        f->done = false;
+        f->open.clear(), f->groups.clear();
+        // Tops of stacks are staggered so that a warp's hot frames do not all fall into the same cache sets.
+        f->sp = first_frame(f->stack + kStack - f->lane * 320 - 64, fiber_main);
+        start.push_back(f);
+    }
+    if (check::on) check::block_begin(b);
+    push_all(b, start);
+    Thread* outer = self;
+    switch_to(&b.main, pick(b));
+    self = outer;
+    if (b.error.empty() && !b.bulk.empty()) b.error = std::string("kernel ") + l.kernel->name + ": exits with bulk copies in flight";
+}
+}  // namespace
+}  // namespace simt
+
+// ---- C interface, the shape of the CUDA driver API ----------------------------------------------------------------------
+using namespace simt;
+extern "C" {
+
+const void* simt_get_function(const char* name) {
+    for (Kernel* k = kernels; k; k = k->next)
+        if (!strcmp(k->name, name)) return k;
+    return nullptr;
+}
+int simt_param_count(const void* f) { return static_cast<const Kernel*>(f)->count; }
+uint32_t simt_param_size(const void* f, int i) { return static_cast<const Kernel*>(f)->sizes[i]; }
+const char* simt_last_error() { return last_error.c_str(); }
+uint64_t simt_last_bank_conflicts() { return last_conflicts; }
+
+// order: 0 forward, 1 reverse, 2 random by seed
+void simt_configure(int order, uint64_t seed, unsigned workers) { config = {Order(order), seed | 1, workers ? workers : 1}; }
+
+uint64_t simt_alloc(size_t size) {
+    std::lock_guard<std::mutex> hold(lock);
+    if (!arena) arena = static_cast<uint8_t*>(mmap(nullptr, kArena, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)), arena_used = kPage;
+    size_t room = (size + kPage - 1) & ~(kPage - 1);
+    uint8_t* page = arena + arena_used;
+    mprotect(page, room, PROT_READ | PROT_WRITE);
+    arena_used += room + kPage;
+    uint8_t* base = page + room - ((size + 15) & ~size_t(15));
+    memset(page, kPoison, room);
+    allocations[base] = {base, size, check::on ? check::shadow_alloc(size) : nullptr};
+    return reinterpret_cast<uint64_t>(base);
+}
+int simt_free(uint64_t p) {
+    std::lock_guard<std::mutex> hold(lock);
+    auto it = allocations.find(reinterpret_cast<uint8_t*>(p));
+    if (it == allocations.end()) return 1;
+    uint8_t* page = reinterpret_cast<uint8_t*>(p & ~(kPage - 1));
+    size_t room = (it->second.size + (p & (kPage - 1)) + kPage - 1) & ~(kPage - 1);
+    madvise(page, room, MADV_DONTNEED);
+    mprotect(page, room, PROT_NONE);
+    allocations.erase(it);
+    block_serial++;  // forget cached look-ups
+    return 0;
+}
+static bool inside_allocation(uint64_t address, size_t n, const char* op) {  // host addresses are not ours to judge
+    const void* p = reinterpret_cast<void*>(address);
+    if (!n || !in_device_arena(p)) return true;
+    const Allocation* a = find_allocation(p);
+    if (a && static_cast<const uint8_t*>(p) + n <= a->base + a->size) return true;
+    last_error = std::string(op) + ": " + std::to_string(n) + " bytes leave their allocation, or it was freed";
+    return false;
+}
+int simt_memcpy(uint64_t dst, uint64_t src, size_t n) {  // host or device addresses alike
+    if (!inside_allocation(dst, n, "copy to the device") || !inside_allocation(src, n, "copy from the device")) return 1;
+    if (check::on && n)
+        if (const Allocation* a = find_allocation(reinterpret_cast<void*>(dst))) check::host_write(*a, reinterpret_cast<void*>(dst), n);
+    memmove(reinterpret_cast<void*>(dst), reinterpret_cast<void*>(src), n);
+    return 0;
+}
+int simt_memset(uint64_t dst, int value, size_t n) {
+    if (!inside_allocation(dst, n, "fill")) return 1;
+    if (check::on && n)
+        if (const Allocation* a = find_allocation(reinterpret_cast<void*>(dst))) check::host_write(*a, reinterpret_cast<void*>(dst), n);
+    memset(reinterpret_cast<void*>(dst), value, n);
+    return 0;
+}
+
+int simt_launch(const void* f, const uint32_t* geometry, uint32_t smem, void** params) {
+    const uint32_t gx = geometry[0], gy = geometry[1], gz = geometry[2], bx = geometry[3], by = geometry[4], bz = geometry[5];
+    static std::once_flag once;
+    std::call_once(once, [] {
+        struct sigaction sa = {};
+        sa.sa_sigaction = on_segv;
+        sa.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+        sigaction(SIGSEGV, &sa, &old_segv);
+    });
+    static std::vector<std::unique_ptr<Block>> pool;
+    Launch launch{static_cast<const Kernel*>(f), {gx, gy, gz}, {bx, by, bz}, smem, params, block_serial};
+    const uint64_t blocks = uint64_t(gx) * gy * gz, threads = uint64_t(bx) * by * bz;
+    last_error.clear();
+    if (geometry[6] * geometry[7] * geometry[8] != 1)
+        return last_error = std::string("kernel ") + launch.kernel->name + ": clusters are not emulated", 1;
+    if (!blocks || gx > 0x7fffffff || gy > 65535 || gz > 65535 || !threads || threads > 1024 || bz > 64 || smem > kSmemMax)
+        return last_error = std::string("kernel ") + launch.kernel->name + ": invalid grid, block or shared memory size", 1;
+    std::atomic<uint32_t> next{0};
+    std::atomic<bool> failed{false};
+    uint64_t conflicts = 0;
+    auto work = [&]() -> std::string {
+        static thread_local std::vector<uint8_t> alt(64 << 10);  // handlers must run even when a fiber's stack is full
+        stack_t ss{alt.data(), 0, alt.size()}, old;
+        if (!sigaltstack(nullptr, &old) && (old.ss_flags & SS_DISABLE)) sigaltstack(&ss, nullptr);
+        auto b = take_worker(pool);
+        prepare(*b, launch);
+        b->error.clear();
+        b->bank_conflicts = 0;
+        for (uint32_t i; !failed && (i = next++) < blocks;) {
+            run_block(*b, config.order == Order::Reverse ? blocks - 1 - i : i);
+            if (!b->error.empty()) failed = true;
+        }
+        std::string error = b->error;
+        std::lock_guard<std::mutex> hold(lock);
+        conflicts += b->bank_conflicts;
+        pool.push_back(std::move(b));
+        return error;
+    };
+    unsigned workers = check::on ? 1 : std::min<uint64_t>(config.workers, blocks);
+    std::vector<std::string> errors(workers);
+    std::vector<std::thread> threads_;
+    for (unsigned i = 1; i < workers; i++) threads_.emplace_back([&, i] { errors[i] = work(); });
+    errors[0] = work();
+    for (auto& t : threads_) t.join();
+    last_conflicts = conflicts;
+    for (auto& e : errors)
+        if (!e.empty()) return last_error = e, 1;
+    return 0;
+}
+}

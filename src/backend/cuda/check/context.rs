@@ -1,0 +1,170 @@
+//! What a case works with: random operands, poisoned outputs, comparison, timing.
+
+use super::Measured;
+use crate::backend::cuda::{CudaError, Element, Gpu};
+use crate::driver::DevicePtr;
+
+/// Bytes behind every output that must stay as they are.
+const GUARD: usize = 256;
+/// What unwritten memory holds: a NaN in every element type.
+const POISON: u8 = 0xff;
+
+/// How cases run.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Options {
+    /// Changes every random operand.
+    pub seed: u64,
+    /// Time the kernels as well.
+    pub timing: bool,
+}
+
+/// Device memory of a case; freed with the context.
+#[derive(Clone, Copy, Debug)]
+pub struct Buffer {
+    /// Address.
+    pub ptr: DevicePtr,
+    /// Bytes, without guard.
+    pub bytes: usize,
+}
+
+/// Operands, outputs and results of one case.
+pub struct Context<'a> {
+    /// The device.
+    pub gpu: &'a Gpu,
+    options: Options,
+    random: u64,
+    owned: Vec<DevicePtr>,
+}
+
+impl<'a> Context<'a> {
+    pub(super) fn new(gpu: &'a Gpu, name: &str, options: Options) -> Self {
+        // FNV-1a of the name: every case has its own numbers, the same in every run.
+        let mut random = 0xcbf2_9ce4_8422_2325 ^ options.seed;
+        for byte in name.bytes() {
+            random = (random ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+        }
+        Self { gpu, options, random, owned: Vec::new() }
+    }
+
+    /// A random number (splitmix64).
+    pub fn next(&mut self) -> u64 {
+        self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.random;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// `count` values, about normal with deviation `scale`, rounded to `element`.
+    pub fn values(&mut self, count: usize, scale: f32, element: Element) -> Vec<f32> {
+        (0..count)
+            .map(|_| {
+                // Sum of four uniform numbers: near enough to normal, and bounded.
+                let bits = self.next();
+                let sum: f32 = (0..4).map(|i| ((bits >> (16 * i)) & 0xffff) as f32 / 65536.0 - 0.5).sum();
+                element.round(sum * 1.732 * scale)
+            })
+            .collect()
+    }
+
+    /// Memory that holds `bytes`.
+    pub fn upload_bytes(&mut self, bytes: &[u8]) -> Result<Buffer, CudaError> {
+        let (driver, stream) = (self.gpu.driver(), self.gpu.stream());
+        let ptr = driver.alloc(bytes.len().max(1), stream)?;
+        self.owned.push(ptr);
+        driver.upload(ptr, bytes, stream)?;
+        Ok(Buffer { ptr, bytes: bytes.len() })
+    }
+
+    /// Memory that holds `values` as `element`.
+    pub fn upload(&mut self, values: &[f32], element: Element) -> Result<Buffer, CudaError> {
+        self.upload_bytes(&element.encode(values))
+    }
+
+    /// Poisoned memory for a result of `bytes`, guarded behind its end.
+    pub fn output(&mut self, bytes: usize) -> Result<Buffer, CudaError> {
+        let (driver, stream) = (self.gpu.driver(), self.gpu.stream());
+        // The SIMT layer has a page that faults behind every allocation.
+        let guard = if driver.device().is_simulated { 0 } else { GUARD };
+        let ptr = driver.alloc((bytes + guard).max(1), stream)?;
+        self.owned.push(ptr);
+        driver.fill(ptr, POISON, bytes + guard, stream)?;
+        Ok(Buffer { ptr, bytes })
+    }
+
+    /// The bytes of `buffer`; `None` if something was written behind its end.
+    pub fn download(&self, buffer: Buffer) -> Result<Option<Vec<u8>>, CudaError> {
+        let (driver, stream) = (self.gpu.driver(), self.gpu.stream());
+        let guard = if driver.device().is_simulated { 0 } else { GUARD };
+        let mut bytes = vec![0; buffer.bytes + guard];
+        driver.download(&mut bytes, buffer.ptr, stream)?;
+        let intact = bytes[buffer.bytes..].iter().all(|b| *b == POISON);
+        bytes.truncate(buffer.bytes);
+        Ok(intact.then_some(bytes))
+    }
+
+    /// Launches, compares `out` with `want`, and times the launch if asked to.
+    pub fn measure(
+        &mut self,
+        out: Buffer,
+        element: Element,
+        want: &[f64],
+        launch: impl Fn() -> Result<(), CudaError>,
+    ) -> Result<Measured, CudaError> {
+        launch()?;
+        let error = match self.download(out)? {
+            Some(bytes) => error_of(&element.decode(&bytes), want),
+            None => f64::INFINITY,
+        };
+        Ok(Measured { error, micros: self.time(launch)? })
+    }
+
+    /// Microseconds of one launch: the median of several, if timing was asked for.
+    pub fn time(&self, launch: impl Fn() -> Result<(), CudaError>) -> Result<Option<f64>, CudaError> {
+        if !self.options.timing {
+            return Ok(None);
+        }
+        let (driver, stream) = (self.gpu.driver(), self.gpu.stream());
+        let (from, to) = (driver.create_event(true)?, driver.create_event(true)?);
+        let rounds = if driver.device().is_simulated { 1 } else { 11 };
+        let mut times = Vec::with_capacity(rounds);
+        for _ in 0..rounds {
+            driver.record(from, stream)?;
+            launch()?;
+            driver.record(to, stream)?;
+            driver.synchronize_event(to)?;
+            times.push(f64::from(driver.elapsed_ms(from, to)?) * 1e3);
+        }
+        driver.destroy_event(from)?;
+        driver.destroy_event(to)?;
+        times.sort_by(f64::total_cmp);
+        Ok(Some(times[times.len() / 2]))
+    }
+}
+
+impl Drop for Context<'_> {
+    fn drop(&mut self) {
+        for ptr in self.owned.drain(..) {
+            if let Err(error) = self.gpu.driver().free(ptr, self.gpu.stream()) {
+                tracing::warn!(%error, "device memory of a check was not freed");
+            }
+        }
+    }
+}
+
+/// Largest |got − want| / max(|want|, rms of want); infinite for a NaN that should not be one.
+pub(super) fn error_of(got: &[f32], want: &[f64]) -> f64 {
+    if got.len() != want.len() {
+        return f64::INFINITY;
+    }
+    let rms = (want.iter().map(|w| w * w).sum::<f64>() / want.len().max(1) as f64).sqrt();
+    let mut worst = 0.0f64;
+    for (got, want) in got.iter().zip(want) {
+        let error = (f64::from(*got) - want).abs() / want.abs().max(rms).max(f64::MIN_POSITIVE);
+        if error.is_nan() {
+            return f64::INFINITY;
+        }
+        worst = worst.max(error);
+    }
+    worst
+}

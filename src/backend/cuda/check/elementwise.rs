@@ -1,0 +1,84 @@
+//! Cases of elementwise operations.
+
+use super::{Case, Context, Measured};
+use crate::backend::cuda::launch::elementwise::{Act, Activate, Axpby, activate, axpby};
+use crate::backend::cuda::{CudaError, Element};
+
+/// Error function.
+fn erf(x: f64) -> f64 {
+    statrs::function::erf::erf(x)
+}
+
+/// `act(x)` in f64.
+pub(super) fn act(x: f64, act: Act) -> f64 {
+    match act {
+        Act::None => x,
+        Act::Silu => x / (1.0 + (-x).exp()),
+        Act::Gelu => 0.5 * x * (1.0 + erf(x / std::f64::consts::SQRT_2)),
+        Act::QuickGelu => x / (1.0 + (-1.702 * x).exp()),
+    }
+}
+
+pub(super) fn cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for element in [Element::F16, Element::BF16, Element::F32] {
+        for count in [1usize, 7, 8, 9, 63, 255, 1000, 2048, 2049, 4_096_001] {
+            let name = format!("axpby_{} {count}", element.suffix());
+            cases.push(case(name, count, element, 3, move |cx| run_axpby(cx, count, element)));
+        }
+        for act in [Act::None, Act::Silu, Act::Gelu, Act::QuickGelu] {
+            for count in [5usize, 16, 777, 20_480, 4_096_003] {
+                let name = format!("activate_{} {act:?} {count}", element.suffix());
+                cases.push(case(name, count, element, 2, move |cx| run_activate(cx, count, element, act)));
+            }
+        }
+    }
+    cases
+}
+
+fn case(
+    name: String,
+    count: usize,
+    element: Element,
+    arrays: usize,
+    run: impl Fn(&mut Context<'_>) -> Result<Measured, CudaError> + Send + Sync + 'static,
+) -> Case {
+    Case {
+        family: "elementwise",
+        name,
+        quick: count < 10_000,
+        needs_gpu: count > 1_000_000,
+        flops: 0.0,
+        bytes: (arrays * count * element.size()) as f64,
+        // One rounding of the result, and float arithmetic with its exp (2 ulp) before it.
+        tolerance: element.rounding() * 1.01 + 1e-6,
+        run: Box::new(run),
+    }
+}
+
+fn run_axpby(cx: &mut Context<'_>, count: usize, element: Element) -> Result<Measured, CudaError> {
+    let (x, y) = (cx.values(count, 1.0, element), cx.values(count, 2.0, element));
+    let (a, b) = (0.75f32, -1.25f32);
+    let want: Vec<f64> =
+        x.iter().zip(&y).map(|(x, y)| f64::from(a) * f64::from(*x) + f64::from(b) * f64::from(*y)).collect();
+    let (dx, dy) = (cx.upload(&x, element)?, cx.upload(&y, element)?);
+    let out = cx.output(count * element.size())?;
+    let gpu = cx.gpu;
+    let op = Axpby { x: dx.ptr, y: dy.ptr, out: out.ptr, count, a, b, element };
+    cx.measure(out, element, &want, || axpby(gpu, &op))
+}
+
+fn run_activate(
+    cx: &mut Context<'_>,
+    count: usize,
+    element: Element,
+    function: Act,
+) -> Result<Measured, CudaError> {
+    let x = cx.values(count, 2.0, element);
+    let want: Vec<f64> = x.iter().map(|x| act(f64::from(*x), function)).collect();
+    let dx = cx.upload(&x, element)?;
+    let out = cx.output(count * element.size())?;
+    let gpu = cx.gpu;
+    let op = Activate { x: dx.ptr, out: out.ptr, count, act: function, element };
+    cx.measure(out, element, &want, || activate(gpu, &op))
+}

@@ -1,0 +1,58 @@
+//! Every kernel against its reference in f64: random shapes, odd and real ones.
+//!
+//! A family's file lists [`Case`]s. A case makes random operands, launches
+//! through the family's launcher into poisoned memory, and compares with a
+//! reference that is computed in f64 from the rounded operands. The same cases
+//! run under the SIMT layer in CI and on a GPU with `kiln check`.
+
+mod context;
+mod elementwise;
+
+pub use context::{Buffer, Context, Options};
+
+use super::{CudaError, Gpu};
+
+/// One comparison of a kernel with its reference.
+pub struct Case {
+    /// Kernel family, such as `gemm`.
+    pub family: &'static str,
+    /// Kernel, element type and shape, in one line.
+    pub name: String,
+    /// Small enough for `--quick`, sanitizers and the checked SIMT build.
+    pub quick: bool,
+    /// Too large for the SIMT layer.
+    pub needs_gpu: bool,
+    /// Floating-point operations (a multiply-add is two); 0 if memory-bound.
+    pub flops: f64,
+    /// Bytes that must at least be read and written.
+    pub bytes: f64,
+    /// Largest error allowed, see [`Measured::error`].
+    pub tolerance: f64,
+    /// Runs it.
+    pub run: CaseFn,
+}
+
+/// What runs a case.
+pub type CaseFn = Box<dyn Fn(&mut Context<'_>) -> Result<Measured, CudaError> + Send + Sync>;
+
+/// Result of a case.
+#[derive(Clone, Copy, Debug)]
+pub struct Measured {
+    /// Largest |got − want| / max(|want|, rms of want); infinite if an element was not written or memory
+    /// behind the result was.
+    pub error: f64,
+    /// Microseconds of one run, if it was timed.
+    pub micros: Option<f64>,
+}
+
+/// All cases, family by family, in a fixed order.
+pub fn cases() -> Vec<Case> {
+    let mut all = Vec::new();
+    all.extend(elementwise::cases());
+    all
+}
+
+/// Runs one case.
+pub fn run(gpu: &Gpu, case: &Case, options: &Options) -> Result<Measured, CudaError> {
+    (case.run)(&mut Context::new(gpu, &case.name, *options))
+}

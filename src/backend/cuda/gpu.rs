@@ -1,0 +1,121 @@
+//! A device with its stream: what launchers work with.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::CudaError;
+use crate::driver::{DevicePtr, Driver, Launch, Stream};
+
+/// Names a kernel: the kernel file's stem and the function.
+#[derive(Clone, Debug)]
+pub struct Kernel<'a> {
+    /// File stem of the source.
+    pub module: &'static str,
+    /// Function.
+    pub name: &'a str,
+}
+
+/// Geometry of a launch.
+#[derive(Clone, Copy, Debug)]
+pub struct Geometry {
+    /// Blocks.
+    pub grid: [u32; 3],
+    /// Threads of a block.
+    pub threads: u32,
+    /// Dynamic shared memory in bytes.
+    pub shared: u32,
+    /// Blocks of a cluster along x; 1 for none.
+    pub cluster: u32,
+}
+
+impl Geometry {
+    /// Blocks along x without shared memory.
+    pub fn line(blocks: usize, threads: u32) -> Self {
+        Self { grid: [blocks as u32, 1, 1], threads, shared: 0, cluster: 1 }
+    }
+}
+
+/// A device with its compute stream and scratch memory.
+pub struct Gpu {
+    driver: Arc<dyn Driver>,
+    stream: Stream,
+    workspace: Mutex<Workspace>,
+}
+
+#[derive(Default)]
+struct Workspace {
+    ptr: DevicePtr,
+    bytes: usize,
+    /// Outgrown memory that captured graphs may still name.
+    outgrown: Vec<DevicePtr>,
+}
+
+impl Gpu {
+    /// Takes a driver into use.
+    pub fn new(driver: Arc<dyn Driver>) -> Result<Self, CudaError> {
+        let stream = driver.create_stream()?;
+        Ok(Self { driver, stream, workspace: Mutex::default() })
+    }
+
+    /// The driver.
+    pub fn driver(&self) -> &dyn Driver {
+        self.driver.as_ref()
+    }
+
+    /// The stream that all compute work goes to.
+    pub fn stream(&self) -> Stream {
+        self.stream
+    }
+
+    /// Whether the device runs sm_90a code.
+    pub fn is_hopper(&self) -> bool {
+        let capability = self.driver.device().capability;
+        (capability.major, capability.minor) == (9, 0)
+    }
+
+    /// Streaming multiprocessors.
+    pub fn multiprocessors(&self) -> usize {
+        self.driver.device().multiprocessors as usize
+    }
+
+    /// Launches a kernel on the compute stream.
+    pub fn launch(
+        &self,
+        kernel: &Kernel<'_>,
+        geometry: &Geometry,
+        params: &[&[u8]],
+    ) -> Result<(), CudaError> {
+        let function = self.driver.function(kernel.module, kernel.name)?;
+        let launch = Launch {
+            shared: geometry.shared,
+            cluster: [geometry.cluster, 1, 1],
+            ..Launch::new(function, geometry.grid, [geometry.threads, 1, 1], self.stream)
+        };
+        Ok(self.driver.launch(&launch, params)?)
+    }
+
+    /// Scratch memory of at least `bytes`, the same for every launch: work on the
+    /// stream is in order, so a launcher may use all of it until the kernels it
+    /// queues are done. Its content is undefined.
+    pub fn workspace(&self, bytes: usize) -> Result<DevicePtr, CudaError> {
+        let mut workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
+        if workspace.bytes < bytes {
+            let ptr = self.driver.alloc(bytes, self.stream)?;
+            if !workspace.ptr.is_null() {
+                let old = workspace.ptr;
+                workspace.outgrown.push(old);
+            }
+            (workspace.ptr, workspace.bytes) = (ptr, bytes);
+        }
+        Ok(workspace.ptr)
+    }
+
+    /// Gives the scratch memory back; no captured graph may be left.
+    pub fn drop_workspace(&self) -> Result<(), CudaError> {
+        let mut workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
+        let Workspace { ptr, outgrown, .. } = std::mem::take(&mut *workspace);
+        for ptr in outgrown.into_iter().chain([ptr]).filter(|p| !p.is_null()) {
+            self.driver.free(ptr, self.stream)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,6 @@
+//! Launchers, one file a kernel family.
+//!
+//! A launcher takes a descriptor of plain device addresses and extents, checks
+//! what its kernels assume, chooses kernel and geometry, and queues the launch.
+
+pub mod elementwise;

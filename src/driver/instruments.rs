@@ -1,0 +1,185 @@
+//! What tests and tools see of a driver: counters, planned allocation failures, a trace of launches.
+
+use std::sync::Mutex;
+use std::sync::PoisonError;
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering::Relaxed};
+use std::time::Instant;
+
+use super::Launch;
+
+/// How often things happened since the driver was opened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Kernel launches, those inside graphs at capture time included.
+    pub launches: u64,
+    /// Graph launches.
+    pub graph_launches: u64,
+    /// Device allocations.
+    pub allocations: u64,
+    /// Device memory given back.
+    pub frees: u64,
+    /// Host waits: for a stream, an event or a download.
+    pub syncs: u64,
+    /// Bytes copied to the device.
+    pub uploaded: u64,
+    /// Bytes copied from the device.
+    pub downloaded: u64,
+    /// Device bytes allocated now.
+    pub bytes_in_use: u64,
+}
+
+/// One launch of a trace.
+#[derive(Clone, Debug)]
+pub struct LaunchRecord {
+    /// Kernel.
+    pub kernel: String,
+    /// What the caller said of the shapes.
+    pub label: String,
+    /// Blocks.
+    pub grid: [u32; 3],
+    /// Threads of a block.
+    pub block: [u32; 3],
+    /// Dynamic shared memory in bytes.
+    pub shared: u32,
+    /// Start, microseconds since the driver was opened.
+    pub start_us: f64,
+    /// Duration in microseconds: the launch call, and the kernel too where launches are synchronous.
+    pub duration_us: f64,
+}
+
+/// Counters, planned failures and trace of one driver.
+pub struct Instruments {
+    launches: AtomicU64,
+    graph_launches: AtomicU64,
+    allocations: AtomicU64,
+    frees: AtomicU64,
+    syncs: AtomicU64,
+    uploaded: AtomicU64,
+    downloaded: AtomicU64,
+    bytes_in_use: AtomicU64,
+    /// Allocations until the one that fails; negative for none.
+    fail_in: AtomicI64,
+    tracing: AtomicBool,
+    label: Mutex<String>,
+    trace: Mutex<Vec<LaunchRecord>>,
+    opened: Instant,
+}
+
+impl Default for Instruments {
+    fn default() -> Self {
+        Self {
+            launches: AtomicU64::new(0),
+            graph_launches: AtomicU64::new(0),
+            allocations: AtomicU64::new(0),
+            frees: AtomicU64::new(0),
+            syncs: AtomicU64::new(0),
+            uploaded: AtomicU64::new(0),
+            downloaded: AtomicU64::new(0),
+            bytes_in_use: AtomicU64::new(0),
+            fail_in: AtomicI64::new(-1),
+            tracing: AtomicBool::new(false),
+            label: Mutex::new(String::new()),
+            trace: Mutex::new(Vec::new()),
+            opened: Instant::now(),
+        }
+    }
+}
+
+impl Instruments {
+    /// The counters now.
+    pub fn counts(&self) -> Counts {
+        Counts {
+            launches: self.launches.load(Relaxed),
+            graph_launches: self.graph_launches.load(Relaxed),
+            allocations: self.allocations.load(Relaxed),
+            frees: self.frees.load(Relaxed),
+            syncs: self.syncs.load(Relaxed),
+            uploaded: self.uploaded.load(Relaxed),
+            downloaded: self.downloaded.load(Relaxed),
+            bytes_in_use: self.bytes_in_use.load(Relaxed),
+        }
+    }
+
+    /// The `n`-th allocation from now (0: the next) fails as if the device were full; once.
+    pub fn fail_allocation(&self, n: u32) {
+        self.fail_in.store(i64::from(n), Relaxed);
+    }
+
+    /// No allocation is to fail any more. Returns whether the planned one did.
+    pub fn cancel_failure(&self) -> bool {
+        self.fail_in.swap(-1, Relaxed) < 0
+    }
+
+    /// Whether this allocation is the one that was planned to fail.
+    pub(super) fn is_failing(&self) -> bool {
+        self.fail_in.load(Relaxed) >= 0 && self.fail_in.fetch_sub(1, Relaxed) == 0
+    }
+
+    pub(super) fn allocated(&self, bytes: usize) {
+        self.allocations.fetch_add(1, Relaxed);
+        self.bytes_in_use.fetch_add(bytes as u64, Relaxed);
+    }
+
+    pub(super) fn freed(&self, bytes: usize) {
+        self.frees.fetch_add(1, Relaxed);
+        self.bytes_in_use.fetch_sub(bytes as u64, Relaxed);
+    }
+
+    pub(super) fn synced(&self) {
+        self.syncs.fetch_add(1, Relaxed);
+    }
+
+    pub(super) fn copied_up(&self, bytes: usize) {
+        self.uploaded.fetch_add(bytes as u64, Relaxed);
+    }
+
+    pub(super) fn copied_down(&self, bytes: usize) {
+        self.downloaded.fetch_add(bytes as u64, Relaxed);
+    }
+
+    pub(super) fn graph_launched(&self) {
+        self.graph_launches.fetch_add(1, Relaxed);
+    }
+
+    /// Starts or stops recording launches.
+    pub fn set_tracing(&self, on: bool) {
+        self.tracing.store(on, Relaxed);
+    }
+
+    /// Whether launches are recorded: then labels are worth making.
+    pub fn is_tracing(&self) -> bool {
+        self.tracing.load(Relaxed)
+    }
+
+    /// Names what the next launches work on.
+    pub fn set_label(&self, label: String) {
+        *self.label.lock().unwrap_or_else(PoisonError::into_inner) = label;
+    }
+
+    /// The recorded launches so far; the record starts anew.
+    pub fn take_trace(&self) -> Vec<LaunchRecord> {
+        std::mem::take(&mut *self.trace.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Counts a launch, and records it with its time if tracing is on.
+    pub(super) fn launched<T>(&self, kernel: &str, launch: &Launch, run: impl FnOnce() -> T) -> T {
+        self.launches.fetch_add(1, Relaxed);
+        if !self.is_tracing() {
+            return run();
+        }
+        let start = Instant::now();
+        let result = run();
+        let duration_us = start.elapsed().as_secs_f64() * 1e6;
+        let label = self.label.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        self.trace.lock().unwrap_or_else(PoisonError::into_inner).push(LaunchRecord {
+            kernel: kernel.to_owned(),
+            label,
+            grid: launch.grid,
+            block: launch.block,
+            shared: launch.shared,
+            start_us: start.duration_since(self.opened).as_secs_f64() * 1e6,
+            duration_us,
+        });
+        result
+    }
+}

@@ -1,0 +1,244 @@
+//! Compilers for kernels: a C++ compiler for the SIMT layer, nvcc for the device.
+//!
+//! Used by the build script and, for kernels from a folder (`--kernels-dir`),
+//! at run time. Every object is kept under a name that holds the hash of
+//! everything it was made from, so that nothing is compiled twice.
+
+use std::collections::hash_map::DefaultHasher;
+use std::ffi::OsString;
+use std::fs;
+use std::hash::{Hash, Hasher};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
+/// A compiler that is missing or refuses.
+#[derive(Debug, thiserror::Error)]
+pub enum ToolError {
+    /// A compiler is missing.
+    #[error("no {tool}: looked in {looked}; {hint}")]
+    Missing {
+        /// Compiler.
+        tool: &'static str,
+        /// Where it was looked for.
+        looked: String,
+        /// What to do.
+        hint: &'static str,
+    },
+    /// A source does not compile.
+    #[error("{file} does not compile:\n{output}")]
+    Compile {
+        /// The source.
+        file: PathBuf,
+        /// What the compiler said.
+        output: String,
+    },
+    /// A file could not be read or written.
+    #[error("{path}: {source}")]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+}
+
+/// Build of the SIMT layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum SimtVariant {
+    /// Guard pages and poison.
+    Fast,
+    /// Every access of a kernel is checked for bounds, initialisation and races.
+    Checked,
+}
+
+impl SimtVariant {
+    /// Name in file names and messages.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Fast => "fast",
+            Self::Checked => "checked",
+        }
+    }
+}
+
+/// The kernel sources under `kernels`: every `.cu` file in a family folder, by path.
+pub fn kernel_sources(kernels: &Path) -> Result<Vec<PathBuf>, ToolError> {
+    let mut found = Vec::new();
+    for family in read_dir(kernels)? {
+        if family.is_dir() {
+            found.extend(read_dir(&family)?.into_iter().filter(|p| p.extension().is_some_and(|e| e == "cu")));
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// Module name of a kernel source: its file stem.
+pub fn module_name(source: &Path) -> String {
+    source.file_stem().map_or_else(String::new, |s| s.to_string_lossy().into_owned())
+}
+
+fn read_dir(dir: &Path) -> Result<Vec<PathBuf>, ToolError> {
+    let fail = |source| ToolError::File { path: dir.to_owned(), source };
+    let mut paths = Vec::new();
+    for entry in fs::read_dir(dir).map_err(fail)? {
+        paths.push(entry.map_err(fail)?.path());
+    }
+    paths.sort();
+    Ok(paths)
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, ToolError> {
+    fs::read(path).map_err(|source| ToolError::File { path: path.to_owned(), source })
+}
+
+/// Compiles the SIMT layer and all kernels under `kernels` into one shared
+/// library in `out` and returns its path.
+///
+/// `extra` are further kernel sources, such as the planted bugs of a test.
+pub fn build_simt(
+    kernels: &Path,
+    extra: &[PathBuf],
+    out: &Path,
+    variant: SimtVariant,
+) -> Result<PathBuf, ToolError> {
+    let compiler = cxx();
+    let mut sources: Vec<(PathBuf, bool)> = ["simt", "ptx_emu", "check"]
+        .iter()
+        .map(|name| (kernels.join("simt").join(format!("{name}.cpp")), false))
+        .collect();
+    sources.extend(kernel_sources(kernels)?.into_iter().chain(extra.iter().cloned()).map(|p| (p, true)));
+    let headers = headers_hash(kernels)?;
+    fs::create_dir_all(out).map_err(|source| ToolError::File { path: out.to_owned(), source })?;
+
+    let objects = in_parallel(&sources, |(source, is_kernel)| {
+        let flags = simt_flags(kernels, variant, *is_kernel);
+        let hash = hash_of(&(headers, read(source)?, &flags, &compiler));
+        let object = out.join(format!("{}-{}-{hash:016x}.o", module_name(source), variant.name()));
+        if !object.exists() {
+            run_to(&object, source, |partial| {
+                let mut command = Command::new(&compiler);
+                command.args(&flags).arg("-c").arg(source).arg("-o").arg(partial);
+                command
+            })?;
+        }
+        Ok(object)
+    })?;
+    let library = out.join(format!("libkiln_simt_{}-{:016x}.so", variant.name(), hash_of(&objects)));
+    if !library.exists() {
+        run_to(&library, &kernels.join("simt"), |partial| {
+            let mut command = Command::new(&compiler);
+            command.args(["-shared", "-Wl,-Bsymbolic", "-pthread", "-o"]).arg(partial).args(&objects);
+            command
+        })?;
+    }
+    Ok(library)
+}
+
+/// The C++ compiler: `CXX`, or `c++`.
+fn cxx() -> OsString {
+    std::env::var_os("CXX").unwrap_or_else(|| "c++".into())
+}
+
+fn simt_flags(kernels: &Path, variant: SimtVariant, is_kernel: bool) -> Vec<OsString> {
+    let mut flags: Vec<OsString> = [
+        "-std=c++20",
+        "-g1",
+        "-fPIC",
+        "-Wall",
+        "-Wno-unknown-pragmas",
+        "-Wno-psabi",
+        "-fno-strict-aliasing",
+        "-ffp-contract=fast",
+        // Inline variables must not be shared between two of these libraries in one process.
+        "-fno-gnu-unique",
+        "-fvisibility-inlines-hidden",
+        "-ftls-model=initial-exec",
+    ]
+    .iter()
+    .map(Into::into)
+    .collect();
+    if cfg!(target_arch = "x86_64") {
+        flags.push("-march=x86-64-v3".into());
+    }
+    for folder in ["simt", "include"] {
+        flags.push("-I".into());
+        flags.push(kernels.join(folder).into());
+    }
+    if is_kernel {
+        // Registers start as garbage that is easy to notice; a large frame cannot jump over a stack's guard page.
+        let more = ["-O2", "-x", "c++", "-ftrivial-auto-var-init=pattern", "-fstack-clash-protection"];
+        flags.extend(more.iter().map(Into::into));
+        if variant == SimtVariant::Checked {
+            flags.push("-fsanitize=thread".into());
+        }
+    } else {
+        flags.push("-O3".into());
+        if variant == SimtVariant::Checked {
+            flags.push("-DSIMT_CHECKED".into());
+        }
+    }
+    flags
+}
+
+/// Hash of everything that sources include.
+fn headers_hash(kernels: &Path) -> Result<u64, ToolError> {
+    let mut all = Vec::new();
+    for folder in ["include", "simt"] {
+        for path in read_dir(&kernels.join(folder))? {
+            if path.extension().is_some_and(|e| e == "cuh" || e == "hpp" || e == "h") {
+                all.push((module_name(&path), read(&path)?));
+            }
+        }
+    }
+    Ok(hash_of(&all))
+}
+
+fn hash_of(value: &impl Hash) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    value.hash(&mut hasher);
+    hasher.finish()
+}
+
+/// Runs a compiler that writes to a partial file, which then takes the place of `output` in one step.
+fn run_to(output: &Path, source: &Path, command: impl Fn(&Path) -> Command) -> Result<(), ToolError> {
+    let partial = output.with_extension(format!("partial{}", std::process::id()));
+    let mut command = command(&partial);
+    let tool = command.get_program().to_string_lossy().into_owned();
+    let done = command.output().map_err(|_| ToolError::Missing {
+        tool: "compiler",
+        looked: tool,
+        hint: "install a C++ compiler, or name one in CXX",
+    })?;
+    if !done.status.success() {
+        let output = String::from_utf8_lossy(&done.stderr).into_owned();
+        return Err(ToolError::Compile { file: source.to_owned(), output });
+    }
+    fs::rename(&partial, output).map_err(|error| ToolError::File { path: output.to_owned(), source: error })
+}
+
+/// `work` on every item, on as many threads as there are cores; results in order.
+pub(super) fn in_parallel<T: Sync, R: Send>(
+    items: &[T],
+    work: impl Fn(&T) -> Result<R, ToolError> + Sync,
+) -> Result<Vec<R>, ToolError> {
+    let next = AtomicUsize::new(0);
+    let results: Vec<Mutex<Option<Result<R, ToolError>>>> = items.iter().map(|_| Mutex::new(None)).collect();
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(items.len().max(1));
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                while let Some(i) = Some(next.fetch_add(1, Relaxed)).filter(|i| *i < items.len()) {
+                    let result = work(&items[i]);
+                    *results[i].lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(result);
+                }
+            });
+        }
+    });
+    results
+        .into_iter()
+        .filter_map(|slot| slot.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner))
+        .collect()
+}
