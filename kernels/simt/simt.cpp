@@ -380,9 +380,11 @@ Kernel::Kernel(const char* n, void (*r)(void**), int c, const uint32_t* s) : nam
 namespace {
 struct sigaction old_segv;
 
-void on_segv(int, siginfo_t* info, void*) {
+void on_segv(int signal, siginfo_t* info, void* context) {
     const auto* p = static_cast<const uint8_t*>(info->si_addr);
     if (!self || !me()->block || self == &block().main) {  // not ours
+        // Perhaps another library's of this layer: its handler must stay in place.
+        if (old_segv.sa_flags & SA_SIGINFO) return old_segv.sa_sigaction(signal, info, context);
         sigaction(SIGSEGV, &old_segv, nullptr);
         return;
     }
@@ -545,7 +547,7 @@ int simt_launch(const void* f, const uint32_t* geometry, uint32_t smem, void** p
     auto work = [&]() -> std::string {
         static thread_local std::vector<uint8_t> alt(64 << 10);  // handlers must run even when a fiber's stack is full
         stack_t ss{alt.data(), 0, alt.size()}, old;
-        if (!sigaltstack(nullptr, &old) && (old.ss_flags & SS_DISABLE)) sigaltstack(&ss, nullptr);
+        sigaltstack(&ss, &old);  // the caller's own may be too small for a report
         auto b = take_worker(pool);
         prepare(*b, launch);
         b->error.clear();
@@ -555,6 +557,7 @@ int simt_launch(const void* f, const uint32_t* geometry, uint32_t smem, void** p
             if (!b->error.empty()) failed = true;
         }
         std::string error = b->error;
+        sigaltstack(&old, nullptr);
         std::lock_guard<std::mutex> hold(lock);
         conflicts += b->bank_conflicts;
         pool.push_back(std::move(b));

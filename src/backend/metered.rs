@@ -147,6 +147,10 @@ impl Backend for Metered {
         self.count("elementwise", 0.0, || self.inner.activate(x, act, out))
     }
 
+    fn resize_nearest(&self, x: &Tensor, out: &mut Tensor) -> Result<(), TensorError> {
+        self.count("elementwise", 0.0, || self.inner.resize_nearest(x, out))
+    }
+
     fn axpby(&self, a: f32, x: &Tensor, b: f32, y: &Tensor, out: &mut Tensor) -> Result<(), TensorError> {
         self.count("elementwise", 0.0, || self.inner.axpby(a, x, b, y, out))
     }

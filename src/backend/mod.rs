@@ -1,4 +1,4 @@
-//! Backends: implementations of the op set.
+//! Backends: implementations of the op set, and the choice between them.
 
 pub mod cpu;
 pub mod cuda;
@@ -6,11 +6,47 @@ pub mod metered;
 
 use std::sync::Arc;
 
-use crate::tensor::{Backend, TensorError};
+use crate::driver::DriverError;
+use crate::tensor::{Placement, TensorError};
+
+/// Which kind of device to run on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Device {
+    /// A GPU if there is one that this build has kernels for, else the CPU.
+    #[default]
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// An NVIDIA GPU.
+    Cuda,
+    /// The CUDA kernels on the CPU, for tests: slow and strict.
+    Simt,
+}
+
+/// Element type that a network computes in on a GPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precision {
+    /// IEEE half precision.
+    F16,
+    /// bfloat16.
+    BF16,
+}
 
 /// Which device to run on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DeviceOptions {
+    /// Kind of device.
+    pub device: Device,
+    /// Index of the GPU.
+    pub ordinal: usize,
+    /// Precision of diffusion models on a GPU; f16 if not given.
+    pub diffusion: Option<Precision>,
+    /// Precision of text encoders on a GPU; f16 if not given.
+    pub text: Option<Precision>,
+    /// Precision of autoencoders on a GPU; bf16 if not given, as f16 overflows in some of them.
+    pub vae: Option<Precision>,
+    /// The autoencoder stays on the CPU.
+    pub vae_on_cpu: bool,
     /// Worker threads of the CPU backend; all cores if not given.
     pub threads: Option<usize>,
     /// Compute in bf16 (AMX tiles where the CPU has them) instead of f32.
@@ -19,8 +55,39 @@ pub struct DeviceOptions {
     pub memory_limit: Option<usize>,
 }
 
-/// The backend for these options: the CPU, until a GPU backend is built in.
-pub fn open(options: DeviceOptions) -> Result<Arc<dyn Backend>, TensorError> {
+/// A device that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The GPU or its driver.
+    #[error(transparent)]
+    Driver(#[from] DriverError),
+    /// The backend.
+    #[error(transparent)]
+    Tensor(#[from] TensorError),
+}
+
+/// The backends for these options.
+///
+/// With [`Device::Auto`] a GPU that cannot be used is not an error: a log line
+/// says why, and the CPU does the work.
+pub fn open(options: DeviceOptions) -> Result<Placement, OpenError> {
+    let cpu = || cpu_backend(&options);
+    match options.device {
+        Device::Cpu => Ok(Placement::all(cpu()?)),
+        Device::Cuda | Device::Simt => {
+            Err(OpenError::Driver(DriverError::NoDriver { reason: String::new() }))
+        }
+        Device::Auto => match Err(OpenError::Driver(DriverError::NoDriver { reason: String::new() })) {
+            Ok(placement) => Ok(placement),
+            Err(reason) => {
+                tracing::info!(%reason, "no GPU in use");
+                Ok(Placement::all(cpu()?))
+            }
+        },
+    }
+}
+
+fn cpu_backend(options: &DeviceOptions) -> Result<Arc<cpu::CpuBackend>, TensorError> {
     Ok(Arc::new(cpu::CpuBackend::new(cpu::CpuOptions {
         threads: options.threads,
         bf16: options.cpu_bf16,

@@ -6,14 +6,15 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
 
+use super::device::DeviceArgs;
 use super::process;
+use crate::backend;
 use crate::backend::metered::{Counts, Metered};
-use crate::backend::{self, DeviceOptions};
 use crate::diffusion::noise::Generator;
 use crate::models::clip::{ClipToken, WeightedToken};
 use crate::models::unet::UnetInput;
 use crate::models::{ModelFile, ModelSource, ModelStore};
-use crate::tensor::{Backend, DType, HostTensor};
+use crate::tensor::{DType, HostTensor, Placement};
 use crate::weights::OpenOptions;
 use crate::weights::synth::{self, Manifest};
 
@@ -41,12 +42,8 @@ struct ModelArgs {
     /// Width and height of the picture; may be given several times.
     #[arg(long, default_values_t = [512])]
     size: Vec<usize>,
-    /// Worker threads; all cores if not given.
-    #[arg(long)]
-    threads: Option<usize>,
-    /// Compute in bf16 instead of f32.
-    #[arg(long)]
-    cpu_bf16: bool,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// Timed repetitions of each stage, after one that warms up.
     #[arg(long, default_value_t = 3)]
     repeats: usize,
@@ -193,16 +190,15 @@ fn model(args: &ModelArgs) -> Result<()> {
         bail!("--size {size}: must be a multiple of 8");
     }
     let path = checkpoint_file(args)?;
-    let device = DeviceOptions { threads: args.threads, cpu_bf16: args.cpu_bf16, ..DeviceOptions::default() };
-    let backend = backend::open(device)?;
+    let backend = backend::open(args.device.options())?.diffusion;
     let info = backend.info();
     let meter = Arc::new(Metered::new(backend.clone()));
     println!("{} {}, {} thread(s), {}", info.kind, info.name, info.threads, path.display());
-    let ceiling = backend::cpu::ceiling::measure(args.cpu_bf16)?;
+    let ceiling = backend::cpu::ceiling::measure(args.device.cpu_bf16)?;
     println!("ceiling: {:.0} GFLOP/s a core ({})", ceiling.gflops, ceiling.what);
 
     let began = Instant::now();
-    let store = ModelStore::new(meter.clone() as Arc<dyn Backend>, OpenOptions::default());
+    let store = ModelStore::new(Placement::all(meter.clone()), OpenOptions::default());
     let checkpoint = store.file(ModelSource::File(path));
     checkpoint.unet()?;
     checkpoint.clip()?;

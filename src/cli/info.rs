@@ -26,7 +26,7 @@ pub fn run(args: InfoArgs) -> Result<()> {
             println!("{}", detect::describe(&file));
         }
         None => {
-            let info = backend::open(args.runtime.device())?.info();
+            let info = backend::open(args.runtime.device.options())?.diffusion.info();
             println!("kiln {}", env!("CARGO_PKG_VERSION"));
             println!("device: {} ({}, {} threads)", info.kind, info.name, info.threads);
             println!("CUDA: not built");

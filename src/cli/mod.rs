@@ -1,8 +1,10 @@
 //! The command line: one file a sub-command.
 
 mod bench;
+//mod check;
 pub mod client;
 mod demo;
+pub mod device;
 mod info;
 pub mod local;
 mod process;
@@ -39,6 +41,8 @@ enum Command {
     Synth(synth::SynthArgs),
     /// Measure speed against a ceiling in the same run.
     Bench(bench::BenchArgs),
+    //// Compare every CUDA kernel with its reference, on the GPU or on the SIMT layer.
+    //    Check(check::CheckArgs),
 }
 
 /// Entry point of the binary.
@@ -54,6 +58,7 @@ pub fn main() -> ExitCode {
                 Command::Info(args) => info::run(args),
                 Command::Synth(args) => synth::run(args),
                 Command::Bench(args) => bench::run(args),
+                //                Command::Check(args) => check::run(args),
                 Command::Serve(_) => Ok(()),
             }
         }

@@ -67,10 +67,6 @@ pub struct ServeArgs {
     #[arg(long, value_name = "DIR")]
     pub user_directory: Option<PathBuf>,
 
-    /// Run on the CPU (the only device of this build)
-    #[arg(long)]
-    pub cpu: bool,
-
     /// Folders, device and threads
     #[command(flatten)]
     pub runtime: RuntimeArgs,
@@ -127,14 +123,14 @@ pub fn run(args: &ServeArgs) -> anyhow::Result<()> {
     if !args.ignored.given.is_empty() {
         tracing::info!(flags = args.ignored.given.join(" "), "flags without effect in kiln");
     }
-    if let Some(threads) = args.runtime.threads {
+    if let Some(threads) = args.runtime.device.threads {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
         pool.context("--threads: the thread pool exists already")?;
     }
     let config = config(args)?;
     let services = services(args)?;
     let folders = services.folders.clone();
-    let backend = services.models.backend().clone();
+    let backend = services.models.placement().clone();
     std::thread::spawn(move || setup::warm_up(backend));
     empty(folders.root(Kind::Temp));
     let engine = Engine::new(EngineConfig::new(services, nodes::registry()));
@@ -351,8 +347,9 @@ mod tests {
         let args =
             parse("--fp16-vae --reserve-vram 1.5 --cuda-device 0 --fast fp16_accumulation --lowvram --cpu")
                 .unwrap();
-        assert_eq!(args.ignored.given, ["fp16-vae", "lowvram", "cuda-device", "reserve-vram", "fast"]);
-        assert!(args.cpu);
+        assert_eq!(args.ignored.given, ["lowvram", "reserve-vram", "fast"]);
+        assert!(args.runtime.device.cpu && args.runtime.device.fp16_vae);
+        assert_eq!(args.runtime.device.options().device, crate::backend::Device::Cpu);
         assert!(parse("--no-such-flag").is_err());
         assert!(parse("--tls-keyfile x").is_err(), "what can't be done is not ignored");
     }

@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
 
-use crate::backend::{self, DeviceOptions};
+use super::device::DeviceArgs;
+use crate::backend;
 use crate::diffusion::noise::prepare_noise;
 use crate::files::{DEMO_BYTES, DEMO_CHECKPOINT, FolderOptions, Folders};
 use crate::image::{Bitmap, PngCompression, encode_png};
@@ -13,7 +14,7 @@ use crate::models::unet::UnetInput;
 use crate::models::{ModelSource, ModelStore};
 use crate::nodes::text::weighted_tokens;
 use crate::nodes::{PreviewMethod, Services};
-use crate::tensor::{Backend, HostTensor};
+use crate::tensor::{HostTensor, Placement};
 use crate::tokenizer::{self, NoEmbeddings, TokenizerOptions};
 use crate::weights::OpenOptions;
 
@@ -29,15 +30,8 @@ pub struct RuntimeArgs {
     /// ComfyUI's extra_model_paths.yaml; may be given several times.
     #[arg(long, value_name = "FILE", num_args = 1..)]
     pub extra_model_paths_config: Vec<PathBuf>,
-    /// Worker threads; all cores if not given.
-    #[arg(long, value_name = "N")]
-    pub threads: Option<usize>,
-    /// Compute in bf16 (AMX tiles where the CPU has them): several times faster, about 3 decimal digits.
-    #[arg(long)]
-    pub cpu_bf16: bool,
-    /// Most memory for activations, in MiB; larger pictures are then decoded in tiles.
-    #[arg(long, value_name = "MIB")]
-    pub memory_limit: Option<usize>,
+    #[command(flatten)]
+    pub device: DeviceArgs,
     /// Reads model files into memory instead of mapping them.
     #[arg(long, alias = "disable-mmap")]
     pub no_mmap: bool,
@@ -48,24 +42,13 @@ impl Default for RuntimeArgs {
         Self {
             base_directory: PathBuf::from("."),
             extra_model_paths_config: Vec::new(),
-            threads: None,
-            cpu_bf16: false,
-            memory_limit: None,
+            device: DeviceArgs::default(),
             no_mmap: false,
         }
     }
 }
 
 impl RuntimeArgs {
-    /// The device part.
-    pub fn device(&self) -> DeviceOptions {
-        DeviceOptions {
-            threads: self.threads,
-            cpu_bf16: self.cpu_bf16,
-            memory_limit: self.memory_limit.map(|mib| mib << 20),
-        }
-    }
-
     /// The folder part.
     pub fn folders(&self) -> FolderOptions {
         FolderOptions {
@@ -79,7 +62,7 @@ impl RuntimeArgs {
 /// Services over folders and a device.
 pub fn services(args: &RuntimeArgs, folders: &FolderOptions) -> Result<Services> {
     let folders = Folders::open(folders).context("setting up the folders")?;
-    let models = ModelStore::new(backend::open(args.device())?, OpenOptions { mmap: !args.no_mmap });
+    let models = ModelStore::new(backend::open(args.device.options())?, OpenOptions { mmap: !args.no_mmap });
     Ok(Services {
         folders: Arc::new(folders),
         models: Arc::new(models),
@@ -105,17 +88,17 @@ pub fn local_folders(args: &RuntimeArgs, output: &Path, scratch: &Path) -> Folde
 ///
 /// The first prompt then finds the code pages in memory and the tokenizer's
 /// tables built, and a machine on which the backend doesn't work says so at start.
-pub fn warm_up(backend: Arc<dyn Backend>) {
+pub fn warm_up(placement: Placement) {
     let began = std::time::Instant::now();
-    match forward_once(backend.clone()) {
+    match forward_once(placement.clone()) {
         Ok(()) => tracing::debug!(elapsed = ?began.elapsed(), "warm"),
         Err(error) => tracing::error!(%error, "the built-in model does not run: prompts will fail too"),
     }
-    backend.trim();
+    placement.trim();
 }
 
-fn forward_once(backend: Arc<dyn Backend>) -> Result<()> {
-    let store = ModelStore::new(backend, OpenOptions::default());
+fn forward_once(placement: Placement) -> Result<()> {
+    let store = ModelStore::new(placement, OpenOptions::default());
     let file = store.file(ModelSource::Embedded { name: DEMO_CHECKPOINT, bytes: DEMO_BYTES });
     let chunks = tokenizer::tokenize("a red circle", &TokenizerOptions::sd1(), &NoEmbeddings);
     let cond = Arc::new(file.clip()?.encode(&weighted_tokens(chunks), 0)?.cond);

@@ -1,6 +1,6 @@
 //! Errors of loading and running a model.
 
-use crate::tensor::TensorError;
+use crate::tensor::{BodyError, TensorError};
 
 /// Why a model can't be loaded or run.
 #[derive(Debug, thiserror::Error)]
@@ -42,6 +42,17 @@ pub enum ModelError {
 }
 
 impl ModelError {
+    /// From the error of recorded work, which is one of these or a backend's own.
+    pub(crate) fn from_recorded(error: BodyError) -> Self {
+        match error.downcast::<Self>() {
+            Ok(error) => *error,
+            Err(error) => match error.downcast::<TensorError>() {
+                Ok(error) => Self::Tensor(*error),
+                Err(error) => Self::Tensor(TensorError::Device(error.to_string())),
+            },
+        }
+    }
+
     /// Whether memory ran out, so that a smaller piece of work may succeed.
     pub fn is_out_of_memory(&self) -> bool {
         matches!(self, ModelError::Tensor(TensorError::OutOfMemory { .. }))

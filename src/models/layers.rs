@@ -244,6 +244,12 @@ impl Ops<'_> {
         self.with(x.shape(), |out| self.0.layer_norm(&op, out))
     }
 
+    /// Nearest neighbour to `h`×`w`.
+    pub fn resize_nearest(&self, x: &Tensor, h: usize, w: usize) -> Result<Tensor, ModelError> {
+        let shape = Shape { h, w, ..x.shape() };
+        self.with(shape, |out| self.0.resize_nearest(x, out))
+    }
+
     /// `act(x)`.
     pub fn activate(&self, x: &Tensor, act: Activation) -> Result<Tensor, ModelError> {
         self.with(x.shape(), |out| self.0.activate(x, act, out))

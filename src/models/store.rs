@@ -15,7 +15,7 @@ use super::detect::{self, ClipConfig, DetectError, Kind, SamplingConfig, VaeConf
 use super::layers::{Loader, WeightSource};
 use super::unet::Unet;
 use super::vae::Vae;
-use crate::tensor::{Backend, RawTensor};
+use crate::tensor::{Backend, Placement, RawTensor};
 use crate::weights::{OpenOptions, WeightsError, WeightsFile};
 
 /// Where a model file's bytes are.
@@ -93,7 +93,7 @@ impl Opened {
 /// A model file. Cheap to hold: its weights come and go.
 pub struct ModelFile {
     source: ModelSource,
-    backend: Arc<dyn Backend>,
+    placement: Placement,
     options: OpenOptions,
     opened: Mutex<Option<Arc<Opened>>>,
 }
@@ -128,6 +128,7 @@ impl ModelFile {
         cell: impl Fn(&Opened) -> &OnceLock<Arc<T>>,
         config: impl FnOnce(&Opened) -> Result<C, ModelError>,
         prefix: impl FnOnce(&C) -> String,
+        place: impl FnOnce(&Placement) -> &Arc<dyn Backend>,
         load: impl FnOnce(C, Arc<dyn Backend>, &Loader) -> Result<T, ModelError>,
     ) -> Result<Arc<T>, ModelError> {
         let opened = self.open()?;
@@ -137,8 +138,9 @@ impl ModelFile {
         opened.file.verify_unchanged()?;
         let config = config(&opened)?;
         let source = Arc::new(FileSource(opened.file.clone()));
-        let loader = Loader::new(source, self.backend.clone(), &prefix(&config));
-        let part = Arc::new(load(config, self.backend.clone(), &loader)?);
+        let backend = place(&self.placement).clone();
+        let loader = Loader::new(source, backend.clone(), &prefix(&config));
+        let part = Arc::new(load(config, backend, &loader)?);
         Ok(cell(&opened).get_or_init(|| part).clone())
     }
 
@@ -150,17 +152,17 @@ impl ModelFile {
     /// The diffusion model.
     pub fn unet(&self) -> Result<Arc<Unet>, ModelError> {
         let config = |o: &Opened| Ok(o.checkpoint("diffusion model")?.unet.clone());
-        self.part(|o| &o.unet, config, |c| c.prefix.clone(), Unet::load)
+        self.part(|o| &o.unet, config, |c| c.prefix.clone(), |p| &p.diffusion, Unet::load)
     }
 
     /// The text encoder.
     pub fn clip(&self) -> Result<Arc<ClipText>, ModelError> {
-        self.part(|o| &o.clip, Opened::clip_config, |c| c.prefix.clone(), ClipText::load)
+        self.part(|o| &o.clip, Opened::clip_config, |c| c.prefix.clone(), |p| &p.text, ClipText::load)
     }
 
     /// The autoencoder.
     pub fn vae(&self) -> Result<Arc<Vae>, ModelError> {
-        self.part(|o| &o.vae, Opened::vae_config, |c| c.prefix.clone(), Vae::load)
+        self.part(|o| &o.vae, Opened::vae_config, |c| c.prefix.clone(), |p| &p.vae, Vae::load)
     }
 
     /// Drops the memory map and all packed weights; they come back on the next use.
@@ -169,22 +171,22 @@ impl ModelFile {
     }
 }
 
-/// Loaded models and the backend they run on.
+/// Loaded models and the backends they run on.
 pub struct ModelStore {
-    backend: Arc<dyn Backend>,
+    placement: Placement,
     options: OpenOptions,
     files: Mutex<HashMap<ModelSource, Arc<ModelFile>>>,
 }
 
 impl ModelStore {
     /// An empty store.
-    pub fn new(backend: Arc<dyn Backend>, options: OpenOptions) -> Self {
-        Self { backend, options, files: Mutex::default() }
+    pub fn new(placement: Placement, options: OpenOptions) -> Self {
+        Self { placement, options, files: Mutex::default() }
     }
 
-    /// The backend that models run on.
-    pub fn backend(&self) -> &Arc<dyn Backend> {
-        &self.backend
+    /// The backends that models run on.
+    pub fn placement(&self) -> &Placement {
+        &self.placement
     }
 
     /// The model file at `source`. A file that changed on disk since it was
@@ -192,8 +194,8 @@ impl ModelStore {
     pub fn file(&self, source: ModelSource) -> Arc<ModelFile> {
         let mut files = lock(&self.files);
         let entry = files.entry(source.clone()).or_insert_with(|| {
-            let (backend, options) = (self.backend.clone(), self.options);
-            Arc::new(ModelFile { source, backend, options, opened: Mutex::new(None) })
+            let (placement, options) = (self.placement.clone(), self.options);
+            Arc::new(ModelFile { source, placement, options, opened: Mutex::new(None) })
         });
         let is_stale = lock(&entry.opened).as_ref().is_some_and(|o| o.file.verify_unchanged().is_err());
         if is_stale {
@@ -210,6 +212,6 @@ impl ModelStore {
 
     /// Gives free arena memory back to the system.
     pub fn trim(&self) {
-        self.backend.trim();
+        self.placement.trim();
     }
 }

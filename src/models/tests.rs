@@ -3,12 +3,12 @@
 use std::sync::Arc;
 
 use super::ModelStore;
-use crate::backend::{self, DeviceOptions};
+use crate::backend::{self, Device, DeviceOptions};
 use crate::weights::OpenOptions;
 
 impl Default for ModelStore {
     fn default() -> Self {
-        let options = DeviceOptions { threads: Some(1), ..DeviceOptions::default() };
+        let options = DeviceOptions { device: Device::Cpu, threads: Some(1), ..DeviceOptions::default() };
         Self::new(backend::open(options).expect("a CPU backend"), OpenOptions::default())
     }
 }

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use serde_json::{Map, Value as Json, json};
 
 use super::*;
-use crate::backend::{self, DeviceOptions};
+use crate::backend::{self, Device, DeviceOptions};
 use crate::diffusion::Latent;
 use crate::files::{FolderOptions, Folders, Kind};
 use crate::image::{Limits, decode, read_text_chunks};
@@ -15,7 +15,7 @@ use crate::tensor::HostTensor;
 
 /// An empty model store: these nodes need none.
 pub(super) fn no_models() -> Arc<ModelStore> {
-    let options = DeviceOptions { threads: Some(1), ..Default::default() };
+    let options = DeviceOptions { device: Device::Cpu, threads: Some(1), ..Default::default() };
     Arc::new(ModelStore::new(backend::open(options).unwrap(), Default::default()))
 }
 

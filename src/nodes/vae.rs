@@ -59,7 +59,7 @@ fn each_sample(
 
 /// Whether decoding a whole `h`×`w` latent would take more memory than there is.
 fn is_short_of_memory(ctx: &NodeCtx<'_>, vae: &Vae, h: usize, w: usize) -> bool {
-    let backend = ctx.services.models.backend();
+    let backend = &ctx.services.models.placement().vae;
     let memory = backend.memory();
     vae.decode_bytes(h, w, backend.info().element_bytes) > memory.available.saturating_add(memory.cached)
 }

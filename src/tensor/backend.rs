@@ -292,6 +292,15 @@ pub struct MemoryUse {
     pub available: usize,
 }
 
+/// Work that may be recorded, see [`Backend::record`].
+pub type Body<'a> = dyn FnMut(&[&Tensor]) -> Result<Tensor, BodyError> + 'a;
+
+/// Why a [`Body`] failed.
+pub type BodyError = Box<dyn std::error::Error + Send + Sync>;
+
+/// See [`Backend::on_pressure`].
+pub type PressureHook = Arc<dyn Fn() -> bool + Send + Sync>;
+
 /// The operations of a device. Every method may be called from any thread.
 ///
 /// Shape mistakes are [`TensorError`]s, never panics. An op fills every
@@ -363,6 +372,25 @@ pub trait Backend: Send + Sync {
 
     /// `act(x)`; `out` has the shape of `x`.
     fn activate(&self, x: &Tensor, act: Activation, out: &mut Tensor) -> Result<(), TensorError>;
+
+    /// Nearest neighbour: pixel `(y, x)` of `out` is pixel `(⌊y·h/H⌋, ⌊x·w/W⌋)` of `x`; batch and channels stay.
+    fn resize_nearest(&self, x: &Tensor, out: &mut Tensor) -> Result<(), TensorError>;
+
+    /// Runs `body` on `inputs`; a device that can may record its launches and replay them.
+    ///
+    /// For one `key` and one set of input shapes `body` must be the same
+    /// sequence of ops, depend on nothing but `inputs` and weights that stay,
+    /// and neither upload nor download. The result has the shape and content
+    /// that `body` gives.
+    fn record(&self, key: u64, inputs: &[&Tensor], body: &mut Body<'_>) -> Result<Tensor, BodyError> {
+        let _ = key;
+        body(inputs)
+    }
+
+    /// Who is asked to let go of memory when the device is full: returns whether it did.
+    fn on_pressure(&self, hook: PressureHook) {
+        let _ = hook;
+    }
 
     /// `a·x + b·y`; all of one shape.
     fn axpby(&self, a: f32, x: &Tensor, b: f32, y: &Tensor, out: &mut Tensor) -> Result<(), TensorError>;

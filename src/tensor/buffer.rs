@@ -1,4 +1,4 @@
-//! Host memory blocks that return to their pool when dropped.
+//! Memory that returns to its pool when dropped: host blocks and device blocks.
 
 use std::sync::Arc;
 
@@ -49,5 +49,48 @@ impl Drop for HostBuffer {
         if let Some(block) = self.block.take() {
             self.home.recycle(block);
         }
+    }
+}
+
+/// Takes device memory back; implemented by a backend's pool.
+pub trait ReclaimDevice: Send + Sync {
+    /// Takes `bytes` bytes at `address` back for reuse.
+    fn reclaim(&self, address: u64, bytes: usize);
+}
+
+/// Device memory on loan from a pool; dropping it gives it back.
+pub struct DeviceBuffer {
+    address: u64,
+    bytes: usize,
+    /// Tells two loans of the same memory apart.
+    loan: u64,
+    home: Arc<dyn ReclaimDevice>,
+}
+
+impl DeviceBuffer {
+    /// Lends `bytes` bytes at `address`, to be given back to `home`.
+    pub fn new(address: u64, bytes: usize, loan: u64, home: Arc<dyn ReclaimDevice>) -> Self {
+        Self { address, bytes, loan, home }
+    }
+
+    /// Where the memory begins, in the device's address space.
+    pub fn address(&self) -> u64 {
+        self.address
+    }
+
+    /// Size.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// A number that no other loan of the pool has.
+    pub fn loan(&self) -> u64 {
+        self.loan
+    }
+}
+
+impl Drop for DeviceBuffer {
+    fn drop(&mut self) {
+        self.home.reclaim(self.address, self.bytes);
     }
 }

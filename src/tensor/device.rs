@@ -1,12 +1,14 @@
 //! Activations on a backend.
 
-use super::buffer::HostBuffer;
+use super::buffer::{DeviceBuffer, HostBuffer};
 use super::{DType, TensorError};
 
-/// Where an activation's elements are. A GPU backend adds its own variant.
+/// Where an activation's elements are.
 pub enum Storage {
     /// Host memory on loan from the CPU backend's arena.
     Host(HostBuffer),
+    /// Device memory on loan from a GPU backend's pool.
+    Device(DeviceBuffer),
 }
 
 /// Extent of an activation: `[N, H, W, C]`, channels innermost (NHWC).

@@ -54,4 +54,7 @@ pub enum TensorError {
         /// Bytes in use.
         in_use: usize,
     },
+    /// The device or its driver reported an error.
+    #[error("{0}")]
+    Device(String),
 }

@@ -6,18 +6,22 @@
 
 pub mod backend;
 pub mod buffer;
+pub mod check;
 mod device;
 mod dtype;
 mod error;
 mod host;
+mod placement;
 mod raw;
 
 pub use backend::{
-    Activation, Attention, Backend, BackendInfo, Conv2d, ConvWeight, Embed, EmbedRow, Embedding, GroupNorm,
-    HostLayout, LayerNorm, Linear, LinearParts, LinearWeight, MemoryUse, NormWeight, Packed, Pad,
+    Activation, Attention, Backend, BackendInfo, Body, BodyError, Conv2d, ConvWeight, Embed, EmbedRow,
+    Embedding, GroupNorm, HostLayout, LayerNorm, Linear, LinearParts, LinearWeight, MemoryUse, NormWeight,
+    Packed, Pad, PressureHook,
 };
 pub use device::{Cols, Shape, Storage, Tensor};
 pub use dtype::DType;
 pub use error::TensorError;
 pub use host::HostTensor;
+pub use placement::Placement;
 pub use raw::RawTensor;

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use kiln::backend::{self, DeviceOptions};
+use kiln::backend::{self, Device, DeviceOptions};
 use kiln::engine::{Accepted, CachePolicy, Engine, EngineConfig, Refused, Submission};
 use kiln::files::{FolderOptions, Folders};
 use kiln::graph::Input;
@@ -79,7 +79,8 @@ impl Bench {
             ..FolderOptions::default()
         };
         let folders = Folders::open(&options).unwrap_or_else(|e| panic!("{e}"));
-        let backend = backend::open(DeviceOptions::default()).expect("a backend");
+        let backend = backend::open(DeviceOptions { device: Device::Cpu, ..DeviceOptions::default() })
+            .expect("a backend");
         let services = Services {
             folders: Arc::new(folders),
             models: Arc::new(ModelStore::new(backend, OpenOptions::default())),

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 
 use rayon::prelude::*;
 
-use super::check::{columns, elements_mut, shape, size};
+use super::check::{columns, elements_mut};
 use super::matmul::Input;
 use super::scratch::Scratch;
 use super::simd::attend::{Attend, MAX_KEYS};
@@ -60,30 +60,13 @@ pub(super) fn attention<E: Element>(
 ) -> Result<(), TensorError> {
     const OP: &str = "attention";
     let (sq, sk) = (op.q.tensor.shape(), op.k.tensor.shape());
-    shape(OP, sq.with_channels(op.q.width), out.shape())?;
-    size(OP, "width of the keys", op.q.width, op.k.width)?;
-    size(OP, "width of the values", op.q.width, op.v.width)?;
-    shape(OP, sk.with_channels(op.v.tensor.shape().c), op.v.tensor.shape())?;
-    if sk.n == 0 || sq.n % sk.n != 0 {
-        return Err(TensorError::Size { op: OP, what: "divisor of the batch", expected: sq.n, found: sk.n });
-    }
+    op.check(out.shape())?;
     // Samples that share keys are neighbours: to every query they are one longer sample.
     let sharing = sq.n / sk.n;
-    if sharing > 1 && op.is_causal {
-        let what = "a causal mask over keys that several samples share".to_owned();
-        return Err(TensorError::Unsupported { op: OP, what });
-    }
-    if op.heads == 0 || !op.q.width.is_multiple_of(op.heads) {
-        let (expected, found) = (op.heads, op.q.width);
-        return Err(TensorError::Size { op: OP, what: "width as a multiple of the heads", expected, found });
-    }
     let d = op.q.width / op.heads;
     let (batch, queries, keys) = (sk.n, sq.positions() * sharing, sk.positions());
     if d == 0 || batch * queries == 0 {
         return Ok(());
-    }
-    if keys == 0 {
-        return Err(TensorError::Size { op: OP, what: "number of keys", expected: 1, found: 0 });
     }
     if let Some(tier) = exec.tier.filter(|_| E::DTYPE == DType::BF16 && op.scale > 0.0) {
         return bf16_ops::attention(tier, op, out);

@@ -12,7 +12,7 @@ use half::{bf16, f16};
 
 use super::Weight;
 use super::bf16 as kernels;
-use super::check::{columns, elements, elements_mut, shape, size};
+use super::check::{columns, elements, elements_mut, shape};
 use super::matmul::Input;
 use super::weights::{PanelSource, check_len, decode};
 use crate::tensor::{Activation, Attention, Conv2d, DType, Linear, Packed, RawTensor, Tensor, TensorError};
@@ -152,26 +152,10 @@ pub(super) fn conv2d(tier: kernels::Tier, op: &Conv2d<'_>, out: &mut Tensor) -> 
     const OP: &str = "conv2d";
     let s = op.x.shape();
     let w = weight(OP, &op.w.packed)?;
-    size(OP, "stride (at least 1)", op.stride.max(1), op.stride)?;
-    let Some(expected) = op.out_shape() else {
-        return Err(TensorError::Size {
-            op: OP,
-            what: "height and width",
-            expected: op.w.kh,
-            found: s.h.min(s.w),
-        });
-    };
-    shape(OP, expected, out.shape())?;
-    let mut channels = s.c;
-    if let Some(x2) = op.x2 {
-        shape(OP, s.with_channels(x2.shape().c), x2.shape())?;
-        channels += x2.shape().c;
-    }
-    size(OP, "input channels", op.w.cin, channels)?;
+    let expected = out.shape();
+    op.check(expected)?;
     let time_bias = match &op.time_bias {
         Some(cols) => {
-            size(OP, "time bias width", op.w.cout, cols.width)?;
-            size(OP, "time bias rows", s.n, cols.tensor.shape().rows())?;
             let t = columns::<bf16>(OP, cols)?;
             (0..s.n).flat_map(|n| &t.data[n * t.stride..][..t.width]).copied().collect()
         }
@@ -220,20 +204,12 @@ pub(super) fn linear(tier: kernels::Tier, op: &Linear<'_>, out: &mut Tensor) -> 
     const OP: &str = "linear";
     let w = weight(OP, &op.w.packed)?;
     let s = op.x.tensor.shape();
-    shape(OP, s.with_channels(op.w.n), out.shape())?;
-    if op.w.is_geglu && op.act != Activation::None {
-        let what = format!("{:?} behind a GEGLU weight", op.act);
-        return Err(TensorError::Unsupported { op: OP, what });
-    }
-    let mut k = op.x.width;
+    op.check(out.shape())?;
     let first = columns::<bf16>(OP, &op.x)?;
     let mut second = None;
     if let Some(x2) = &op.x2 {
-        size(OP, "rows of the second input", s.rows(), x2.tensor.shape().rows())?;
-        k += x2.width;
         second = Some(columns::<bf16>(OP, x2)?).filter(|i| i.width > 0);
     }
-    size(OP, "input features", op.w.k, k)?;
     let input = kernels::GemmInput {
         rows: s.rows(),
         first: rows(&first),

@@ -2,7 +2,8 @@
 
 use super::matmul::Input;
 use super::simd::element::Element;
-use crate::tensor::{Cols, Shape, Storage, Tensor, TensorError};
+pub(super) use crate::tensor::check::{shape, size};
+use crate::tensor::{Cols, Storage, Tensor, TensorError};
 
 /// The elements of an activation.
 pub(super) fn elements<'a, E: Element>(op: &'static str, t: &'a Tensor) -> Result<&'a [E], TensorError> {
@@ -10,8 +11,7 @@ pub(super) fn elements<'a, E: Element>(op: &'static str, t: &'a Tensor) -> Resul
     let len = t.shape().len();
     match t.storage() {
         Storage::Host(b) => b.as_slice::<E>().get(..len).ok_or_else(|| short(op, t)),
-        #[allow(unreachable_patterns)]
-        _ => Err(foreign(op)),
+        Storage::Device(_) => Err(foreign(op)),
     }
 }
 
@@ -25,8 +25,7 @@ pub(super) fn elements_mut<'a, E: Element>(
     let error = short(op, t);
     match t.storage_mut() {
         Storage::Host(b) => b.as_mut_slice::<E>().get_mut(..len).ok_or(error),
-        #[allow(unreachable_patterns)]
-        _ => Err(foreign(op)),
+        Storage::Device(_) => Err(foreign(op)),
     }
 }
 
@@ -48,24 +47,8 @@ fn foreign(op: &'static str) -> TensorError {
 
 /// Columns of an activation's rows.
 pub(super) fn columns<'a, E: Element>(op: &'static str, c: &Cols<'a>) -> Result<Input<'a, E>, TensorError> {
+    c.check(op)?;
     let stride = c.tensor.shape().c;
-    let end = c.start.saturating_add(c.width);
-    size(op, "end of the columns", end.min(stride), end)?;
     let data = elements(op, c.tensor)?;
     Ok(Input { data: data.get(c.start..).unwrap_or(&[]), stride, width: c.width })
-}
-
-/// Fails unless `found == expected`.
-pub(super) fn size(
-    op: &'static str,
-    what: &'static str,
-    expected: usize,
-    found: usize,
-) -> Result<(), TensorError> {
-    if expected == found { Ok(()) } else { Err(TensorError::Size { op, what, expected, found }) }
-}
-
-/// Fails unless `found == expected`.
-pub(super) fn shape(op: &'static str, expected: Shape, found: Shape) -> Result<(), TensorError> {
-    if expected == found { Ok(()) } else { Err(TensorError::Shape { op, expected, found }) }
 }

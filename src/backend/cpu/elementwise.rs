@@ -55,18 +55,33 @@ pub(super) fn axpby<E: Element>(
     Ok(())
 }
 
+/// See [`crate::tensor::Backend::resize_nearest`].
+pub(super) fn resize_nearest<E: Element>(x: &Tensor, out: &mut Tensor) -> Result<(), TensorError> {
+    const OP: &str = "resize_nearest";
+    let (from, to) = (x.shape(), out.shape());
+    shape(OP, Shape { h: to.h, w: to.w, ..from }, to)?;
+    if to.is_empty() {
+        return Ok(());
+    }
+    size(OP, "pixels of the input (at least)", 1, from.positions().min(1))?;
+    let x = elements::<E>(OP, x)?;
+    let out = elements_mut::<E>(OP, out)?;
+    out.par_chunks_mut(to.w * to.c).enumerate().for_each(|(row, out)| {
+        let (n, y) = (row / to.h, row % to.h * from.h / to.h);
+        for (column, pixel) in out.chunks_exact_mut(to.c).enumerate() {
+            let at = (n * from.h + y) * from.w + column * from.w / to.w;
+            pixel.copy_from_slice(&x[at * to.c..][..to.c]);
+        }
+    });
+    Ok(())
+}
+
 /// See [`crate::tensor::Backend::embed`].
 pub(super) fn embed<E: Element>(op: &Embed<'_>, out: &mut Tensor) -> Result<(), TensorError> {
     const OP: &str = "embed";
     let width = op.table.width;
-    size(OP, "width of the position table", width, op.positions.width)?;
-    let Shape { n, h, w: sequence, .. } = out.shape();
-    shape(OP, Shape::nhwc(n, h, sequence, width), out.shape())?;
-    size(OP, "tokens", n * h * sequence, op.tokens.len())?;
-    if sequence > op.positions.rows {
-        let (expected, found) = (op.positions.rows, sequence);
-        return Err(TensorError::Size { op: OP, what: "tokens of a sequence (at most)", expected, found });
-    }
+    op.check(out.shape())?;
+    let sequence = out.shape().w;
     if out.shape().is_empty() {
         return Ok(());
     }
@@ -76,7 +91,6 @@ pub(super) fn embed<E: Element>(op: &Embed<'_>, out: &mut Tensor) -> Result<(), 
         match *row {
             EmbedRow::Id(id) => table_row(op.table, id as usize, &mut token)?,
             EmbedRow::Vector(v) => {
-                size(OP, "width of a vector", width, v.len())?;
                 token.copy_from_slice(v);
             }
         }

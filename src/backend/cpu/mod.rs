@@ -308,6 +308,10 @@ impl Backend for CpuBackend {
         run!(self, elementwise::activate, &self.exec, x, act, out)
     }
 
+    fn resize_nearest(&self, x: &Tensor, out: &mut Tensor) -> Result<(), TensorError> {
+        run!(self, elementwise::resize_nearest, x, out)
+    }
+
     fn axpby(&self, a: f32, x: &Tensor, b: f32, y: &Tensor, out: &mut Tensor) -> Result<(), TensorError> {
         run!(self, elementwise::axpby, &self.exec, (a, x), (b, y), out)
     }

@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::check::{elements, elements_mut, shape, size};
+use super::check::{elements, elements_mut, size};
 use super::simd::element::Element;
 use super::simd::finish::LARGE_OUTPUT_BYTES;
 use super::simd::norm::{ChannelSums, LayerNormRows, ScaleShift};
@@ -68,25 +68,15 @@ pub(super) fn group_norm<E: Element>(
     const OP: &str = "group_norm";
     let s = op.x.shape();
     let mut parts = vec![Part { data: elements::<E>(OP, op.x)?, channels: s.c, first: 0 }];
+    op.check(out.shape())?;
     let mut channels = s.c;
     if let Some(x2) = op.x2 {
         let c = x2.shape().c;
-        shape(OP, s.with_channels(c), x2.shape())?;
         parts.push(Part { data: elements(OP, x2)?, channels: c, first: channels });
         channels += c;
     }
     parts.retain(|p| p.channels > 0);
-    shape(OP, s.with_channels(channels), out.shape())?;
     let params = params(OP, op.w, channels)?;
-    if op.groups == 0 || !channels.is_multiple_of(op.groups) {
-        let (expected, found) = (op.groups, channels);
-        return Err(TensorError::Size {
-            op: OP,
-            what: "channels as a multiple of the groups",
-            expected,
-            found,
-        });
-    }
     let positions = s.positions();
     if s.n * positions * channels == 0 {
         return Ok(());
@@ -191,7 +181,7 @@ pub(super) fn layer_norm<E: Element>(
 ) -> Result<(), TensorError> {
     const OP: &str = "layer_norm";
     let c = op.x.shape().c;
-    shape(OP, op.x.shape(), out.shape())?;
+    op.check(out.shape())?;
     let params = params(OP, op.w, c)?;
     if op.x.shape().is_empty() {
         return Ok(());

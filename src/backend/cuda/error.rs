@@ -1,6 +1,7 @@
 //! What can go wrong on the device.
 
 use crate::driver::DriverError;
+use crate::tensor::TensorError;
 
 /// An error of a launch.
 #[derive(Debug, thiserror::Error)]
@@ -16,4 +17,13 @@ pub enum CudaError {
         /// What is not supported, with the values.
         reason: String,
     },
+}
+
+impl From<CudaError> for TensorError {
+    fn from(error: CudaError) -> Self {
+        match error {
+            CudaError::Unsupported { op, reason } => Self::Unsupported { op, what: reason },
+            CudaError::Driver(error) => Self::Device(error.to_string()),
+        }
+    }
 }

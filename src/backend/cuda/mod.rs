@@ -9,6 +9,8 @@ mod element;
 mod error;
 mod gpu;
 pub mod launch;
+mod pool;
+mod upload;
 
 pub use element::Element;
 pub use error::CudaError;

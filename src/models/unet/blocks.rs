@@ -11,7 +11,7 @@ pub(super) struct Scope<'a, 'p> {
     /// All time biases side by side.
     pub time: &'a Tensor,
     /// Keys and values of every cross-attention.
-    pub context: &'a [Tensor],
+    pub context: &'a [&'a Tensor],
     pub probe: &'p mut dyn FnMut(&str, &Tensor),
 }
 
@@ -228,18 +228,6 @@ pub(super) fn upsample(
     if (h, w) == (s.h * 2, s.w * 2) {
         return ops.conv(&Conv2d { upsample2x: true, ..Conv2d::new(x, conv) });
     }
-    let host = ops.download_nhwc(x)?;
-    let source = |i: usize, from: usize, to: usize| (i * from / to).min(from - 1);
-    let mut enlarged = ops.0.alloc(crate::tensor::Shape::nhwc(s.n, h, w, s.c))?;
-    let mut data = Vec::with_capacity(s.n * h * w * s.c);
-    for n in 0..s.n {
-        for y in 0..h {
-            for column in 0..w {
-                let at = ((n * s.h + source(y, s.h, h)) * s.w + source(column, s.w, w)) * s.c;
-                data.extend_from_slice(&host.data()[at..at + s.c]);
-            }
-        }
-    }
-    ops.0.upload(&data, crate::tensor::HostLayout::Nhwc, &mut enlarged)?;
+    let enlarged = ops.resize_nearest(x, h, w)?;
     ops.conv(&Conv2d::new(&enlarged, conv))
 }

@@ -4,6 +4,7 @@ mod blocks;
 mod context;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::ModelError;
 use super::detect::UnetConfig;
@@ -62,7 +63,12 @@ pub struct Unet {
     out_norm: LazyNorm,
     out_conv: LazyConv,
     contexts: context::ContextCache,
+    /// Names this model's recorded work; no other loaded model has it.
+    id: u64,
 }
+
+/// The next model's [`Unet::id`].
+static NEXT_ID: AtomicU64 = AtomicU64::new(0);
 
 /// Builds stages and keeps count of what they share.
 struct Builder<'a> {
@@ -209,6 +215,7 @@ impl Unet {
             out_norm: loader.norm("out.0", width)?,
             out_conv: loader.conv("out.2", config.out_channels, width, 3)?,
             contexts: context::ContextCache::default(),
+            id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
             input,
             middle,
             output,
@@ -253,20 +260,47 @@ impl Unet {
             return Err(ModelError::Input { what: "latent channels", expected, found });
         }
         let ops = Ops(self.backend.as_ref());
-        let mut noop = |_: &str, _: &Tensor| {};
-        let probe = probe.unwrap_or(&mut noop);
-        let time = self.time(ops, input.timesteps)?;
-        let mut scope = Scope { ops, time: &time, context: &input.context.kv, probe };
+        let x = ops.upload_nchw(input.x)?;
+        let embedded = ops.timestep_embedding(input.timesteps, self.config.model_channels)?;
+        let out = match probe {
+            Some(probe) => {
+                let context: Vec<&Tensor> = input.context.kv.iter().collect();
+                self.layers(ops, &x, &embedded, &context, probe)?
+            }
+            None => {
+                let inputs: Vec<&Tensor> = [&x, &embedded].into_iter().chain(&input.context.kv).collect();
+                self.backend
+                    .record(self.id, &inputs, &mut |inputs| match inputs {
+                        [x, embedded, context @ ..] => {
+                            Ok(self.layers(ops, x, embedded, context, &mut |_, _| {})?)
+                        }
+                        _ => Err("recorded without its inputs".into()),
+                    })
+                    .map_err(ModelError::from_recorded)?
+            }
+        };
+        ops.download_nchw(&out)
+    }
 
-        let mut x = ops.upload_nchw(input.x)?;
+    /// Everything between upload and download: the same launches for the same shapes.
+    fn layers(
+        &self,
+        ops: Ops<'_>,
+        x: &Tensor,
+        embedded: &Tensor,
+        context: &[&Tensor],
+        probe: Probe<'_>,
+    ) -> Result<Tensor, ModelError> {
+        let time = self.time(ops, embedded)?;
+        let mut scope = Scope { ops, time: &time, context, probe };
         let mut skips: Vec<Tensor> = Vec::with_capacity(self.input.len());
         for stage in &self.input {
-            let next = run_stage(&mut scope, stage, skips.last().unwrap_or(&x), None, None)?;
+            let next = run_stage(&mut scope, stage, skips.last().unwrap_or(x), None, None)?;
             skips.push(next);
         }
-        let bottom = skips.last().unwrap_or(&x);
+        let bottom = skips.last().unwrap_or(x);
         let first = run_stage(&mut scope, &self.middle[0], bottom, None, None)?;
-        x = run_stage(&mut scope, &self.middle[1], &first, None, None)?;
+        let mut x = run_stage(&mut scope, &self.middle[1], &first, None, None)?;
         drop(first);
         (scope.probe)("middle_block", &x);
         for stage in &self.output {
@@ -284,13 +318,13 @@ impl Unet {
         })?;
         let out = ops.conv_result(&Conv2d::new(&normed, self.out_conv.get()?))?;
         (scope.probe)("out", &out);
-        ops.download_nchw(&out)
+        Ok(out)
     }
 
     /// Every ResBlock's time bias, side by side: `[B, 1, 1, Σ cout]`.
-    fn time(&self, ops: Ops<'_>, timesteps: &[f32]) -> Result<Tensor, ModelError> {
-        let emb = ops.timestep_embedding(timesteps, self.config.model_channels)?;
-        let emb = ops.linear(&Linear { act: Activation::Silu, ..Linear::new(&emb, self.time1.get()?) })?;
+    fn time(&self, ops: Ops<'_>, embedded: &Tensor) -> Result<Tensor, ModelError> {
+        let emb =
+            ops.linear(&Linear { act: Activation::Silu, ..Linear::new(embedded, self.time1.get()?) })?;
         // Each ResBlock applies SiLU to the embedding before its own projection.
         let emb = ops.linear(&Linear { act: Activation::Silu, ..Linear::new(&emb, self.time2.get()?) })?;
         ops.linear(&Linear { x: Cols::all(&emb), ..Linear::new(&emb, self.time_biases.get()?) })

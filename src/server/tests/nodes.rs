@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde_json::{Map, json};
 
-use crate::backend::{self, DeviceOptions};
+use crate::backend::{self, Device, DeviceOptions};
 use crate::files::{FolderOptions, Folders};
 use crate::graph::{Input, Schema};
 use crate::models::ModelStore;
@@ -93,7 +93,12 @@ pub(super) fn services(folders: Arc<Folders>) -> Services {
     Services {
         folders,
         models: Arc::new(ModelStore::new(
-            backend::open(DeviceOptions { threads: Some(1), ..DeviceOptions::default() }).unwrap(),
+            backend::open(DeviceOptions {
+                device: Device::Cpu,
+                threads: Some(1),
+                ..DeviceOptions::default()
+            })
+            .unwrap(),
             OpenOptions { mmap: true },
         )),
         save_metadata: true,

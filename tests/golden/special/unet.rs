@@ -70,7 +70,7 @@ impl Forward<'_> {
         let context = unet.context(&[Arc::new(context)]).map_err(|e| e.to_string())?;
 
         let mut seen: BTreeMap<String, HostTensor> = BTreeMap::new();
-        let backend = self.bench.services().models.backend().clone();
+        let backend = self.bench.services().models.placement().diffusion.clone();
         let mut probe = |module: &str, t: &Tensor| {
             let s = t.shape();
             let mut out = HostTensor::zeros(&[s.n, s.c, s.h, s.w]);

@@ -5,9 +5,11 @@
 //! reference that is computed in f64 from the rounded operands. The same cases
 //! run under the SIMT layer in CI and on a GPU with `kiln check`.
 
+mod ceiling;
 mod context;
 mod elementwise;
 
+pub use ceiling::{Ceiling, measure_ceiling};
 pub use context::{Buffer, Context, Options};
 
 use super::{CudaError, Gpu};

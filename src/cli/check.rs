@@ -1,0 +1,182 @@
+//! `kiln check`: every kernel against its reference.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context as _, Result, bail};
+use clap::ValueEnum;
+
+use crate::backend::cuda::check::{self, Case, Ceiling, Measured, Options};
+use crate::backend::cuda::{self, Gpu};
+use crate::backend::{Device, DeviceOptions};
+use crate::driver::simt::{Order, SimtDriver, SimtOptions};
+use crate::driver::{Capability, Driver};
+
+/// Where the kernels run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum CheckDevice {
+    /// The GPU
+    Cuda,
+    /// The SIMT layer on the CPU
+    Simt,
+}
+
+/// Order of the SIMT layer's threads.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+enum ThreadOrder {
+    /// Lowest thread first
+    #[default]
+    Forward,
+    /// Highest thread first
+    Reverse,
+    /// At random, by --seed
+    Random,
+}
+
+/// Arguments of `kiln check`.
+#[derive(clap::Args, Debug)]
+pub struct CheckArgs {
+    /// Where the kernels run; the GPU if there is one, else the SIMT layer.
+    #[arg(long, value_enum)]
+    device: Option<CheckDevice>,
+    /// Index of the GPU.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    cuda_device: usize,
+    /// Only cases whose family or name contains this; may be given several times.
+    #[arg(long, value_name = "TEXT")]
+    filter: Vec<String>,
+    /// Only the small cases: for sanitizers, and for the checked SIMT build.
+    #[arg(long)]
+    quick: bool,
+    /// Also the cases that are too large for the SIMT layer.
+    #[arg(long)]
+    all: bool,
+    /// Changes every random operand.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// No timing, no ceilings.
+    #[arg(long)]
+    no_timing: bool,
+    /// SIMT: order of threads.
+    #[arg(long, value_enum, default_value_t)]
+    order: ThreadOrder,
+    /// SIMT: compute capability to claim; 9.0 chooses the Hopper kernels.
+    #[arg(long, value_name = "X.Y", default_value = "8.0", value_parser = parse_capability)]
+    capability: Capability,
+    /// SIMT: a library other than the one of this build, such as the checked one.
+    #[arg(long, value_name = "FILE")]
+    simt_library: Option<PathBuf>,
+    /// Only the failures and the sum.
+    #[arg(long)]
+    failures: bool,
+}
+
+fn parse_capability(text: &str) -> Result<Capability, String> {
+    let wrong = || format!("'{text}' is not a compute capability such as 9.0");
+    let (major, minor) = text.split_once('.').ok_or_else(wrong)?;
+    let number = |part: &str| part.parse::<u32>().map_err(|_| wrong());
+    Ok(Capability { major: number(major)?, minor: number(minor)? })
+}
+
+impl CheckArgs {
+    fn driver(&self) -> Result<Arc<dyn Driver>> {
+        let cuda = || {
+            let options =
+                DeviceOptions { device: Device::Cuda, ordinal: self.cuda_device, ..DeviceOptions::default() };
+            cuda::open_driver(&options)
+        };
+        match self.device {
+            Some(CheckDevice::Cuda) => Ok(cuda()?),
+            Some(CheckDevice::Simt) => self.simt(),
+            None => match cuda() {
+                Ok(driver) => Ok(driver),
+                Err(reason) => {
+                    println!("no GPU in use: {reason}");
+                    self.simt()
+                }
+            },
+        }
+    }
+
+    fn simt(&self) -> Result<Arc<dyn Driver>> {
+        let library = match &self.simt_library {
+            Some(path) => path.clone(),
+            None => cuda::simt_library()?,
+        };
+        let order = match self.order {
+            ThreadOrder::Forward => Order::Forward,
+            ThreadOrder::Reverse => Order::Reverse,
+            ThreadOrder::Random => Order::Random(self.seed),
+        };
+        let options = SimtOptions { order, capability: self.capability, ..SimtOptions::default() };
+        Ok(Arc::new(SimtDriver::open(&library, options)?))
+    }
+
+    fn takes(&self, case: &Case, is_simulated: bool) -> bool {
+        let matches = |text: &String| case.family.contains(text.as_str()) || case.name.contains(text.as_str());
+        (self.filter.is_empty() || self.filter.iter().any(matches))
+            && (!self.quick || case.quick)
+            && (!is_simulated || !case.needs_gpu || self.all)
+    }
+}
+
+/// Runs the checks; an error if one fails.
+pub fn run(args: CheckArgs) -> Result<()> {
+    let driver = args.driver()?;
+    let info = driver.device().clone();
+    let gpu = Gpu::new(driver)?;
+    println!(
+        "{} (compute capability {}, {} multiprocessors)",
+        info.name, info.capability, info.multiprocessors
+    );
+    let options = Options { seed: args.seed, timing: !args.no_timing && !info.is_simulated };
+    let ceiling = if options.timing { check::measure_ceiling(&gpu)? } else { None };
+    if let Some(Ceiling { flops, bytes }) = ceiling {
+        println!(
+            "ceilings of this run: {:.1} TFLOP/s (mma.sync), {:.0} GB/s (copy)",
+            flops / 1e12,
+            bytes / 1e9
+        );
+    }
+    let began = Instant::now();
+    let (mut count, mut failed) = (0, 0);
+    for case in check::cases().iter().filter(|case| args.takes(case, info.is_simulated)) {
+        count += 1;
+        let result = check::run(&gpu, case, &options);
+        let is_good = matches!(&result, Ok(m) if m.error <= case.tolerance);
+        failed += usize::from(!is_good);
+        if !is_good || !args.failures {
+            let verdict = if is_good { "ok  " } else { "FAIL" };
+            match result {
+                Ok(measured) => println!("{verdict} {}", line(case, &measured, ceiling)),
+                Err(error) => println!("{verdict} {:<64} {error}", case.name),
+            }
+        }
+    }
+    println!("{count} cases, {failed} failed, {:.1} s", began.elapsed().as_secs_f64());
+    if count == 0 {
+        bail!("no case matches");
+    }
+    if failed > 0 {
+        bail!("{failed} of {count} kernel checks failed");
+    }
+    gpu.driver().synchronize(gpu.stream()).context("after the last check")
+}
+
+fn line(case: &Case, measured: &Measured, ceiling: Option<Ceiling>) -> String {
+    let mut text =
+        format!("{:<64} error {:.2e} (at most {:.1e})", case.name, measured.error, case.tolerance);
+    if let Some(micros) = measured.micros {
+        let (amount, unit, most) = match case.flops > 0.0 {
+            true => (case.flops, "GFLOP/s", ceiling.map(|c| c.flops)),
+            false => (case.bytes, "GB/s", ceiling.map(|c| c.bytes)),
+        };
+        let rate = amount / (micros * 1e-6);
+        text += &format!(" {micros:>10.1} us {:>9.1} {unit}", rate / 1e9);
+        if let Some(most) = most {
+            text += &format!(" {:>5.1} %", 100.0 * rate / most);
+        }
+    }
+    text
+}

@@ -1,0 +1,77 @@
+//! Every kernel against its reference under the SIMT layer: three orders of threads, both builds, both tiers.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use kiln::backend::cuda::Gpu;
+use kiln::backend::cuda::check::{self, Case, Options};
+use kiln::driver::simt::{Order, SimtDriver, SimtOptions};
+use kiln::driver::toolchain::{SimtVariant, build_simt};
+use kiln::driver::{Capability, Driver};
+
+const AMPERE: Capability = Capability { major: 8, minor: 0 };
+const HOPPER: Capability = Capability { major: 9, minor: 0 };
+
+/// The library that the build script made, or one made here.
+fn library(variant: SimtVariant) -> PathBuf {
+    let built = match variant {
+        SimtVariant::Fast => option_env!("KILN_SIMT_FAST"),
+        SimtVariant::Checked => option_env!("KILN_SIMT_CHECKED"),
+    };
+    if let Some(path) = built.map(PathBuf::from).filter(|path| path.is_file()) {
+        return path;
+    }
+    let kernels = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
+    let out = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("simt");
+    build_simt(&kernels, &[], &out, variant).expect("the kernels compile")
+}
+
+fn pass(variant: SimtVariant, options: SimtOptions, takes: impl Fn(&Case) -> bool) {
+    let driver = SimtDriver::open(&library(variant), options).expect("the library loads");
+    let driver: Arc<dyn Driver> = Arc::new(driver);
+    let before = driver.instruments().counts().bytes_in_use;
+    let gpu = Gpu::new(driver.clone()).expect("a stream");
+    let (mut count, mut failures) = (0, Vec::new());
+    for case in check::cases().iter().filter(|case| !case.needs_gpu && takes(case)) {
+        count += 1;
+        match check::run(&gpu, case, &Options::default()) {
+            Ok(measured) if measured.error <= case.tolerance => {}
+            Ok(measured) => failures
+                .push(format!("{}: error {:.2e}, at most {:.2e}", case.name, measured.error, case.tolerance)),
+            Err(error) => failures.push(format!("{}: {error}", case.name)),
+        }
+    }
+    gpu.drop_workspace().expect("scratch memory is given back");
+    println!("{count} cases, {} failed", failures.len());
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+    assert!(count >= 20, "only {count} cases");
+    assert_eq!(driver.instruments().counts().bytes_in_use, before, "device memory was left behind");
+}
+
+fn options(capability: Capability, order: Order) -> SimtOptions {
+    SimtOptions { capability, order, ..SimtOptions::default() }
+}
+
+#[test]
+fn every_kernel_equals_its_reference() {
+    pass(SimtVariant::Fast, options(AMPERE, Order::Forward), |_| true);
+}
+
+#[test]
+fn hopper_kernels_equal_their_references() {
+    pass(SimtVariant::Fast, options(HOPPER, Order::Forward), |case| case.is_hopper);
+}
+
+#[test]
+fn the_order_of_threads_does_not_matter() {
+    for order in [Order::Reverse, Order::Random(3)] {
+        pass(SimtVariant::Fast, options(AMPERE, order), |case| case.quick);
+        pass(SimtVariant::Fast, options(HOPPER, order), |case| case.quick && case.is_hopper);
+    }
+}
+
+#[test]
+fn the_checked_build_finds_no_race_and_no_stray_access() {
+    pass(SimtVariant::Checked, options(AMPERE, Order::Forward), |case| case.quick);
+    pass(SimtVariant::Checked, options(HOPPER, Order::Forward), |case| case.quick && case.is_hopper);
+}
