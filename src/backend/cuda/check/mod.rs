@@ -6,7 +6,10 @@
 //! run under the SIMT layer in CI and on a GPU with `kiln check`.
 
 mod context;
+mod conv;
 mod elementwise;
+mod epilogue;
+mod gemm;
 
 pub use context::{Buffer, Context, Options};
 
@@ -49,6 +52,8 @@ pub struct Measured {
 pub fn cases() -> Vec<Case> {
     let mut all = Vec::new();
     all.extend(elementwise::cases());
+    all.extend(gemm::cases());
+    all.extend(conv::cases());
     all
 }
 
