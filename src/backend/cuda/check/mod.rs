@@ -7,7 +7,10 @@
 
 mod ceiling;
 mod context;
+mod conv;
 mod elementwise;
+mod epilogue;
+mod gemm;
 
 pub use ceiling::{Ceiling, measure_ceiling};
 pub use context::{Buffer, Context, Options};
@@ -51,6 +54,8 @@ pub struct Measured {
 pub fn cases() -> Vec<Case> {
     let mut all = Vec::new();
     all.extend(elementwise::cases());
+    all.extend(gemm::cases());
+    all.extend(conv::cases());
     all
 }
 

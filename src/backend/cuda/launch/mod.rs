@@ -4,4 +4,8 @@
 //! what its kernels assume, chooses kernel and geometry, and queues the launch.
 
 pub mod ceiling;
+pub mod conv;
 pub mod elementwise;
+pub mod epilogue;
+pub mod gemm;
+pub mod plan;

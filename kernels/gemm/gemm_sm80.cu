@@ -1,0 +1,188 @@
+// targets: sm_80
+// Linear layers: out[M,N] = epilogue((x | x2) * W^T), half or bfloat16 operands, float sums (epilogue.cuh).
+//
+// x is [M][pitch] with k1 columns, x2 the columns behind them if there are two inputs, W [N][w_pitch] with w_pitch = K rounded
+// up to 8, zero filled. The main loop is tile.cuh's. Tiles: 128x160 because the widths of diffusion models (320, 640, 1280) are its
+// multiples and their heights then fill 108 to 132 multiprocessors in whole waves; 128x128, 128x64 and 64x64 for the rest.
+// `any` takes what has no 16-byte vectors (odd pitches, K or addresses); `few` takes up to 16 rows.
+#include "tile.cuh"
+
+struct GemmArgs {
+    const void* x;
+    const void* x2;
+    const void* w;
+    int64_t pitch, pitch2;
+    int32_t m, n, k, k1;  // k1: columns of x; k - k1 come from x2
+    int32_t w_pitch;
+    int32_t tiles_m, tiles_n, k_tiles_per_split;
+    EpilogueArgs epilogue;
+};
+
+namespace gemm {
+using namespace tile;
+
+// A thread's chunks of the rows of x | x2. Pitches and k1 are multiples of 8, addresses of 16 bytes.
+template <class S> struct Rows {
+    using T = typename S::T;
+    const T* row;
+    const T* row2;  // so that row2 + k is the element of column k
+    int64_t pitch, pitch2;
+    int k, k1, end;
+    uint32_t valid;
+
+    PTX void init(const GemmArgs& args, int m0, int k0) {
+        const int first = m0 + int(threadIdx.x) / S::kChunks;
+        pitch = args.pitch, pitch2 = args.pitch2;
+        row = static_cast<const T*>(args.x) + first * pitch;
+        row2 = static_cast<const T*>(args.x2) + first * pitch2 - args.k1;
+        k = k0 + int(threadIdx.x) % S::kChunks * 8;
+        k1 = args.k1, end = args.k;
+        valid = 0;
+        for (int i = 0; i < S::kRowsA; i++) valid |= uint32_t(first + i * S::kPass < args.m) << i;
+    }
+    PTX void load(unsigned char* tile) {
+        const int tid = threadIdx.x;
+        const uint32_t to = smem_u32(tile) + place<S>(tid / S::kChunks, tid % S::kChunks);
+        const T* from = (k < k1 ? row : row2) + k;
+        const int64_t pass = S::kPass * (k < k1 ? pitch : pitch2);
+        const uint32_t in = k < end ? valid : 0;
+#pragma unroll
+        for (int i = 0; i < S::kRowsA; i++) cp_async_16(to + i * S::kPass * S::kRowBytes, from + i * pass, in >> i & 1 ? 16 : 0);
+        k += S::kK;
+    }
+};
+
+// The same element by element.
+template <class S> struct AnyRows {
+    using T = typename S::T;
+    const GemmArgs& args;
+    int first, k;
+
+    PTX void init(const GemmArgs&, int m0, int k0) {
+        first = m0 + int(threadIdx.x) / S::kChunks;
+        k = k0 + int(threadIdx.x) % S::kChunks * 8;
+    }
+    PTX float at(int row, int column) const {
+        if (row >= args.m || column >= args.k) return 0.0f;
+        return to_float(column < args.k1 ? static_cast<const T*>(args.x)[row * args.pitch + column]
+                                         : static_cast<const T*>(args.x2)[row * args.pitch2 + column - args.k1]);
+    }
+    PTX void load(unsigned char* tile) {
+        const int tid = threadIdx.x;
+        for (int i = 0; i < S::kRowsA; i++) {
+            float v[8];
+            for (int q = 0; q < 8; q++) v[q] = at(first + i * S::kPass, k + q);
+            store8(reinterpret_cast<T*>(tile + place<S>(tid / S::kChunks, tid % S::kChunks) + i * S::kPass * S::kRowBytes), v);
+        }
+        k += S::kK;
+    }
+};
+
+template <class S, class A> __device__ __forceinline__ void run(const GemmArgs& args, A a) {
+    using T = typename S::T;
+    auto& smem = dynamic_smem<Smem<S>>();
+    const Part part = part_of_block<S>(args.tiles_m, args.tiles_n, (args.k + S::kK - 1) / S::kK, args.k_tiles_per_split);
+    a.init(args, part.m0, part.first_tile * S::kK);
+    Weights<S> b;
+    b.init(static_cast<const T*>(args.w), args.n, args.w_pitch, part.n0, part.first_tile * S::kK);
+    Sums<S> acc;
+    multiply<S>(acc, smem, a, b, part.tiles);
+    finish<S>(args.epilogue, acc, smem, part);
+}
+
+// ---- few rows ------------------------------------------------------------------------------------------------------
+// A block makes eight columns of out: its threads share K, each reading 16 bytes of eight rows of W at a time, all of them on
+// their way at once. Bound by reading W, for which 4 rows of x cost nothing; more rows read W from L1 again.
+constexpr int kFewThreads = 128, kFewRows = 4, kFewColumns = 8;
+
+struct FewSmem {
+    float sums[kFewThreads / 32][kFewRows * kFewColumns];
+};
+
+template <class T> __device__ __forceinline__ void few_rows(const GemmArgs& args) {
+    auto& smem = dynamic_smem<FewSmem>();
+    const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, n0 = blockIdx.x * kFewColumns;
+    const T* w = static_cast<const T*>(args.w) + int64_t(n0) * args.w_pitch;
+    for (int m0 = 0; m0 < args.m; m0 += kFewRows) {
+        float v[kFewRows * kFewColumns] = {};
+        for (int k = tid * 8; k < args.k; k += kFewThreads * 8) {
+            uint4 packed[kFewColumns];
+#pragma unroll
+            for (int j = 0; j < kFewColumns; j++) {
+                packed[j] = make_uint4(0, 0, 0, 0);
+                if (n0 + j < args.n) packed[j] = *reinterpret_cast<const uint4*>(w + int64_t(j) * args.w_pitch + k);
+            }
+            float x[kFewRows][8];
+#pragma unroll
+            for (int r = 0; r < kFewRows; r++) {
+                const int64_t row = min(m0 + r, args.m - 1);
+                load8(x[r], k < args.k1 ? static_cast<const T*>(args.x) + row * args.pitch + k
+                                        : static_cast<const T*>(args.x2) + row * args.pitch2 + k - args.k1);
+            }
+#pragma unroll
+            for (int j = 0; j < kFewColumns; j++) {
+                float u[8];
+                unpack2<T>(u[0], u[1], packed[j].x), unpack2<T>(u[2], u[3], packed[j].y);
+                unpack2<T>(u[4], u[5], packed[j].z), unpack2<T>(u[6], u[7], packed[j].w);
+#pragma unroll
+                for (int r = 0; r < kFewRows; r++)
+#pragma unroll
+                    for (int q = 0; q < 8; q++) v[r * kFewColumns + j] += x[r][q] * u[q];
+            }
+        }
+        // Half of the sums go to the lane across at each step; in the end lane i has the warp's i-th sum in v[0].
+#pragma unroll
+        for (int half = 16; half >= 1; half /= 2) {
+            const bool is_upper = lane & half;
+#pragma unroll
+            for (int i = 0; i < half; i++) {
+                const float given = is_upper ? v[i] : v[i + half], kept = is_upper ? v[i + half] : v[i];
+                v[i] = kept + __shfl_xor_sync(~0u, given, half);
+            }
+        }
+        __syncthreads();  // the rows before these have been stored
+        smem.sums[warp][lane] = v[0];
+        __syncthreads();
+        if (tid < kFewRows && m0 + tid < args.m) {
+            float sums[8], bias[8];
+            for (int i = 0; i < 8; i++) {
+                sums[i] = 0.0f;
+                for (int u = 0; u < kFewThreads / 32; u++) sums[i] += smem.sums[u][tid * kFewColumns + i];
+            }
+            epilogue::load_bias(bias, args.epilogue, n0);
+            epilogue::finish8<T>(args.epilogue, m0 + tid, n0, sums, bias, nullptr);
+        }
+    }
+}
+
+}  // namespace gemm
+
+#define GEMM_FEW(name, T)                                                                                                        \
+    extern "C" __global__ __launch_bounds__(128) void name(const __grid_constant__ GemmArgs args) { gemm::few_rows<T>(args); } \
+    SIMT_KERNEL(name)
+#define GEMM(name, T, M, N, K, WM, WN, STAGES, BLOCKS)                                                        \
+    extern "C" __global__ __launch_bounds__(128, BLOCKS) void name(const __grid_constant__ GemmArgs args) {  \
+        using S = tile::Shape<T, M, N, K, WM, WN, STAGES>;                                                    \
+        static_assert(S::kThreads == 128);                                                                    \
+        gemm::run<S>(args, gemm::Rows<S>{});                                                                  \
+    }                                                                                                         \
+    SIMT_KERNEL(name)
+#define GEMM_ANY(name, T)                                                                                    \
+    extern "C" __global__ __launch_bounds__(128, 2) void name(const __grid_constant__ GemmArgs args) {      \
+        using S = tile::Shape<T, 64, 64, 64, 32, 32, 4>;                                                      \
+        gemm::run<S>(args, gemm::AnyRows<S>{args, 0, 0});                                                     \
+    }                                                                                                         \
+    SIMT_KERNEL(name)
+
+GEMM(gemm_sm80_128x160_f16, __half, 128, 160, 32, 64, 80, 4, 2)
+GEMM(gemm_sm80_128x128_f16, __half, 128, 128, 32, 64, 64, 4, 2)
+GEMM(gemm_sm80_128x64_f16, __half, 128, 64, 32, 64, 32, 4, 3)
+GEMM(gemm_sm80_64x64_f16, __half, 64, 64, 64, 32, 32, 4, 3)
+GEMM_ANY(gemm_sm80_any_f16, __half)
+GEMM_FEW(gemm_sm80_few_f16, __half)
+GEMM(gemm_sm80_128x160_bf16, __nv_bfloat16, 128, 160, 32, 64, 80, 4, 2)
+GEMM(gemm_sm80_128x128_bf16, __nv_bfloat16, 128, 128, 32, 64, 64, 4, 2)
+GEMM(gemm_sm80_128x64_bf16, __nv_bfloat16, 128, 64, 32, 64, 32, 4, 3)
+GEMM(gemm_sm80_64x64_bf16, __nv_bfloat16, 64, 64, 64, 32, 32, 4, 3)
+GEMM_ANY(gemm_sm80_any_bf16, __nv_bfloat16)
+GEMM_FEW(gemm_sm80_few_bf16, __nv_bfloat16)

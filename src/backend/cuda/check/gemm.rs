@@ -1,0 +1,249 @@
+//! Cases of linear layers.
+
+use rayon::prelude::*;
+
+use super::epilogue::{EpilogueCase, Extent, Operands, rows_to_compare, upload_rows};
+use super::{Case, Context, Measured};
+use crate::backend::cuda::launch::elementwise::Act;
+use crate::backend::cuda::launch::epilogue::Rows;
+use crate::backend::cuda::launch::gemm::{Choice, Gemm, gemm, gemm_by};
+use crate::backend::cuda::launch::plan::{Plan, Tile};
+use crate::backend::cuda::{CudaError, Element};
+
+/// One product.
+#[derive(Clone, Copy, Debug)]
+struct Spec {
+    m: usize,
+    n: usize,
+    k1: usize,
+    k2: usize,
+    /// Elements behind the rows of x and x2.
+    pad: usize,
+    rows_per_sample: usize,
+    /// Kernel and splits; none: what the launcher chooses.
+    force: Option<(Tile, usize)>,
+    epilogue: EpilogueCase,
+    element: Element,
+}
+
+impl Spec {
+    fn plain(m: usize, n: usize, k: usize, element: Element) -> Self {
+        let epilogue = EpilogueCase { bias: true, ..EpilogueCase::PLAIN };
+        Self { m, n, k1: k, k2: 0, pad: 0, rows_per_sample: m, force: None, epilogue, element }
+    }
+
+    fn name(&self) -> String {
+        let Self { m, n, k1, k2, pad, force, element, .. } = self;
+        let mut name = format!("gemm_{} {m}x{n}x{k1}", element.suffix());
+        if *k2 > 0 {
+            name.push_str(&format!("+{k2}"));
+        }
+        if *pad > 0 {
+            name.push_str(&format!(" pitch+{pad}"));
+        }
+        name.push_str(&self.epilogue.describe());
+        if let Some((tile, splits)) = force {
+            name.push_str(&format!(" {} /{splits}", tile.shape().name));
+        }
+        name
+    }
+
+    fn case(self) -> Case {
+        let k = self.k1 + self.k2;
+        let flops = 2.0 * (self.m * self.n * k) as f64;
+        let width = if self.epilogue.geglu { self.n / 2 } else { self.n };
+        let results = if self.epilogue.residual { 2 } else { 1 };
+        Case {
+            family: "gemm",
+            name: self.name(),
+            quick: flops < 2e7,
+            needs_gpu: flops > 5e8,
+            flops,
+            bytes: ((self.m * k + self.n * k + results * self.m * width) * self.element.size()) as f64,
+            tolerance: Operands::tolerance(&self.epilogue, self.element, k),
+            run: Box::new(move |cx| run(cx, &self)),
+        }
+    }
+}
+
+pub(super) fn cases() -> Vec<Case> {
+    let mut specs = Vec::new();
+    for element in [Element::F16, Element::BF16] {
+        every_tile(element, &mut specs);
+        few_rows(element, &mut specs);
+        odd(element, &mut specs);
+        random(element, &mut specs);
+        real(element, &mut specs);
+    }
+    specs.into_iter().map(Spec::case).collect()
+}
+
+/// Each tile with one block and with several, with fewer and more tiles of K than stages, and splits.
+fn every_tile(element: Element, specs: &mut Vec<Spec>) {
+    for tile in Tile::ALIGNED.into_iter().chain([Tile::Any]) {
+        let shape = tile.shape();
+        for (m, n, k, splits) in [
+            (shape.m, shape.n, 8, 1),
+            (shape.m, shape.n, 4 * shape.k, 1),
+            (shape.m + 9, shape.n + 16, 7 * shape.k + 24, 1),
+            (2 * shape.m + 1, shape.n - 8, 5 * shape.k, 3),
+            (40, 2 * shape.n, 6 * shape.k + 8, 2),
+        ] {
+            let plain = Spec::plain(m, n, k, element);
+            specs.push(Spec { force: Some((tile, splits)), ..plain });
+        }
+        let geglu = EpilogueCase { bias: true, geglu: true, residual: true, ..EpilogueCase::PLAIN };
+        let fused = EpilogueCase { bias: true, act: Act::Gelu, residual: true, ..EpilogueCase::PLAIN };
+        for (epilogue, splits) in [(geglu, 1), (geglu, 3), (fused, 1)] {
+            let plain = Spec::plain(shape.m + 20, 2 * shape.n + 32, 96 * 2, element);
+            specs.push(Spec { force: Some((tile, splits)), epilogue, ..plain });
+        }
+    }
+}
+
+/// Time embeddings and the like.
+fn few_rows(element: Element, specs: &mut Vec<Spec>) {
+    let silu = EpilogueCase { bias: true, act: Act::Silu, ..EpilogueCase::PLAIN };
+    for (m, n, k1, k2) in
+        [(1, 8, 8, 0), (2, 1280, 320, 0), (2, 323, 1280, 0), (5, 77, 264, 1024), (16, 96, 136, 8)]
+    {
+        specs.push(Spec { k2, epilogue: silu, ..Spec::plain(m, n, k1, element) });
+        let all = EpilogueCase { residual: true, time_bias: true, pad: 8, scale: 0.5, ..silu };
+        specs.push(Spec { k2, epilogue: all, pad: 16, rows_per_sample: 1, ..Spec::plain(m, n, k1, element) });
+    }
+}
+
+/// Nothing a multiple of anything.
+fn odd(element: Element, specs: &mut Vec<Spec>) {
+    for (m, n, k1, k2, pad) in [
+        (1, 1, 1, 0, 0),
+        (3, 5, 7, 0, 1),
+        (65, 67, 129, 0, 0),
+        (33, 130, 31, 34, 5),
+        (130, 63, 100, 3, 2),
+        (17, 81, 72, 9, 0),
+    ] {
+        let epilogue = EpilogueCase { bias: true, residual: true, pad, ..EpilogueCase::PLAIN };
+        specs.push(Spec { k2, pad, epilogue, ..Spec::plain(m, n, k1, element) });
+    }
+}
+
+fn random(element: Element, specs: &mut Vec<Spec>) {
+    let mut state = 0x1234_5678u64;
+    let mut random = |below: usize| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) as usize % below
+    };
+    for _ in 0..28 {
+        let samples = [1, 1, 2, 3][random(4)];
+        let rows_per_sample = 1 + random(160);
+        let n = if random(3) == 0 { 1 + random(330) } else { 8 * (1 + random(44)) };
+        let k1 = 8 * (1 + random(60));
+        let k2 = if random(3) == 0 { 8 * (1 + random(20)) } else { 0 };
+        let force = match random(3) {
+            0 => None,
+            _ => Some((Tile::ALIGNED[random(4)], 1 + random(4))),
+        };
+        let epilogue = EpilogueCase::random(&mut random, n, true);
+        let pad = [0, 8, 24][random(3)];
+        specs.push(Spec {
+            m: samples * rows_per_sample,
+            n,
+            k1,
+            k2,
+            pad,
+            rows_per_sample,
+            force,
+            epilogue,
+            element,
+        });
+    }
+}
+
+/// Layers of SD1.5 at 512², cfg pair, its text encoder, and the largest of SDXL at 1024².
+fn real(element: Element, specs: &mut Vec<Spec>) {
+    let residual = EpilogueCase { bias: true, residual: true, ..EpilogueCase::PLAIN };
+    let geglu = EpilogueCase { bias: true, geglu: true, ..EpilogueCase::PLAIN };
+    for (m, n, k1, k2, epilogue) in [
+        (8192, 320, 320, 0, residual),
+        (2048, 640, 640, 0, residual),
+        (512, 1280, 1280, 0, residual),
+        (128, 1280, 1280, 0, residual),
+        (8192, 2560, 320, 0, geglu),
+        (2048, 5120, 640, 0, geglu),
+        (512, 10240, 1280, 0, geglu),
+        (128, 10240, 1280, 0, geglu),
+        (8192, 320, 1280, 0, residual),
+        (2048, 640, 2560, 0, residual),
+        (512, 1280, 5120, 0, residual),
+        (128, 1280, 5120, 0, residual),
+        (8192, 320, 320, 320, residual),
+        (8192, 320, 640, 320, residual),
+        (2048, 640, 1280, 640, residual),
+        (512, 1280, 1280, 1280, residual),
+        (128, 1280, 1280, 1280, residual),
+        (154, 320, 768, 0, EpilogueCase::PLAIN),
+        (154, 1280, 768, 0, EpilogueCase::PLAIN),
+        (154, 768, 768, 0, residual),
+        (154, 3072, 768, 0, EpilogueCase { bias: true, act: Act::QuickGelu, ..EpilogueCase::PLAIN }),
+        (154, 768, 3072, 0, residual),
+        (2, 1280, 1280, 0, EpilogueCase { bias: true, act: Act::Silu, ..EpilogueCase::PLAIN }),
+        (2048, 10240, 1280, 0, geglu),
+        (2048, 1280, 1280, 0, residual),
+        (2048, 1280, 5120, 0, residual),
+        (8192, 5120, 640, 0, geglu),
+        (8192, 640, 640, 0, residual),
+    ] {
+        specs.push(Spec { k2, epilogue, ..Spec::plain(m, n, k1, element) });
+    }
+}
+
+fn run(cx: &mut Context<'_>, spec: &Spec) -> Result<Measured, CudaError> {
+    let Spec { m, n, k1, k2, pad, rows_per_sample, element, .. } = *spec;
+    let k = k1 + k2;
+    let x = cx.values(m * k1, 1.0, element);
+    let x2 = cx.values(m * k2, 1.0, element);
+    let w = cx.values(n * k, 1.0 / (k as f32).sqrt(), element);
+    let extent = Extent { rows: m, columns: n, rows_per_sample, element };
+    let operands = Operands::new(cx, spec.epilogue, extent)?;
+
+    let kp = k.next_multiple_of(8);
+    let mut packed = vec![0.0; n * kp];
+    for (to, from) in packed.chunks_mut(kp).zip(w.chunks(k)) {
+        to[..k].copy_from_slice(from);
+    }
+    let op = Gemm {
+        x: Rows::new(upload_rows(cx, &x, k1, k1 + pad, element)?.ptr, k1 + pad),
+        x2: match k2 {
+            0 => None,
+            _ => Some(Rows::new(upload_rows(cx, &x2, k2, k2 + pad, element)?.ptr, k2 + pad)),
+        },
+        w: cx.upload(&packed, element)?.ptr,
+        m,
+        n,
+        k1,
+        k2,
+        rows_per_sample,
+        element,
+        epilogue: operands.epilogue,
+    };
+    let rows = rows_to_compare(cx, m, n, k);
+    let want: Vec<f64> = rows
+        .par_iter()
+        .flat_map_iter(|row| {
+            let input: Vec<f64> = x[row * k1..(row + 1) * k1]
+                .iter()
+                .chain(&x2[row * k2..(row + 1) * k2])
+                .map(|v| f64::from(*v))
+                .collect();
+            let product: Vec<f64> =
+                w.chunks(k).map(|w| w.iter().zip(&input).map(|(w, x)| f64::from(*w) * x).sum()).collect();
+            operands.reference(*row, &product)
+        })
+        .collect();
+    let gpu = cx.gpu;
+    operands.measure(cx, &rows, &want, || match spec.force {
+        None => gemm(gpu, &op),
+        Some((tile, splits)) => gemm_by(gpu, &op, Choice::Tiles(Plan::new(&op.problem(), tile, splits))),
+    })
+}
