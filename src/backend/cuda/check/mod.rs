@@ -5,6 +5,7 @@
 //! reference that is computed in f64 from the rounded operands. The same cases
 //! run under the SIMT layer in CI and on a GPU with `kiln check`.
 
+mod attention;
 mod context;
 mod elementwise;
 
@@ -49,6 +50,7 @@ pub struct Measured {
 pub fn cases() -> Vec<Case> {
     let mut all = Vec::new();
     all.extend(elementwise::cases());
+    all.extend(attention::cases());
     all
 }
 

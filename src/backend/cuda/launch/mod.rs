@@ -3,4 +3,5 @@
 //! A launcher takes a descriptor of plain device addresses and extents, checks
 //! what its kernels assume, chooses kernel and geometry, and queues the launch.
 
+pub mod attention;
 pub mod elementwise;
