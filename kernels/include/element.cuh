@@ -15,11 +15,18 @@ template <> PTX __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __floa
 template <class T> PTX uint32_t pack2(float x, float y);
 template <> PTX uint32_t pack2<__half>(float x, float y) { return pack_half2(x, y); }
 template <> PTX uint32_t pack2<__nv_bfloat16>(float x, float y) {
+#ifdef __CUDACC__
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);  // one instruction
+    uint32_t v;
+    memcpy(&v, &pair, 4);
+    return v;
+#else
     __nv_bfloat16 a = __float2bfloat16_rn(x), b = __float2bfloat16_rn(y);
     uint16_t lo, hi;
     memcpy(&lo, &a, 2);
     memcpy(&hi, &b, 2);
     return uint32_t(hi) << 16 | lo;
+#endif
 }
 template <class T> PTX void unpack2(float& x, float& y, uint32_t v) {
     T t[2];

@@ -143,6 +143,42 @@ void mma_m16n8k16(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, bool bf
     }, at);
 }
 
+// ---- "Matrix fragments for mma.m16n8k8", f16 and bf16 ------------------------------------------------------------------
+// The first half of the fragments above: a0 = A[g][2t,2t+1], a1 = A[g+8][same]; b0 = B[2t,2t+1][g]; d as above.
+namespace {
+struct MmaK8 {
+    float* d;
+    uint32_t a0, a1, b0;
+    bool bf16;
+};
+}  // namespace
+void mma_m16n8k8(float* d, uint32_t a0, uint32_t a1, uint32_t b0, bool bf16, Loc at) {
+    MmaK8 arg{d, a0, a1, b0, bf16};
+    warp_collective(bf16 ? "mma.m16n8k8.bf16" : "mma.m16n8k8.f16", ~0u, &arg, [](void* const* args, unsigned) {
+        uint32_t ah[16][4];
+        uint16_t bh[8][8];
+        float af[16][8];
+        Row bf[8], df[16];
+        for (int l = 0; l < 32; l++) {
+            const MmaK8& m = *static_cast<MmaK8*>(args[l]);
+            int g = l / 4, t = l % 4;
+            ah[g][t] = m.a0, ah[g + 8][t] = m.a1;
+            bh[2 * t][g] = m.b0, bh[2 * t + 1][g] = m.b0 >> 16;
+            memcpy((float*)&df[g] + 2 * t, m.d, 8), memcpy((float*)&df[g + 8] + 2 * t, m.d + 2, 8);
+        }
+        bool bf16 = static_cast<MmaK8*>(args[0])->bf16;
+        halves_to_floats(ah, af[0], 128, bf16);
+        halves_to_floats(bh, (float*)bf, 64, bf16);
+        for (int i = 0; i < 16; i++)
+            for (int k = 0; k < 8; k++) df[i] += af[i][k] * bf[k];
+        for (int l = 0; l < 32; l++) {
+            const MmaK8& m = *static_cast<MmaK8*>(args[l]);
+            int g = l / 4, t = l % 4;
+            memcpy(m.d, (float*)&df[g] + 2 * t, 8), memcpy(m.d + 2, (float*)&df[g + 8] + 2 * t, 8);
+        }
+    }, at);
+}
+
 // ---- "Parallel Synchronization: mbarrier" ------------------------------------------------------------------------------
 // A phase completes when the pending arrivals and the tx-count are both zero; then the arrivals are set up again.
 namespace {

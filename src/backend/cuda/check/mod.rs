@@ -6,6 +6,7 @@
 //! run under the SIMT layer in CI and on a GPU with `kiln check`.
 
 mod ceiling;
+mod attention;
 mod context;
 mod conv;
 mod elementwise;
@@ -56,6 +57,7 @@ pub fn cases() -> Vec<Case> {
     all.extend(elementwise::cases());
     all.extend(gemm::cases());
     all.extend(conv::cases());
+    all.extend(attention::cases());
     all
 }
 

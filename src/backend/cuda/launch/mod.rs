@@ -5,6 +5,7 @@
 
 pub mod ceiling;
 pub mod conv;
+pub mod attention;
 pub mod elementwise;
 pub mod epilogue;
 pub mod gemm;

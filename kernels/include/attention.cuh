@@ -1,0 +1,81 @@
+// attention.cuh: what the attention kernels of sm_80 share: arguments, shared-memory layout, exponentials.
+#pragma once
+#include "element.cuh"
+
+namespace attention {
+
+// softmax(q k^T * scale) v per sample and head. Rows of q and out: [batch][queries]; of k and v:
+// [batch / share][keys], sample i uses keys i / share. Head h takes columns h * dim .. of each. All
+// addresses are multiples of 16 bytes, pitches (in elements) and dim multiples of 8.
+struct Args {
+    const void* q;
+    const void* k;
+    const void* v;
+    void* out;
+    float* partial;  // splits > 1: numerators [splits][batch][heads][queries][dim] ...
+    float2* stats;   // ... and their offset (log2) and denominator [splits][batch][heads][queries]
+    int32_t q_pitch, k_pitch, v_pitch, out_pitch;
+    int32_t queries, keys, heads, dim;
+    int32_t share, causal;     // causal: query i sees keys 0..i
+    int32_t splits, batch;
+    int32_t split_keys;        // keys of one split, a multiple of the key tile
+    float scale_log2;          // scale * log2(e), positive: exponentials are powers of two
+};
+
+// A tile in shared memory is [rows][kChunks] pieces of 16 bytes. The swizzle sends eight rows (aligned) of one column
+// to eight different bank groups, which is what ldmatrix wants: with g = gcd(kChunks, 8), rows of the unswizzled tile
+// repeat their bank group every 8/g rows, and the piece index is xor-ed with the number of the repetition.
+template <int kChunks> PTX int swizzle(int row) {
+    constexpr int g = kChunks % 8 == 0 ? 8 : kChunks % 4 == 0 ? 4 : kChunks % 2 == 0 ? 2 : 1;
+    return row / (8 / g) % g;
+}
+template <int kChunks> PTX uint32_t piece(int row, int chunk) {  // byte offset
+    return (row * kChunks + (chunk ^ swizzle<kChunks>(row))) * 16;
+}
+
+// Queues the copy of kRows rows of kChunks pieces from `src`; rows from `left` on and pieces from `chunks` on are zeros.
+template <class T, int kRows, int kChunks, int kThreads>
+PTX void load_rows(uint32_t tile, const T* src, int64_t pitch, int left, int chunks) {
+    constexpr int kStep = kThreads / kChunks;  // rows of one round
+    const int row0 = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
+    if (row0 >= kStep) return;
+    src += row0 * pitch + chunk * 8;
+#pragma unroll
+    for (int r = 0; r < kRows; r += kStep) {
+        const int row = row0 + r;
+        if (kRows % kStep != 0 && row >= kRows) break;
+        cp_async_16(tile + piece<kChunks>(row, chunk), src + r * pitch, row < left && chunk < chunks ? 16 : 0);
+    }
+}
+
+// 2^x on the FMA units, for |x| < 126 (smaller x count as -126): Cody-Waite reduction and a minimax polynomial of degree
+// 3 on [-1/2, 1/2], relative error 7.5e-5, a sixth of a rounding to half.
+PTX float exp2_polynomial(float x) {
+    constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
+    x = fmaxf(x, -126.0f);
+    const float shifted = x + kMagic, f = x - (shifted - kMagic);
+    const float y = fmaf(fmaf(fmaf(0.055171669f, f, 0.24261112f), f, 0.69326099f), f, 0.99992807f);
+    uint32_t bits, n;
+    memcpy(&bits, &y, 4);
+    memcpy(&n, &shifted, 4);
+    bits += n << 23;
+    float result;
+    memcpy(&result, &bits, 4);
+    return result;
+}
+
+// The key range of this block: split blockIdx.z % splits.
+PTX void key_range(const Args& args, int last_query, int& first, int& end) {
+    const int split = blockIdx.z % args.splits;
+    first = split * args.split_keys;
+    end = min(args.keys, first + args.split_keys);
+    if (args.causal) end = min(end, last_query + 1);
+}
+
+// Where a row's results of this block go when keys are split.
+PTX int64_t partial_row(const Args& args, int row) {
+    const int split = blockIdx.z % args.splits, sample = blockIdx.z / args.splits;
+    return ((int64_t(split) * args.batch + sample) * args.heads + blockIdx.y) * args.queries + row;
+}
+
+}  // namespace attention
