@@ -4,3 +4,4 @@
 //! what its kernels assume, chooses kernel and geometry, and queues the launch.
 
 pub mod elementwise;
+pub mod norm;
