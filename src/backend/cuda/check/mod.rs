@@ -7,6 +7,7 @@
 
 mod context;
 mod elementwise;
+mod layout;
 mod norm;
 
 pub use context::{Buffer, Context, Options};
@@ -51,6 +52,7 @@ pub fn cases() -> Vec<Case> {
     let mut all = Vec::new();
     all.extend(elementwise::cases());
     all.extend(norm::cases());
+    all.extend(layout::cases());
     all
 }
 

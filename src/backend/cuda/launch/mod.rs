@@ -4,4 +4,5 @@
 //! what its kernels assume, chooses kernel and geometry, and queues the launch.
 
 pub mod elementwise;
+pub mod layout;
 pub mod norm;
