@@ -12,6 +12,8 @@ mod conv;
 mod elementwise;
 mod epilogue;
 mod gemm;
+mod layout;
+mod norm;
 
 pub use ceiling::{Ceiling, measure_ceiling};
 pub use context::{Buffer, Context, Options};
@@ -58,6 +60,8 @@ pub fn cases() -> Vec<Case> {
     all.extend(gemm::cases());
     all.extend(conv::cases());
     all.extend(attention::cases());
+    all.extend(norm::cases());
+    all.extend(layout::cases());
     all
 }
 

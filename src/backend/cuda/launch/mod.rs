@@ -10,3 +10,5 @@ pub mod elementwise;
 pub mod epilogue;
 pub mod gemm;
 pub mod plan;
+pub mod layout;
+pub mod norm;
