@@ -74,10 +74,8 @@ pub fn open(options: DeviceOptions) -> Result<Placement, OpenError> {
     let cpu = || cpu_backend(&options);
     match options.device {
         Device::Cpu => Ok(Placement::all(cpu()?)),
-        Device::Cuda | Device::Simt => {
-            Err(OpenError::Driver(DriverError::NoDriver { reason: String::new() }))
-        }
-        Device::Auto => match Err(OpenError::Driver(DriverError::NoDriver { reason: String::new() })) {
+        Device::Cuda | Device::Simt => cuda::open(&options, cpu),
+        Device::Auto => match cuda::open(&options, cpu) {
             Ok(placement) => Ok(placement),
             Err(reason) => {
                 tracing::info!(%reason, "no GPU in use");

@@ -2,14 +2,14 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::launch::attention::{self as attention_launch};
 use super::launch::elementwise::{self, Act};
-use super::launch::{conv, embed as embed_launch, gemm, image, norm};
+use super::launch::epilogue::{Epilogue, Rows};
+use super::launch::{attention, conv, gemm, norm};
 use super::pool::{Pool, Usage, WeightMemory};
 use super::record::Recorder;
 use super::upload::Uploader;
-use super::weights::{ConvBuffers, EmbeddingBuffer, LinearBuffers, NormBuffers};
-use super::{CudaError, Element, Gpu, transfer};
+use super::weights::{self, LinearBuffers, NormBuffers};
+use super::{Element, Gpu, transfer};
 use crate::driver::DevicePtr;
 use crate::tensor::check::{shape, size};
 use crate::tensor::*;
@@ -51,6 +51,11 @@ impl Shared {
         &self.recorder
     }
 
+    /// Memory for a weight, or for its stored form while it is packed.
+    pub(super) fn lend_weight(&self, bytes: usize) -> Result<buffer::DeviceBuffer, TensorError> {
+        self.weights.lend(bytes, &self.pressure, || self.trim())
+    }
+
     /// Memory for an activation.
     pub(super) fn lend(&self, bytes: usize) -> Result<buffer::DeviceBuffer, TensorError> {
         if self.recorder.is_recording() { self.recorder.pool().lend(bytes) } else { self.pool.lend(bytes) }
@@ -86,6 +91,13 @@ pub(super) struct Operand {
     pub pitch: usize,
 }
 
+impl Operand {
+    /// As rows of a matrix.
+    pub fn rows(&self) -> Rows {
+        Rows::new(self.ptr, self.pitch)
+    }
+}
+
 /// The device side of a tensor.
 pub(super) fn operand(op: &'static str, t: &Tensor) -> Result<Operand, TensorError> {
     let Storage::Device(buffer) = t.storage() else {
@@ -97,11 +109,6 @@ pub(super) fn operand(op: &'static str, t: &Tensor) -> Result<Operand, TensorErr
         return Err(TensorError::Unsupported { op, what });
     }
     Ok(Operand { ptr: DevicePtr(buffer.address()), element, pitch: t.shape().c })
-}
-
-fn columns(op: &'static str, cols: &Cols<'_>) -> Result<Operand, TensorError> {
-    let whole = operand(op, cols.tensor)?;
-    Ok(Operand { ptr: whole.ptr.offset(cols.start * whole.element.size()), ..whole })
 }
 
 fn element_of(op: &'static str, dtype: DType) -> Result<Element, TensorError> {
@@ -149,6 +156,7 @@ impl CudaBackend {
         Ok(Tensor::new(shape, dtype, Storage::Device(self.shared.lend(bytes)?)))
     }
 
+    /// Names what the next launches work on, for traces.
     fn label(&self, text: impl FnOnce() -> String) {
         let instruments = self.shared.gpu.driver().instruments();
         if instruments.is_tracing() {
@@ -165,8 +173,319 @@ impl CudaBackend {
         }
         Ok(operand)
     }
+
+    fn own_columns(&self, op: &'static str, cols: &Cols<'_>) -> Result<Operand, TensorError> {
+        let whole = self.own(op, cols.tensor)?;
+        Ok(Operand { ptr: whole.ptr.offset(cols.start * whole.element.size()), ..whole })
+    }
+
+    /// The result of a product: the backend's own type or f32.
+    fn epilogue(
+        &self,
+        op: &'static str,
+        out: &Tensor,
+        residual: Option<&Tensor>,
+    ) -> Result<Epilogue, TensorError> {
+        let result = operand(op, out)?;
+        if result.element != self.element && result.element != Element::F32 {
+            let what = format!("a {:?} result where {:?} is the backend's type", out.dtype(), self.dtype());
+            return Err(TensorError::Unsupported { op, what });
+        }
+        Ok(Epilogue {
+            residual: residual.map(|t| self.own(op, t).map(|t| t.rows())).transpose()?,
+            out_f32: result.element == Element::F32,
+            ..Epilogue::to(result.rows())
+        })
+    }
 }
 
-fn foreign(op: &'static str) -> TensorError {
-    TensorError::ForeignWeight { op }
+impl Backend for CudaBackend {
+    fn info(&self) -> BackendInfo {
+        let device = self.shared.gpu.driver().device();
+        BackendInfo {
+            kind: "cuda",
+            name: format!("cuda:{} {} ({})", device.ordinal, device.name, self.element.suffix()),
+            threads: 0,
+            element_bytes: self.element.size(),
+        }
+    }
+
+    fn memory(&self) -> MemoryUse {
+        let shared = &self.shared;
+        let free = shared.gpu.driver().memory().map_or(0, |memory| memory.free);
+        shared.usage.report(free, shared.gpu.workspace_bytes())
+    }
+
+    fn trim(&self) {
+        self.shared.trim();
+    }
+
+    fn alloc(&self, shape: Shape) -> Result<Tensor, TensorError> {
+        self.alloc_as(shape, self.dtype())
+    }
+
+    fn alloc_result(&self, shape: Shape) -> Result<Tensor, TensorError> {
+        self.alloc_as(shape, DType::F32)
+    }
+
+    fn pack_linear(&self, parts: &LinearParts<'_>) -> Result<LinearWeight, TensorError> {
+        weights::pack_linear(&self.shared, self.element, parts)
+    }
+
+    fn pack_conv(
+        &self,
+        weight: &RawTensor<'_>,
+        bias: Option<&RawTensor<'_>>,
+    ) -> Result<ConvWeight, TensorError> {
+        weights::pack_conv(&self.shared, self.element, weight, bias)
+    }
+
+    fn pack_norm(&self, scale: &RawTensor<'_>, shift: &RawTensor<'_>) -> Result<NormWeight, TensorError> {
+        weights::pack_norm(&self.shared, scale, shift)
+    }
+
+    fn pack_embedding(&self, table: &RawTensor<'_>) -> Result<Embedding, TensorError> {
+        weights::pack_embedding(&self.shared, self.element, table)
+    }
+
+    fn upload(&self, data: &[f32], layout: HostLayout, out: &mut Tensor) -> Result<(), TensorError> {
+        transfer::upload(&self.shared, data, layout, out)
+    }
+
+    fn download(&self, x: &Tensor, layout: HostLayout, out: &mut [f32]) -> Result<(), TensorError> {
+        transfer::download(&self.shared, x, layout, out)
+    }
+
+    fn conv2d(&self, op: &Conv2d<'_>, out: &mut Tensor) -> Result<(), TensorError> {
+        const OP: &str = "conv2d";
+        op.check(out.shape())?;
+        if out.shape().is_empty() {
+            return Ok(());
+        }
+        let w = op.w.packed.downcast::<LinearBuffers>().ok_or(TensorError::ForeignWeight { op: OP })?;
+        let s = op.x.shape();
+        let time_bias = match &op.time_bias {
+            Some(cols) => Some(self.own_columns(OP, cols)?.rows()),
+            None => None,
+        };
+        let epilogue = Epilogue {
+            bias: w.bias(),
+            time_bias,
+            act: act(op.act),
+            scale: op.scale,
+            ..self.epilogue(OP, out, op.residual)?
+        };
+        let launch = conv::Conv {
+            x: self.own(OP, op.x)?.rows(),
+            x2: op.x2.map(|t| self.own(OP, t).map(|t| t.rows())).transpose()?,
+            w: w.weight(),
+            batch: s.n,
+            height: s.h,
+            width: s.w,
+            c1: s.c,
+            c2: op.x2.map_or(0, |t| t.shape().c),
+            cout: op.w.cout,
+            kernel: [op.w.kh, op.w.kw],
+            stride: op.stride,
+            padding: conv::Padding {
+                top: op.pad.top,
+                bottom: op.pad.bottom,
+                left: op.pad.left,
+                right: op.pad.right,
+            },
+            upsample: op.upsample2x,
+            element: self.element,
+            epilogue,
+        };
+        self.label(|| format!("conv {}x{} {s} -> {}", op.w.kh, op.w.kw, out.shape()));
+        Ok(conv::conv(&self.shared.gpu, &launch)?)
+    }
+
+    fn linear(&self, op: &Linear<'_>, out: &mut Tensor) -> Result<(), TensorError> {
+        const OP: &str = "linear";
+        op.check(out.shape())?;
+        if out.shape().is_empty() {
+            return Ok(());
+        }
+        let w = op.w.packed.downcast::<LinearBuffers>().ok_or(TensorError::ForeignWeight { op: OP })?;
+        let s = op.x.tensor.shape();
+        let epilogue = Epilogue {
+            bias: w.bias(),
+            act: act(op.act),
+            geglu: op.w.is_geglu,
+            scale: op.scale,
+            ..self.epilogue(OP, out, op.residual)?
+        };
+        let launch = gemm::Gemm {
+            x: self.own_columns(OP, &op.x)?.rows(),
+            x2: op.x2.as_ref().map(|cols| self.own_columns(OP, cols).map(|t| t.rows())).transpose()?,
+            w: w.weight(),
+            m: s.rows(),
+            n: if op.w.is_geglu { 2 * op.w.n } else { op.w.n },
+            k1: op.x.width,
+            k2: op.x2.as_ref().map_or(0, |cols| cols.width),
+            rows_per_sample: s.positions(),
+            element: self.element,
+            epilogue,
+        };
+        self.label(|| format!("linear {}x{}x{}", launch.m, launch.n, op.w.k));
+        Ok(gemm::gemm(&self.shared.gpu, &launch)?)
+    }
+
+    fn attention(&self, op: &Attention<'_>, out: &mut Tensor) -> Result<(), TensorError> {
+        const OP: &str = "attention";
+        op.check(out.shape())?;
+        if out.shape().is_empty() {
+            return Ok(());
+        }
+        let (sq, sk) = (op.q.tensor.shape(), op.k.tensor.shape());
+        let [q, k, v] = [
+            self.own_columns(OP, &op.q)?,
+            self.own_columns(OP, &op.k)?,
+            self.own_columns(OP, &op.v)?,
+        ];
+        let result = self.own(OP, out)?;
+        let launch = attention::Attention {
+            q: q.ptr,
+            k: k.ptr,
+            v: v.ptr,
+            out: result.ptr,
+            q_pitch: q.pitch,
+            k_pitch: k.pitch,
+            v_pitch: v.pitch,
+            out_pitch: result.pitch,
+            batch: sq.n,
+            key_batch: sk.n,
+            queries: sq.positions(),
+            keys: sk.positions(),
+            heads: op.heads,
+            head_dim: op.q.width / op.heads,
+            is_causal: op.is_causal,
+            scale: op.scale,
+            element: self.element,
+        };
+        self.label(|| {
+            format!(
+                "attention {} x {} heads, {} queries, {} keys, d {}",
+                sq.n, op.heads, launch.queries, launch.keys, launch.head_dim
+            )
+        });
+        Ok(attention::attention(&self.shared.gpu, &launch)?)
+    }
+
+    fn group_norm(&self, op: &GroupNorm<'_>, out: &mut Tensor) -> Result<(), TensorError> {
+        const OP: &str = "group_norm";
+        op.check(out.shape())?;
+        if out.shape().is_empty() {
+            return Ok(());
+        }
+        let w = op.w.packed.downcast::<NormBuffers>().ok_or(TensorError::ForeignWeight { op: OP })?;
+        let s = op.x.shape();
+        let launch = norm::GroupNorm {
+            x: self.own(OP, op.x)?.ptr,
+            x2: op.x2.map_or(Ok(DevicePtr::NULL), |t| self.own(OP, t).map(|t| t.ptr))?,
+            scale: w.scale(),
+            shift: w.shift(),
+            out: self.own(OP, out)?.ptr,
+            samples: s.n,
+            pixels: s.positions(),
+            c1: s.c,
+            c2: op.x2.map_or(0, |t| t.shape().c),
+            groups: op.groups,
+            eps: op.eps,
+            silu: op.silu,
+            element: self.element,
+        };
+        self.label(|| format!("group_norm {}", out.shape()));
+        Ok(norm::group_norm(&self.shared.gpu, &launch)?)
+    }
+
+    fn layer_norm(&self, op: &LayerNorm<'_>, out: &mut Tensor) -> Result<(), TensorError> {
+        const OP: &str = "layer_norm";
+        op.check(out.shape())?;
+        if out.shape().is_empty() {
+            return Ok(());
+        }
+        let w = op.w.packed.downcast::<NormBuffers>().ok_or(TensorError::ForeignWeight { op: OP })?;
+        let s = op.x.shape();
+        let launch = norm::LayerNorm {
+            x: self.own(OP, op.x)?.ptr,
+            scale: w.scale(),
+            shift: w.shift(),
+            out: self.own(OP, out)?.ptr,
+            rows: s.rows(),
+            channels: s.c,
+            eps: op.eps,
+            element: self.element,
+        };
+        self.label(|| format!("layer_norm {s}"));
+        Ok(norm::layer_norm(&self.shared.gpu, &launch)?)
+    }
+
+    fn embed(&self, op: &Embed<'_>, out: &mut Tensor) -> Result<(), TensorError> {
+        op.check(out.shape())?;
+        if out.shape().is_empty() {
+            return Ok(());
+        }
+        transfer::embed(&self.shared, op, out)
+    }
+
+    fn timestep_embedding(&self, timesteps: &[f32], out: &mut Tensor) -> Result<(), TensorError> {
+        size("timestep_embedding", "rows", timesteps.len(), out.shape().rows())?;
+        if out.shape().is_empty() {
+            return Ok(());
+        }
+        transfer::timestep_embedding(&self.shared, timesteps, out)
+    }
+
+    fn activate(&self, x: &Tensor, function: Activation, out: &mut Tensor) -> Result<(), TensorError> {
+        const OP: &str = "activate";
+        shape(OP, x.shape(), out.shape())?;
+        let launch = elementwise::Activate {
+            x: self.own(OP, x)?.ptr,
+            out: self.own(OP, out)?.ptr,
+            count: x.shape().len(),
+            act: act(function),
+            element: self.element,
+        };
+        self.label(|| format!("activate {}", x.shape()));
+        Ok(elementwise::activate(&self.shared.gpu, &launch)?)
+    }
+
+    fn axpby(&self, a: f32, x: &Tensor, b: f32, y: &Tensor, out: &mut Tensor) -> Result<(), TensorError> {
+        const OP: &str = "axpby";
+        shape(OP, x.shape(), y.shape())?;
+        shape(OP, x.shape(), out.shape())?;
+        let launch = elementwise::Axpby {
+            x: self.own(OP, x)?.ptr,
+            y: self.own(OP, y)?.ptr,
+            out: self.own(OP, out)?.ptr,
+            count: x.shape().len(),
+            a,
+            b,
+            element: self.element,
+        };
+        self.label(|| format!("axpby {}", x.shape()));
+        Ok(elementwise::axpby(&self.shared.gpu, &launch)?)
+    }
+
+    fn resize_nearest(&self, x: &Tensor, out: &mut Tensor) -> Result<(), TensorError> {
+        const OP: &str = "resize_nearest";
+        let (from, to) = (x.shape(), out.shape());
+        shape(OP, Shape { h: to.h, w: to.w, ..from }, to)?;
+        if to.is_empty() {
+            return Ok(());
+        }
+        size(OP, "pixels of the input (at least)", 1, from.positions().min(1))?;
+        transfer::resize_nearest(&self.shared, x, out)
+    }
+
+    fn record(&self, key: u64, inputs: &[&Tensor], body: &mut Body<'_>) -> Result<Tensor, BodyError> {
+        let alloc = |shape, dtype| self.alloc_as(shape, dtype);
+        self.shared.recorder.run((key, self.element), inputs, body, alloc)
+    }
+
+    fn on_pressure(&self, hook: PressureHook) {
+        *self.shared.pressure.lock().unwrap_or_else(PoisonError::into_inner) = Some(hook);
+    }
 }

@@ -109,6 +109,11 @@ impl Gpu {
         Ok(workspace.ptr)
     }
 
+    /// Bytes of scratch memory, outgrown memory not counted.
+    pub fn workspace_bytes(&self) -> usize {
+        self.workspace.lock().unwrap_or_else(PoisonError::into_inner).bytes
+    }
+
     /// Gives the scratch memory back; no captured graph may be left.
     pub fn drop_workspace(&self) -> Result<(), CudaError> {
         let mut workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);

@@ -4,14 +4,21 @@
 //!   argument structs, choice of kernel and tile, geometry;
 //! - [`check`]: every kernel against a reference in f64, for tests and `kiln check`.
 
+mod backend;
 pub mod check;
 mod element;
 mod error;
 mod gpu;
 pub mod launch;
+mod open;
 mod pool;
+mod record;
+mod transfer;
 mod upload;
+mod weights;
 
+pub use backend::{CudaBackend, Shared};
 pub use element::Element;
 pub use error::CudaError;
+pub use open::{open, open_driver, simt_library};
 pub use gpu::{Geometry, Gpu, Kernel};

@@ -1,0 +1,63 @@
+//! From options to backends on a GPU or on the SIMT layer.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use super::backend::{CudaBackend, Shared};
+use super::{CudaError, Element, Gpu};
+use crate::backend::{Device, DeviceOptions, OpenError, Precision};
+use crate::driver::simt::{SimtDriver, SimtOptions};
+use crate::driver::{Driver, DriverError};
+use crate::tensor::{Backend, Placement, TensorError};
+
+/// The backends for `options`; `cpu` makes the one for parts that stay on the CPU.
+pub fn open<B: Backend + 'static>(
+    options: &DeviceOptions,
+    cpu: impl FnOnce() -> Result<Arc<B>, TensorError>,
+) -> Result<Placement, OpenError> {
+    let driver = open_driver(options)?;
+    let gpu = Arc::new(Gpu::new(driver).map_err(|error| match error {
+        CudaError::Driver(error) => OpenError::Driver(error),
+        error => OpenError::Tensor(error.into()),
+    })?);
+    let shared = Shared::new(gpu, options.memory_limit);
+    let mut made: Vec<(Element, Arc<dyn Backend>)> = Vec::new();
+    let mut backend = |precision: Option<Precision>, default: Element| -> Arc<dyn Backend> {
+        let element = precision.map_or(default, element);
+        if let Some((_, backend)) = made.iter().find(|(e, _)| *e == element) {
+            return backend.clone();
+        }
+        let backend: Arc<dyn Backend> = Arc::new(CudaBackend::new(shared.clone(), element));
+        made.push((element, backend.clone()));
+        backend
+    };
+    Ok(Placement {
+        diffusion: backend(options.diffusion, Element::F16),
+        text: backend(options.text, Element::F16),
+        vae: if options.vae_on_cpu { cpu()? } else { backend(options.vae, Element::BF16) },
+    })
+}
+
+fn element(precision: Precision) -> Element {
+    match precision {
+        Precision::F16 => Element::F16,
+        Precision::BF16 => Element::BF16,
+    }
+}
+
+/// The driver for `options`: the SIMT layer or a GPU.
+pub fn open_driver(options: &DeviceOptions) -> Result<Arc<dyn Driver>, DriverError> {
+    match options.device {
+        Device::Simt => Ok(Arc::new(SimtDriver::open(&simt_library()?, SimtOptions::default())?)),
+        _ => Ok(Arc::new(crate::driver::cuda::CudaDriver::open(options.ordinal, super::modules::embedded())?)),
+    }
+}
+
+/// The SIMT library: `KILN_SIMT_LIB`, or the one that the build made.
+pub fn simt_library() -> Result<PathBuf, DriverError> {
+    let built = option_env!("KILN_SIMT_FAST").map(PathBuf::from).filter(|path| path.is_file());
+    std::env::var_os("KILN_SIMT_LIB").map(PathBuf::from).or(built).ok_or_else(|| DriverError::NoKernels {
+        device: "the SIMT layer".into(),
+        reason: "the library is not where the build put it; name it in KILN_SIMT_LIB".into(),
+    })
+}
