@@ -7,8 +7,10 @@
 
 mod context;
 mod elementwise;
+mod embed;
 mod layout;
 mod norm;
+mod sampling;
 
 pub use context::{Buffer, Context, Options};
 
@@ -53,6 +55,8 @@ pub fn cases() -> Vec<Case> {
     all.extend(elementwise::cases());
     all.extend(norm::cases());
     all.extend(layout::cases());
+    all.extend(embed::cases());
+    all.extend(sampling::cases());
     all
 }
 

@@ -4,5 +4,9 @@
 //! what its kernels assume, chooses kernel and geometry, and queues the launch.
 
 pub mod elementwise;
+pub mod embed;
+pub mod latent;
 pub mod layout;
 pub mod norm;
+pub mod philox;
+pub mod reduce;
