@@ -55,6 +55,7 @@ inline __nv_bfloat16 __float2bfloat16_rn(float f) {
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline float __expf(float x) { return expf(x); }
 inline float __fdividef(float a, float b) { return a / b; }
+inline void __sincosf(float x, float* s, float* c) { *s = sinf(x), *c = cosf(x); }
 template <class T> T min(T a, T b) { return b < a ? b : a; }
 template <class T> T max(T a, T b) { return a < b ? b : a; }
 

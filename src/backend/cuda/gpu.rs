@@ -32,6 +32,11 @@ impl Geometry {
     pub fn line(blocks: usize, threads: u32) -> Self {
         Self { grid: [blocks as u32, 1, 1], threads, shared: 0, cluster: 1 }
     }
+
+    /// Blocks along x for a grid-stride loop over `work` threads' worth of work: at most sixteen a multiprocessor.
+    pub fn strided(gpu: &Gpu, work: usize, threads: u32) -> Self {
+        Self::line(work.div_ceil(threads as usize).clamp(1, 16 * gpu.multiprocessors().max(1)), threads)
+    }
 }
 
 /// A device with its compute stream and scratch memory.

@@ -92,6 +92,13 @@ impl<'a> Context<'a> {
         Ok(Buffer { ptr, bytes })
     }
 
+    /// Memory for a result that is written in part: it holds `values`, guarded behind its end.
+    pub fn output_over(&mut self, values: &[f32], element: Element) -> Result<Buffer, CudaError> {
+        let buffer = self.output(values.len() * element.size())?;
+        self.gpu.driver().upload(buffer.ptr, &element.encode(values), self.gpu.stream())?;
+        Ok(buffer)
+    }
+
     /// The bytes of `buffer`; `None` if something was written behind its end.
     pub fn download(&self, buffer: Buffer) -> Result<Option<Vec<u8>>, CudaError> {
         let (driver, stream) = (self.gpu.driver(), self.gpu.stream());
@@ -111,11 +118,18 @@ impl<'a> Context<'a> {
         want: &[f64],
         launch: impl Fn() -> Result<(), CudaError>,
     ) -> Result<Measured, CudaError> {
+        self.measure_by(out, |bytes| error_of(&element.decode(bytes), want), launch)
+    }
+
+    /// Launches, judges the bytes of `out` by `error`, and times the launch if asked to.
+    pub fn measure_by(
+        &mut self,
+        out: Buffer,
+        error: impl Fn(&[u8]) -> f64,
+        launch: impl Fn() -> Result<(), CudaError>,
+    ) -> Result<Measured, CudaError> {
         launch()?;
-        let error = match self.download(out)? {
-            Some(bytes) => error_of(&element.decode(&bytes), want),
-            None => f64::INFINITY,
-        };
+        let error = self.download(out)?.map_or(f64::INFINITY, |bytes| error(&bytes));
         Ok(Measured { error, micros: self.time(launch)? })
     }
 

@@ -176,31 +176,16 @@ fn to_nhwc_case(image: Image, element: Element) -> Case {
                 want[row * pitch + c] = f64::from(element.round(factor * source));
             }
         }
-        let (src, out) = (cx.upload(&x, Element::F32)?, cx.upload(&keep, element)?);
+        let (src, out) = (cx.upload(&x, Element::F32)?, cx.output_over(&keep, element)?);
         let gpu = cx.gpu;
         let (src, dst) = (src.ptr, out.ptr);
         let op = ToNhwc { src, dst, samples, channels, pixels, width, pitch, copies, factor, element };
-        compare_kept(cx, out.ptr, element, &want, || to_nhwc(gpu, &op))
+        cx.measure(out, element, &want, || to_nhwc(gpu, &op))
     };
     let name =
         format!("to_nhwc_{} {samples}x{channels}x{pixels} to {width}/{pitch} x{copies}", element.suffix());
     let bytes = 4 * from + copies * samples * pixels * width * element.size();
     case(name, to.max(from), bytes, Box::new(run))
-}
-
-/// Like [`Context::measure`], for memory that was uploaded and is written in part.
-fn compare_kept(
-    cx: &mut Context<'_>,
-    ptr: crate::driver::DevicePtr,
-    element: Element,
-    want: &[f64],
-    launch: impl Fn() -> Result<(), CudaError>,
-) -> Result<Measured, CudaError> {
-    launch()?;
-    let mut bytes = vec![0; want.len() * element.size()];
-    cx.gpu.driver().download(&mut bytes, ptr, cx.gpu.stream())?;
-    let error = super::context::error_of(&element.decode(&bytes), want);
-    Ok(Measured { error, micros: cx.time(launch)? })
 }
 
 fn to_nchw_case(image: Image, element: Element) -> Case {

@@ -12,8 +12,10 @@ mod conv;
 mod elementwise;
 mod epilogue;
 mod gemm;
+mod embed;
 mod layout;
 mod norm;
+mod sampling;
 
 pub use ceiling::{Ceiling, measure_ceiling};
 pub use context::{Buffer, Context, Options};
@@ -62,6 +64,8 @@ pub fn cases() -> Vec<Case> {
     all.extend(attention::cases());
     all.extend(norm::cases());
     all.extend(layout::cases());
+    all.extend(embed::cases());
+    all.extend(sampling::cases());
     all
 }
 

@@ -104,7 +104,7 @@ pub fn convert(gpu: &Gpu, op: &Convert) -> Result<(), CudaError> {
         is_vector: i32::from(is_vector),
     };
     let name = format!("convert_{}", op.to.suffix());
-    let geometry = strided(gpu, op.count.div_ceil(VECTOR));
+    let geometry = Geometry::strided(gpu, op.count.div_ceil(VECTOR), THREADS);
     gpu.launch(&Kernel { module: "convert", name: &name }, &geometry, &[bytes_of(&args)])
 }
 
@@ -300,7 +300,7 @@ pub fn pack_linear(gpu: &Gpu, op: &PackLinear) -> Result<(), CudaError> {
         is_vector: i32::from(kp == op.k && op.from.is_vector(op.src)),
     };
     let name = format!("pack_linear_{}", op.to.suffix());
-    let geometry = strided(gpu, op.n * kp / VECTOR);
+    let geometry = Geometry::strided(gpu, op.n * kp / VECTOR, THREADS);
     gpu.launch(&Kernel { module: "pack", name: &name }, &geometry, &[bytes_of(&args)])
 }
 
@@ -424,7 +424,11 @@ pub fn pack_vector(gpu: &Gpu, op: &PackVector) -> Result<(), CudaError> {
         kind: op.from as i32,
         unused: 0,
     };
-    gpu.launch(&Kernel { module: "pack", name: "pack_vector" }, &strided(gpu, op.n), &[bytes_of(&args)])
+    gpu.launch(
+        &Kernel { module: "pack", name: "pack_vector" },
+        &Geometry::strided(gpu, op.n, THREADS),
+        &[bytes_of(&args)],
+    )
 }
 
 /// Rows of values (as many as gates), 0 without GEGLU.
@@ -442,11 +446,6 @@ fn aligned(op: &'static str, ptr: DevicePtr, to: usize) -> Result<(), CudaError>
     }
     let reason = format!("address {:#x} is no multiple of {to} bytes", ptr.0);
     Err(CudaError::Unsupported { op, reason })
-}
-
-/// Blocks for `work` threads' worth of work, at most sixteen a multiprocessor: their threads stride.
-fn strided(gpu: &Gpu, work: usize) -> Geometry {
-    Geometry::line(work.div_ceil(THREADS as usize).min(16 * gpu.multiprocessors()), THREADS)
 }
 
 #[cfg(test)]
