@@ -43,7 +43,7 @@ pub struct LaunchRecord {
     pub shared: u32,
     /// Start, microseconds since the driver was opened.
     pub start_us: f64,
-    /// Duration in microseconds: the launch call, and the kernel too where launches are synchronous.
+    /// Duration in microseconds on the device; in a graph capture, of the launch call.
     pub duration_us: f64,
 }
 
@@ -161,15 +161,21 @@ impl Instruments {
         std::mem::take(&mut *self.trace.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Counts a launch, and records it with its time if tracing is on.
-    pub(super) fn launched<T>(&self, kernel: &str, launch: &Launch, run: impl FnOnce() -> T) -> T {
+    /// Counts a launch, and records it with its time if tracing is on. `run` returns
+    /// the microseconds on the device if it knows them.
+    pub(super) fn launched<T, E>(
+        &self,
+        kernel: &str,
+        launch: &Launch,
+        run: impl FnOnce() -> Result<(T, Option<f64>), E>,
+    ) -> Result<T, E> {
         self.launches.fetch_add(1, Relaxed);
         if !self.is_tracing() {
-            return run();
+            return run().map(|(result, _)| result);
         }
         let start = Instant::now();
-        let result = run();
-        let duration_us = start.elapsed().as_secs_f64() * 1e6;
+        let (result, device_us) = run()?;
+        let duration_us = device_us.unwrap_or_else(|| start.elapsed().as_secs_f64() * 1e6);
         let label = self.label.lock().unwrap_or_else(PoisonError::into_inner).clone();
         self.trace.lock().unwrap_or_else(PoisonError::into_inner).push(LaunchRecord {
             kernel: kernel.to_owned(),
@@ -180,6 +186,6 @@ impl Instruments {
             start_us: start.duration_since(self.opened).as_secs_f64() * 1e6,
             duration_us,
         });
-        result
+        Ok(result)
     }
 }

@@ -9,13 +9,17 @@
 //! All work is ordered by [`Stream`]. Device memory is addressed by plain
 //! numbers ([`DevicePtr`]): a wrong one can fault the device, never the host.
 
+pub mod cuda;
+mod embedded;
 mod error;
 mod instruments;
+pub mod nvcc;
 mod pinned;
 pub mod simt;
 pub mod toolchain;
 mod types;
 
+pub use embedded::{KernelBuild, Module, embedded};
 pub use error::DriverError;
 pub use instruments::{Counts, Instruments, LaunchRecord};
 pub use pinned::PinnedBuffer;

@@ -4,8 +4,11 @@
 pub struct PinnedBuffer {
     ptr: *mut u8,
     bytes: usize,
-    release: fn(*mut u8, usize),
+    release: Release,
 }
+
+/// Gives the memory back; it may hold what must outlive the memory.
+pub(super) type Release = Box<dyn Fn(*mut u8, usize) + Send + Sync>;
 
 // SAFETY: the buffer is owned memory without thread affinity; access needs the usual & or &mut.
 unsafe impl Send for PinnedBuffer {}
@@ -18,7 +21,7 @@ impl PinnedBuffer {
     /// # Safety
     /// `ptr` is valid for `bytes` bytes, initialised, used by nobody else, and
     /// `release(ptr, bytes)` frees it.
-    pub(super) unsafe fn new(ptr: *mut u8, bytes: usize, release: fn(*mut u8, usize)) -> Self {
+    pub(super) unsafe fn new(ptr: *mut u8, bytes: usize, release: Release) -> Self {
         Self { ptr, bytes, release }
     }
 

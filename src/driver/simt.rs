@@ -12,9 +12,10 @@
 
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use super::toolchain::SimtVariant;
 use super::{
     Capability, DeviceInfo, DeviceMemory, DevicePtr, Driver, DriverError, Event, Function, FunctionInfo,
     Graph, Instruments, Launch, PinnedBuffer, Stream, TensorMap, TensorMapDesc,
@@ -30,6 +31,16 @@ pub enum Order {
     Reverse,
     /// At random from a seed; copies land at random moments.
     Random(u64),
+}
+
+/// The library that was built with this binary, or the one that `KILN_SIMT_LIB` names; if it is there.
+pub fn built_library(variant: SimtVariant) -> Option<PathBuf> {
+    let built = match variant {
+        SimtVariant::Fast => option_env!("KILN_SIMT_FAST"),
+        SimtVariant::Checked => option_env!("KILN_SIMT_CHECKED"),
+    };
+    let named = std::env::var_os("KILN_SIMT_LIB").filter(|name| !name.is_empty());
+    named.map(PathBuf::from).or_else(|| built.map(PathBuf::from)).filter(|path| path.is_file())
 }
 
 /// How to open the SIMT layer.
@@ -260,11 +271,12 @@ impl SimtDriver {
         let mut pointers: Vec<*mut c_void> = params.iter().map(|p| p.as_ptr() as *mut c_void).collect();
         let geometry: Vec<u32> = [launch.grid, launch.block, launch.cluster].concat();
         let _one = self.running.lock().unwrap_or_else(PoisonError::into_inner);
-        // SAFETY: every parameter has the declared size; the layer copies them and checks the kernel's accesses.
-        let result = self.instruments.launched(&name, launch, || unsafe {
-            (self.api.launch)(function, geometry.as_ptr(), launch.shared, pointers.as_mut_ptr())
-        });
-        self.check(result)
+        self.instruments.launched(&name, launch, || {
+            let (shared, params) = (launch.shared, pointers.as_mut_ptr());
+            // SAFETY: every parameter has the declared size; the layer copies them and checks the kernel's accesses.
+            let result = unsafe { (self.api.launch)(function, geometry.as_ptr(), shared, params) };
+            self.check(result).map(|()| ((), None))
+        })
     }
 }
 
@@ -341,7 +353,7 @@ impl Driver for SimtDriver {
         }
         let memory = Box::into_raw(vec![0u8; bytes].into_boxed_slice());
         // SAFETY: a leaked box, zeroed, freed by `release`.
-        Ok(unsafe { PinnedBuffer::new(memory.cast(), bytes, release) })
+        Ok(unsafe { PinnedBuffer::new(memory.cast(), bytes, Box::new(release)) })
     }
 
     fn upload(&self, dst: DevicePtr, src: &[u8], stream: Stream) -> Result<(), DriverError> {

@@ -11,7 +11,7 @@ use std::hash::{Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 
 /// A compiler that is missing or refuses.
 #[derive(Debug, thiserror::Error)]
@@ -33,6 +33,16 @@ pub enum ToolError {
         file: PathBuf,
         /// What the compiler said.
         output: String,
+    },
+    /// A setting, or a line of a kernel source, that names no target.
+    #[error("{what}: {value:?} {reason}")]
+    Setting {
+        /// Where it stands.
+        what: String,
+        /// What stands there.
+        value: String,
+        /// What should.
+        reason: String,
     },
     /// A file could not be read or written.
     #[error("{path}: {source}")]
@@ -80,7 +90,7 @@ pub fn module_name(source: &Path) -> String {
     source.file_stem().map_or_else(String::new, |s| s.to_string_lossy().into_owned())
 }
 
-fn read_dir(dir: &Path) -> Result<Vec<PathBuf>, ToolError> {
+pub(super) fn read_dir(dir: &Path) -> Result<Vec<PathBuf>, ToolError> {
     let fail = |source| ToolError::File { path: dir.to_owned(), source };
     let mut paths = Vec::new();
     for entry in fs::read_dir(dir).map_err(fail)? {
@@ -90,7 +100,7 @@ fn read_dir(dir: &Path) -> Result<Vec<PathBuf>, ToolError> {
     Ok(paths)
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, ToolError> {
+pub(super) fn read(path: &Path) -> Result<Vec<u8>, ToolError> {
     fs::read(path).map_err(|source| ToolError::File { path: path.to_owned(), source })
 }
 
@@ -196,15 +206,22 @@ fn headers_hash(kernels: &Path) -> Result<u64, ToolError> {
     Ok(hash_of(&all))
 }
 
-fn hash_of(value: &impl Hash) -> u64 {
+pub(super) fn hash_of(value: &impl Hash) -> u64 {
     let mut hasher = DefaultHasher::new();
     value.hash(&mut hasher);
     hasher.finish()
 }
 
 /// Runs a compiler that writes to a partial file, which then takes the place of `output` in one step.
-fn run_to(output: &Path, source: &Path, command: impl Fn(&Path) -> Command) -> Result<(), ToolError> {
-    let partial = output.with_extension(format!("partial{}", std::process::id()));
+/// Returns what the compiler said.
+pub(super) fn run_to(
+    output: &Path,
+    source: &Path,
+    command: impl Fn(&Path) -> Command,
+) -> Result<String, ToolError> {
+    static RUNS: AtomicU64 = AtomicU64::new(0);
+    let run = RUNS.fetch_add(1, Relaxed);
+    let partial = output.with_extension(format!("partial{}-{run}", std::process::id()));
     let mut command = command(&partial);
     let tool = command.get_program().to_string_lossy().into_owned();
     let done = command.output().map_err(|_| ToolError::Missing {
@@ -212,11 +229,14 @@ fn run_to(output: &Path, source: &Path, command: impl Fn(&Path) -> Command) -> R
         looked: tool,
         hint: "install a C++ compiler, or name one in CXX",
     })?;
+    let said = String::from_utf8_lossy(&done.stderr).into_owned();
     if !done.status.success() {
-        let output = String::from_utf8_lossy(&done.stderr).into_owned();
-        return Err(ToolError::Compile { file: source.to_owned(), output });
+        let _ = fs::remove_file(&partial);
+        return Err(ToolError::Compile { file: source.to_owned(), output: said });
     }
-    fs::rename(&partial, output).map_err(|error| ToolError::File { path: output.to_owned(), source: error })
+    fs::rename(&partial, output)
+        .map_err(|error| ToolError::File { path: output.to_owned(), source: error })?;
+    Ok(said)
 }
 
 /// `work` on every item, on as many threads as there are cores; results in order.

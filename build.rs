@@ -1,0 +1,153 @@
+//! Compiles the kernels: with nvcc for the GPU, with a C++ compiler for the SIMT layer.
+//!
+//! Neither is needed. Without nvcc the binary says "CUDA: not built"; without a
+//! C++ compiler there is no SIMT device. Objects are kept by content hash in
+//! `KILN_KERNEL_CACHE`, or in the profile's folder of the target directory, so
+//! that only what changed is compiled.
+
+use std::env;
+use std::fmt::Write as _;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+#[allow(dead_code)]
+#[path = "src/driver/nvcc.rs"]
+mod nvcc;
+#[allow(dead_code)]
+#[path = "src/driver/toolchain.rs"]
+mod toolchain;
+
+use nvcc::{Arch, DEFAULT_ARCHS, Fatbin, FatbinOptions, Nvcc, Targets, build_fatbins, parse_archs};
+use toolchain::{SimtVariant, ToolError, build_simt, kernel_sources};
+
+fn main() {
+    let root = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").unwrap_or_default());
+    let out = PathBuf::from(env::var_os("OUT_DIR").unwrap_or_default());
+    let kernels = root.join("kernels");
+    let cache = env::var_os("KILN_KERNEL_CACHE").map_or_else(|| default_cache(&out), PathBuf::from);
+    for file in ["kernels", "build.rs", "src/driver/nvcc.rs", "src/driver/toolchain.rs"] {
+        println!("cargo:rerun-if-changed={file}");
+    }
+    for variable in ["KILN_NVCC", "KILN_CUDA_ARCHS", "KILN_KERNEL_CACHE", "CUDA_HOME", "CUDA_PATH", "CXX"] {
+        println!("cargo:rerun-if-env-changed={variable}");
+    }
+    println!("cargo:rustc-check-cfg=cfg(kiln_build_script)");
+    println!("cargo:rustc-cfg=kiln_build_script");
+    simt(&kernels, &cache.join("simt"));
+    if let Err(error) = cuda(&root, &kernels, &cache.join("cuda"), &out) {
+        println!("cargo:warning=the CUDA kernels could not be built");
+        eprintln!("{error}");
+        std::process::exit(1);
+    }
+}
+
+/// A folder beside `build` in the target directory: unlike `OUT_DIR` it outlives a change of dependencies.
+fn default_cache(out: &Path) -> PathBuf {
+    let build = out.ancestors().find(|p| p.file_name().is_some_and(|n| n == "build"));
+    build.and_then(Path::parent).unwrap_or(out).join("kernel-cache")
+}
+
+/// Builds the SIMT layer; its path reaches tests and `--device simt` through the environment of the compiler.
+fn simt(kernels: &Path, cache: &Path) {
+    let target = |name: &str| env::var(format!("CARGO_CFG_TARGET_{name}")).unwrap_or_default();
+    if target("ARCH") != "x86_64" || target("OS") != "linux" {
+        return;
+    }
+    for (variant, variable) in [(SimtVariant::Fast, "KILN_SIMT_FAST"), (SimtVariant::Checked, "KILN_SIMT_CHECKED")]
+    {
+        match build_simt(kernels, &[], cache, variant) {
+            Ok(library) => println!("cargo:rustc-env={variable}={}", library.display()),
+            Err(error @ ToolError::Missing { .. }) => {
+                println!("cargo:warning=no SIMT layer: {error}");
+                return;
+            }
+            Err(error) => {
+                println!("cargo:warning=the SIMT layer could not be built");
+                eprintln!("{error}");
+                std::process::exit(1);
+            }
+        }
+    }
+}
+
+/// Compiles the kernels for every target and writes `kernels.rs`, which embeds them.
+fn cuda(root: &Path, kernels: &Path, cache: &Path, out: &Path) -> Result<(), ToolError> {
+    let folder = out.join("kernels");
+    fs::create_dir_all(&folder).map_err(|source| ToolError::File { path: folder.clone(), source })?;
+    let venvs = [".venv", "venv", "target/nvcc"].map(|name| root.join(name));
+    let nvcc = match Nvcc::find(&venvs) {
+        Ok(nvcc) => nvcc,
+        Err(error) if env::var_os("KILN_NVCC").is_some_and(|v| !v.is_empty()) => return Err(error),
+        Err(error) => {
+            println!("cargo:warning=no nvcc: built without CUDA kernels ({error})");
+            println!("cargo:rerun-if-env-changed=VIRTUAL_ENV");
+            return write(&out.join("kernels.rs"), "None".as_bytes());
+        }
+    };
+    println!("cargo:rerun-if-changed={}", nvcc.path().display());
+    let archs = archs(&nvcc)?;
+    let options = FatbinOptions {
+        includes: &[kernels.join("include")],
+        archs: &archs,
+        with_ptx: true,
+        with_lines: false,
+        cache,
+    };
+    let fatbins = build_fatbins(&nvcc, &kernel_sources(kernels)?, &options)?;
+    let mut log = String::new();
+    for fatbin in &fatbins {
+        log += &fatbin.log;
+        write(&folder.join(format!("{}.fatbin", fatbin.module)), &toolchain::read(&fatbin.image)?)?;
+        for (arch, cubin) in fatbin.cubins.iter().filter(|(arch, _)| fatbin.targets == Targets::Only(*arch)) {
+            let name = format!("{}.sm_{arch}.cubin", fatbin.module);
+            write(&folder.join(name), &toolchain::read(cubin)?)?;
+        }
+    }
+    write(&folder.join("ptxas.txt"), log.as_bytes())?;
+    println!("cargo:rustc-env=KILN_KERNEL_OBJECTS={}", folder.display());
+    write(&out.join("kernels.rs"), table(&nvcc, &archs, &fatbins, &folder).as_bytes())
+}
+
+/// The targets asked for, or those of the usual ones that this nvcc knows.
+fn archs(nvcc: &Nvcc) -> Result<Vec<Arch>, ToolError> {
+    let asked = env::var("KILN_CUDA_ARCHS").ok().filter(|list| !list.trim().is_empty());
+    let mut archs = parse_archs(asked.as_deref().unwrap_or(DEFAULT_ARCHS))?;
+    if let Some(unknown) = archs.iter().find(|arch| !nvcc.supports(**arch)).copied() {
+        if asked.is_some() {
+            return Err(ToolError::Setting {
+                what: "KILN_CUDA_ARCHS".into(),
+                value: unknown.to_string(),
+                reason: format!("is not a target of nvcc {}", nvcc.version()),
+            });
+        }
+        archs.retain(|arch| nvcc.supports(*arch));
+        println!("cargo:warning=nvcc {} does not know sm_{unknown}: left out", nvcc.version());
+    }
+    Ok(archs)
+}
+
+/// The source text of the table of kernels.
+fn table(nvcc: &Nvcc, archs: &[Arch], fatbins: &[Fatbin], folder: &Path) -> String {
+    let names: Vec<String> = archs.iter().map(|arch| format!("sm_{arch}")).collect();
+    let mut text = format!(
+        "Some(KernelBuild {{ compiler: \"nvcc {}\", targets: {:?}, modules: &[\n",
+        nvcc.version(),
+        names.join(" ")
+    );
+    for Fatbin { module, family, .. } in fatbins {
+        let image = folder.join(format!("{module}.fatbin"));
+        let _ = writeln!(
+            text,
+            "Module {{ name: {module:?}, family: {family:?}, image: include_bytes!({image:?}) }},"
+        );
+    }
+    text + "] })\n"
+}
+
+/// Writes a file unless it holds `bytes` already: then what depends on it need not be built again.
+fn write(path: &Path, bytes: &[u8]) -> Result<(), ToolError> {
+    if fs::read(path).is_ok_and(|old| old == bytes) {
+        return Ok(());
+    }
+    fs::write(path, bytes).map_err(|source| ToolError::File { path: path.to_owned(), source })
+}

@@ -1,0 +1,34 @@
+//! The kernels that the build script compiled and this binary carries.
+
+/// One kernel file, compiled.
+#[derive(Debug)]
+pub struct Module {
+    /// File stem of the source.
+    pub name: &'static str,
+    /// Folder of the source.
+    pub family: &'static str,
+    /// Fatbin: machine code for each target, compressed.
+    pub image: &'static [u8],
+}
+
+/// What the build script made.
+#[derive(Debug)]
+pub struct KernelBuild {
+    /// The compiler and its version.
+    pub compiler: &'static str,
+    /// Targets, such as `sm_80 sm_90a`.
+    pub targets: &'static str,
+    /// Kernel files.
+    pub modules: &'static [Module],
+}
+
+#[cfg(kiln_build_script)]
+static BUILT: Option<KernelBuild> = include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
+/// Without the build script (the driver compiled as part of another crate) there are none.
+#[cfg(not(kiln_build_script))]
+static BUILT: Option<KernelBuild> = None;
+
+/// The kernels in this binary; none if there was no nvcc when it was built.
+pub fn embedded() -> Option<&'static KernelBuild> {
+    BUILT.as_ref()
+}
