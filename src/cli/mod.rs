@@ -1,7 +1,7 @@
 //! The command line: one file a sub-command.
 
 mod bench;
-//mod check;
+mod check;
 pub mod client;
 mod demo;
 pub mod device;
@@ -41,7 +41,7 @@ enum Command {
     Synth(synth::SynthArgs),
     /// Measure speed against a ceiling in the same run.
     Bench(bench::BenchArgs),
-    //// Compare every CUDA kernel with its reference, on the GPU or on the SIMT layer.
+    /// Compare every CUDA kernel with its reference, on the GPU or on the SIMT layer.
     //    Check(check::CheckArgs),
 }
 

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::backend::{CudaBackend, Shared};
 use super::{CudaError, Element, Gpu};
 use crate::backend::{Device, DeviceOptions, OpenError, Precision};
+use crate::driver::cuda::Modules;
 use crate::driver::simt::{SimtDriver, SimtOptions};
 use crate::driver::{Driver, DriverError};
 use crate::tensor::{Backend, Placement, TensorError};
@@ -49,7 +50,7 @@ fn element(precision: Precision) -> Element {
 pub fn open_driver(options: &DeviceOptions) -> Result<Arc<dyn Driver>, DriverError> {
     match options.device {
         Device::Simt => Ok(Arc::new(SimtDriver::open(&simt_library()?, SimtOptions::default())?)),
-        _ => Ok(Arc::new(crate::driver::cuda::CudaDriver::open(options.ordinal, super::modules::embedded())?)),
+        _ => Ok(Arc::new(crate::driver::cuda::CudaDriver::open(options.ordinal, &Modules::Embedded)?)),
     }
 }
 

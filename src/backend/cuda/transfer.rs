@@ -2,7 +2,6 @@
 
 use super::backend::{Operand, Shared, operand};
 use super::launch::embed::{self, TimestepEmbedding};
-use super::launch::image;
 use super::launch::layout::{self, Convert, Stored, ToNchw, ToNhwc};
 use super::weights::EmbeddingBuffer;
 use super::{CudaError, Element};
