@@ -53,7 +53,8 @@ fn simt(kernels: &Path, cache: &Path) {
     if target("ARCH") != "x86_64" || target("OS") != "linux" {
         return;
     }
-    for (variant, variable) in [(SimtVariant::Fast, "KILN_SIMT_FAST"), (SimtVariant::Checked, "KILN_SIMT_CHECKED")]
+    for (variant, variable) in
+        [(SimtVariant::Fast, "KILN_SIMT_FAST"), (SimtVariant::Checked, "KILN_SIMT_CHECKED")]
     {
         match build_simt(kernels, &[], cache, variant) {
             Ok(library) => println!("cargo:rustc-env={variable}={}", library.display()),

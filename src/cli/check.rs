@@ -114,7 +114,8 @@ impl CheckArgs {
     }
 
     fn takes(&self, case: &Case, is_simulated: bool) -> bool {
-        let matches = |text: &String| case.family.contains(text.as_str()) || case.name.contains(text.as_str());
+        let matches =
+            |text: &String| case.family.contains(text.as_str()) || case.name.contains(text.as_str());
         (self.filter.is_empty() || self.filter.iter().any(matches))
             && (!self.quick || case.quick)
             && (!is_simulated || !case.needs_gpu || self.all)
@@ -165,8 +166,7 @@ pub fn run(args: CheckArgs) -> Result<()> {
 }
 
 fn line(case: &Case, measured: &Measured, ceiling: Option<Ceiling>) -> String {
-    let mut text =
-        format!("{:<64} error {:.2e} (at most {:.1e})", case.name, measured.error, case.tolerance);
+    let mut text = format!("{:<64} error {:.2e} (at most {:.1e})", case.name, measured.error, case.tolerance);
     if let Some(micros) = measured.micros {
         let (amount, unit, most) = match case.flops > 0.0 {
             true => (case.flops, "GFLOP/s", ceiling.map(|c| c.flops)),

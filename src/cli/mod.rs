@@ -42,7 +42,7 @@ enum Command {
     /// Measure speed against a ceiling in the same run.
     Bench(bench::BenchArgs),
     /// Compare every CUDA kernel with its reference, on the GPU or on the SIMT layer.
-    //    Check(check::CheckArgs),
+    Check(check::CheckArgs),
 }
 
 /// Entry point of the binary.
@@ -58,7 +58,7 @@ pub fn main() -> ExitCode {
                 Command::Info(args) => info::run(args),
                 Command::Synth(args) => synth::run(args),
                 Command::Bench(args) => bench::run(args),
-                //                Command::Check(args) => check::run(args),
+                Command::Check(args) => check::run(args),
                 Command::Serve(_) => Ok(()),
             }
         }

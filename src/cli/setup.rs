@@ -30,6 +30,7 @@ pub struct RuntimeArgs {
     /// ComfyUI's extra_model_paths.yaml; may be given several times.
     #[arg(long, value_name = "FILE", num_args = 1..)]
     pub extra_model_paths_config: Vec<PathBuf>,
+    /// Device, precision, threads.
     #[command(flatten)]
     pub device: DeviceArgs,
     /// Reads model files into memory instead of mapping them.

@@ -271,8 +271,10 @@ pub fn build_fatbins(
     sources: &[PathBuf],
     options: &FatbinOptions<'_>,
 ) -> Result<Vec<Fatbin>, ToolError> {
-    let file_error =
-        |path: &Path| { let path = path.to_owned(); move |source| ToolError::File { path, source } };
+    let file_error = |path: &Path| {
+        let path = path.to_owned();
+        move |source| ToolError::File { path, source }
+    };
     fs::create_dir_all(options.cache).map_err(file_error(options.cache))?;
     let mut jobs = Vec::new();
     for source in sources {
@@ -412,9 +414,8 @@ fn touch(path: &Path) {
 fn prune(cache: &Path) {
     for path in read_dir(cache).unwrap_or_default() {
         let age = fs::metadata(&path).and_then(|m| m.modified()).ok().and_then(|m| m.elapsed().ok());
-        let is_ours = path.extension().is_some_and(|e| {
-            e == "cubin" || e == "ptx" || e == "ptxas" || e == "fatbin"
-        });
+        let is_ours =
+            path.extension().is_some_and(|e| e == "cubin" || e == "ptx" || e == "ptxas" || e == "fatbin");
         if is_ours && age.is_some_and(|age| age > KEEP_UNUSED) {
             let _ = fs::remove_file(path);
         }
@@ -510,9 +511,15 @@ mod tests {
         assert_eq!(found.len(), 2);
         let first = &found[0];
         assert_eq!((first.module.as_str(), first.target.as_str()), ("gemm_sm80", "sm_86"));
-        assert_eq!((first.name.as_str(), first.registers, first.stack, first.spilled), ("gemm_f16", 255, 16, 20));
+        assert_eq!(
+            (first.name.as_str(), first.registers, first.stack, first.spilled),
+            ("gemm_f16", 255, 16, 20)
+        );
         let second = &found[1];
-        assert_eq!((second.name.as_str(), second.registers, second.stack, second.spilled), ("gemm_bf16", 168, 0, 0));
+        assert_eq!(
+            (second.name.as_str(), second.registers, second.stack, second.spilled),
+            ("gemm_bf16", 168, 0, 0)
+        );
     }
 
     #[test]

@@ -339,11 +339,8 @@ impl Backend for CudaBackend {
             return Ok(());
         }
         let (sq, sk) = (op.q.tensor.shape(), op.k.tensor.shape());
-        let [q, k, v] = [
-            self.own_columns(OP, &op.q)?,
-            self.own_columns(OP, &op.k)?,
-            self.own_columns(OP, &op.v)?,
-        ];
+        let [q, k, v] =
+            [self.own_columns(OP, &op.q)?, self.own_columns(OP, &op.k)?, self.own_columns(OP, &op.v)?];
         let result = self.own(OP, out)?;
         let launch = attention::Attention {
             q: q.ptr,
@@ -415,6 +412,8 @@ impl Backend for CudaBackend {
             out: self.own(OP, out)?.ptr,
             rows: s.rows(),
             channels: s.c,
+            pitch: s.c,
+            out_pitch: s.c,
             eps: op.eps,
             element: self.element,
         };
@@ -477,7 +476,7 @@ impl Backend for CudaBackend {
             return Ok(());
         }
         size(OP, "pixels of the input (at least)", 1, from.positions().min(1))?;
-        transfer::resize_nearest(&self.shared, x, out)
+        Err(TensorError::Unsupported { op: OP, what: "resizing".into() })
     }
 
     fn record(&self, key: u64, inputs: &[&Tensor], body: &mut Body<'_>) -> Result<Tensor, BodyError> {

@@ -20,5 +20,5 @@ mod weights;
 pub use backend::{CudaBackend, Shared};
 pub use element::Element;
 pub use error::CudaError;
-pub use open::{open, open_driver, simt_library};
 pub use gpu::{Geometry, Gpu, Kernel};
+pub use open::{open, open_driver, simt_library};

@@ -7,7 +7,8 @@ use super::backend::{CudaBackend, Shared};
 use super::{CudaError, Element, Gpu};
 use crate::backend::{Device, DeviceOptions, OpenError, Precision};
 use crate::driver::cuda::Modules;
-use crate::driver::simt::{SimtDriver, SimtOptions};
+use crate::driver::simt::{SimtDriver, SimtOptions, built_library};
+use crate::driver::toolchain::SimtVariant;
 use crate::driver::{Driver, DriverError};
 use crate::tensor::{Backend, Placement, TensorError};
 
@@ -54,10 +55,9 @@ pub fn open_driver(options: &DeviceOptions) -> Result<Arc<dyn Driver>, DriverErr
     }
 }
 
-/// The SIMT library: `KILN_SIMT_LIB`, or the one that the build made.
+/// The fast SIMT library, or an error that says how to get one.
 pub fn simt_library() -> Result<PathBuf, DriverError> {
-    let built = option_env!("KILN_SIMT_FAST").map(PathBuf::from).filter(|path| path.is_file());
-    std::env::var_os("KILN_SIMT_LIB").map(PathBuf::from).or(built).ok_or_else(|| DriverError::NoKernels {
+    built_library(SimtVariant::Fast).ok_or_else(|| DriverError::NoKernels {
         device: "the SIMT layer".into(),
         reason: "the library is not where the build put it; name it in KILN_SIMT_LIB".into(),
     })

@@ -75,10 +75,9 @@ impl Drop for Flag<'_> {
 fn device_buffer(t: &Tensor) -> Result<(DevicePtr, u64), TensorError> {
     match t.storage() {
         Storage::Device(buffer) => Ok((DevicePtr(buffer.address()), buffer.loan())),
-        Storage::Host(_) => Err(TensorError::Unsupported {
-            op: "record",
-            what: "a tensor on another device".into(),
-        }),
+        Storage::Host(_) => {
+            Err(TensorError::Unsupported { op: "record", what: "a tensor on another device".into() })
+        }
     }
 }
 
@@ -237,10 +236,8 @@ impl Recorder {
         inputs: &[&Tensor],
     ) -> Result<(), CudaError> {
         for ((copy, source), input) in copies.iter().zip(sources).zip(inputs) {
-            let unsupported = |error: TensorError| CudaError::Unsupported {
-                op: "record",
-                reason: error.to_string(),
-            };
+            let unsupported =
+                |error: TensorError| CudaError::Unsupported { op: "record", reason: error.to_string() };
             let (from, loan) = device_buffer(input).map_err(unsupported)?;
             if *source == Some(loan) {
                 continue;

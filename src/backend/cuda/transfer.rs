@@ -66,12 +66,7 @@ pub fn upload(
 }
 
 /// See [`crate::tensor::Backend::download`].
-pub fn download(
-    shared: &Shared,
-    x: &Tensor,
-    layout: HostLayout,
-    out: &mut [f32],
-) -> Result<(), TensorError> {
+pub fn download(shared: &Shared, x: &Tensor, layout: HostLayout, out: &mut [f32]) -> Result<(), TensorError> {
     const OP: &str = "download";
     let s = x.shape();
     size(OP, "number of values", s.len(), out.len())?;

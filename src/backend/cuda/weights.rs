@@ -90,7 +90,12 @@ fn stored(dtype: DType) -> Option<Stored> {
     }
 }
 
-fn stage(shared: &Shared, op: &'static str, raw: &RawTensor<'_>, count: usize) -> Result<Staged, TensorError> {
+fn stage(
+    shared: &Shared,
+    op: &'static str,
+    raw: &RawTensor<'_>,
+    count: usize,
+) -> Result<Staged, TensorError> {
     size(op, "elements of a stored tensor", count, raw.numel())?;
     size(op, "bytes of a stored tensor", count * raw.dtype.size(), raw.bytes.len())?;
     if raw.dtype == DType::Bool {
@@ -222,11 +227,7 @@ pub fn pack_norm(
 }
 
 /// See [`crate::tensor::Backend::pack_embedding`].
-pub fn pack_embedding(
-    shared: &Shared,
-    to: Element,
-    table: &RawTensor<'_>,
-) -> Result<Embedding, TensorError> {
+pub fn pack_embedding(shared: &Shared, to: Element, table: &RawTensor<'_>) -> Result<Embedding, TensorError> {
     const OP: &str = "pack_embedding";
     let &[rows, width] = table.shape else {
         let found = table.shape.len();

@@ -5,14 +5,14 @@
 //! reference that is computed in f64 from the rounded operands. The same cases
 //! run under the SIMT layer in CI and on a GPU with `kiln check`.
 
-mod ceiling;
 mod attention;
+mod ceiling;
 mod context;
 mod conv;
 mod elementwise;
+mod embed;
 mod epilogue;
 mod gemm;
-mod embed;
 mod layout;
 mod norm;
 mod sampling;

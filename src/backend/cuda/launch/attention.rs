@@ -94,7 +94,16 @@ const fn tile(rows: usize, keys: usize, dim: usize, resident: usize) -> Tile {
 }
 
 const fn spread(keys: usize, shared: usize) -> Tile {
-    Tile { rows: 64, keys, dim: 512, threads: 256, shared, resident: 1, rate: 140, module: "attention_sm80_d512" }
+    Tile {
+        rows: 64,
+        keys,
+        dim: 512,
+        threads: 256,
+        shared,
+        resident: 1,
+        rate: 140,
+        module: "attention_sm80_d512",
+    }
 }
 
 /// Every tiled kernel; the numbers are those of the instantiations in the kernel files.
@@ -373,9 +382,7 @@ fn check(op: &Attention) -> Result<(), CudaError> {
         return wrong(format!("the scale must be positive and finite, not {}", op.scale));
     }
     let width = op.heads.saturating_mul(op.head_dim);
-    for (what, pitch) in
-        [("q", op.q_pitch), ("k", op.k_pitch), ("v", op.v_pitch), ("out", op.out_pitch)]
-    {
+    for (what, pitch) in [("q", op.q_pitch), ("k", op.k_pitch), ("v", op.v_pitch), ("out", op.out_pitch)] {
         if pitch < width || pitch > i32::MAX as usize {
             return wrong(format!("{what} has a pitch of {pitch}, its rows {width} elements"));
         }

@@ -3,16 +3,16 @@
 //! A launcher takes a descriptor of plain device addresses and extents, checks
 //! what its kernels assume, chooses kernel and geometry, and queues the launch.
 
+pub mod attention;
 pub mod ceiling;
 pub mod conv;
-pub mod attention;
 pub mod elementwise;
+pub mod embed;
 pub mod epilogue;
 pub mod gemm;
-pub mod plan;
-pub mod embed;
 pub mod latent;
 pub mod layout;
 pub mod norm;
 pub mod philox;
+pub mod plan;
 pub mod reduce;
