@@ -136,11 +136,11 @@ template <class S, bool kAny> __device__ __forceinline__ void run(const ConvArgs
 
 CONV(conv_sm80_128x160_f16, false, __half, 128, 160, 32, 64, 80, 4, 2)
 CONV(conv_sm80_128x128_f16, false, __half, 128, 128, 32, 64, 64, 4, 2)
-CONV(conv_sm80_128x64_f16, false, __half, 128, 64, 32, 64, 32, 4, 3)
+CONV(conv_sm80_128x80_f16, false, __half, 128, 80, 32, 32, 80, 4, 3)
 CONV(conv_sm80_64x64_f16, false, __half, 64, 64, 64, 32, 32, 4, 3)
 CONV(conv_sm80_any_f16, true, __half, 64, 64, 64, 32, 32, 4, 2)
 CONV(conv_sm80_128x160_bf16, false, __nv_bfloat16, 128, 160, 32, 64, 80, 4, 2)
 CONV(conv_sm80_128x128_bf16, false, __nv_bfloat16, 128, 128, 32, 64, 64, 4, 2)
-CONV(conv_sm80_128x64_bf16, false, __nv_bfloat16, 128, 64, 32, 64, 32, 4, 3)
+CONV(conv_sm80_128x80_bf16, false, __nv_bfloat16, 128, 80, 32, 32, 80, 4, 3)
 CONV(conv_sm80_64x64_bf16, false, __nv_bfloat16, 64, 64, 64, 32, 32, 4, 3)
 CONV(conv_sm80_any_bf16, true, __nv_bfloat16, 64, 64, 64, 32, 32, 4, 2)

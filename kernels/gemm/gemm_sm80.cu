@@ -2,8 +2,8 @@
 // Linear layers: out[M,N] = epilogue((x | x2) * W^T), half or bfloat16 operands, float sums (epilogue.cuh).
 //
 // x is [M][pitch] with k1 columns, x2 the columns behind them if there are two inputs, W [N][w_pitch] with w_pitch = K rounded
-// up to 8, zero filled. The main loop is tile.cuh's. Tiles: 128x160 because the widths of diffusion models (320, 640, 1280) are its
-// multiples and their heights then fill 108 to 132 multiprocessors in whole waves; 128x128, 128x64 and 64x64 for the rest.
+// up to 8, zero filled. The main loop is tile.cuh's. Tiles: 128x160 and 128x80 because the widths of diffusion models (320, 640, 1280) are
+// their multiples, so that nothing is computed in vain; 128x128 for the powers of two of autoencoders, 64x64 for the small.
 // `any` takes what has no 16-byte vectors (odd pitches, K or addresses); `few` takes up to 16 rows.
 #include "tile.cuh"
 
@@ -176,13 +176,13 @@ template <class T> __device__ __forceinline__ void few_rows(const GemmArgs& args
 
 GEMM(gemm_sm80_128x160_f16, __half, 128, 160, 32, 64, 80, 4, 2)
 GEMM(gemm_sm80_128x128_f16, __half, 128, 128, 32, 64, 64, 4, 2)
-GEMM(gemm_sm80_128x64_f16, __half, 128, 64, 32, 64, 32, 4, 3)
+GEMM(gemm_sm80_128x80_f16, __half, 128, 80, 32, 32, 80, 4, 3)
 GEMM(gemm_sm80_64x64_f16, __half, 64, 64, 64, 32, 32, 4, 3)
 GEMM_ANY(gemm_sm80_any_f16, __half)
 GEMM_FEW(gemm_sm80_few_f16, __half)
 GEMM(gemm_sm80_128x160_bf16, __nv_bfloat16, 128, 160, 32, 64, 80, 4, 2)
 GEMM(gemm_sm80_128x128_bf16, __nv_bfloat16, 128, 128, 32, 64, 64, 4, 2)
-GEMM(gemm_sm80_128x64_bf16, __nv_bfloat16, 128, 64, 32, 64, 32, 4, 3)
+GEMM(gemm_sm80_128x80_bf16, __nv_bfloat16, 128, 80, 32, 32, 80, 4, 3)
 GEMM(gemm_sm80_64x64_bf16, __nv_bfloat16, 64, 64, 64, 32, 32, 4, 3)
 GEMM_ANY(gemm_sm80_any_bf16, __nv_bfloat16)
 GEMM_FEW(gemm_sm80_few_bf16, __nv_bfloat16)

@@ -21,11 +21,11 @@ template <class Element, int M, int N, int K, int WarpM, int WarpN, int Stages> 
     static constexpr int kWarpsM = M / WarpM, kWarps = kWarpsM * (N / WarpN), kThreads = kWarps * 32;
     static constexpr int kChunks = K / 8, kRowBytes = K * 2;
     static constexpr int kPass = kThreads / kChunks;  // rows that all threads copy at once, a chunk each
-    static constexpr int kRowsA = M / kPass, kRowsB = N / kPass;
+    static constexpr int kRowsA = M / kPass, kRowsB = (N + kPass - 1) / kPass;
     static constexpr int kStageA = M * kRowBytes, kStageB = N * kRowBytes;
     static_assert(sizeof(T) == 2 && (K == 32 || K == 64) && Stages >= 3);
     static_assert(M % WarpM == 0 && N % WarpN == 0 && WarpM % 16 == 0 && WarpN % 16 == 0);
-    static_assert(M % kPass == 0 && N % kPass == 0 && kPass % 8 == 0 && kRowsA <= 32 && kRowsB <= 32);
+    static_assert(M % kPass == 0 && kPass % 8 == 0 && kRowsA <= 32 && kRowsB <= 32);
 };
 
 // Bytes from the start of a tile to chunk `chunk` of row `row`.
@@ -68,7 +68,8 @@ template <class S> struct Weights {
         const uint32_t in = left > 0 ? valid : 0;
 #pragma unroll
         for (int i = 0; i < S::kRowsB; i++)
-            cp_async_16(to + i * S::kPass * S::kRowBytes, row + i * pass, in >> i & 1 ? 16 : 0);
+            if ((i + 1) * S::kPass <= S::kN || tid / S::kChunks + i * S::kPass < S::kN)
+                cp_async_16(to + i * S::kPass * S::kRowBytes, row + i * pass, in >> i & 1 ? 16 : 0);
         row += S::kK;
         left -= S::kK;
     }
