@@ -8,21 +8,23 @@
 //
 //   depth    q k^T runs in steps of 16 and one of 8 if the head dim is an odd multiple of 8: no padding of 40 to 48
 //   memory   unpadded tiles, xor swizzle, no bank conflicts; queries pass through the second stage into registers
-//   softmax  online, base 2, one FMA per score. The running maximum is only a reference: it is renewed (shuffles, and
-//            the accumulator scaled) when some row of the warp exceeds it by 2^8, so most tiles do neither. p stays below
-//            256, far inside half; the result does not depend on the reference but for rounding
+//   softmax  online, base 2, one FMA per score, against a reference that is seldom renewed (attention.cuh)
 //   masks    only in tiles that cross the end of the keys or the diagonal; tiles beyond the diagonal are skipped
 //   splits   blockIdx.z also names a range of keys; attention_combine joins the parts in a fixed order
 //
 // Head dims between the instantiated ones run on the next larger kernel with zeros in the missing columns.
+//
+// Per tile of 128x64 with d = 64, a warp issues about 650 instructions, 128 of them HMMA (1024 clocks of its quarter of an
+// A100's multiprocessor), 64 MUFU (512 clocks); with d = 40, 88 HMMA (640 clocks) among 560. Computing some exponentials on
+// the FMA units (nine instructions instead of two) would move the limit from the special-function units to the issue slots,
+// here and on GPUs with faster HMMA alike: not done.
 #include "attention.cuh"
 
 namespace attention {
 
-// kPoly of every 8 exponentials run on the FMA units instead of the special-function units.
-template <class T_, int kDim_, int kRowTiles_, int kKeys_, int kPoly_> struct Shape {
+template <class T_, int kDim_, int kRowTiles_, int kKeys_> struct Shape {
     using T = T_;
-    static constexpr int kDim = kDim_, kRowTiles = kRowTiles_, kKeys = kKeys_, kPoly = kPoly_;
+    static constexpr int kDim = kDim_, kRowTiles = kRowTiles_, kKeys = kKeys_;
     static constexpr int kThreads = 128, kWarpRows = 16 * kRowTiles, kRows = 4 * kWarpRows;
     static constexpr int kChunks = kDim / 8, kSteps = kDim / 16;
     static constexpr bool kHasHalfStep = kDim % 16 != 0;
@@ -99,16 +101,17 @@ template <class S> PTX void scores(float (&s)[S::kRowTiles][S::kKeys / 8][4], co
             }
         }
     }
-    if constexpr (S::kHasHalfStep) {
-        const uint32_t row = keys + piece<S::kChunks>(lane, S::kChunks - 1);
+    if constexpr (S::kHasHalfStep) {  // four fragments of eight keys at a time; the last may be two
 #pragma unroll
-        for (int j = 0; j < S::kKeys / 32; j++) {
+        for (int j = 0; j < S::kKeys / 8; j += 4) {
+            const int fragments = min(4, S::kKeys / 8 - j);
             uint32_t fk[4];
-            ldmatrix_x4(fk, row + j * 32 * S::kChunks * 16);
+            ldmatrix_x4(fk, keys + j * 8 * S::kChunks * 16 + piece<S::kChunks>(lane % (fragments * 8), S::kChunks - 1));
 #pragma unroll
             for (int m = 0; m < S::kRowTiles; m++)
 #pragma unroll
-                for (int i = 0; i < 4; i++) mma_m16n8k8<T>(s[m][4 * j + i], q.half[m][0], q.half[m][1], fk[i]);
+                for (int i = 0; i < 4; i++)
+                    if (i < fragments) mma_m16n8k8<T>(s[m][j + i], q.half[m][0], q.half[m][1], fk[i]);
         }
     }
 }
@@ -152,32 +155,33 @@ template <class S> PTX void probabilities(uint32_t (&p)[S::kKeys / 16][4], float
 #pragma unroll
     for (int j = 0; j < S::kKeys / 8; j++) {
 #pragma unroll
-        for (int e = 0; e < 4; e++) {
-            const float x = fmaf(s[j][e], scale, -offset[e / 2]);
-            s[j][e] = j % 2 * 4 + e < S::kPoly ? exp2_polynomial(x) : exp2_approx(x);
-        }
+        for (int e = 0; e < 4; e++) s[j][e] = exp2_approx(fmaf(s[j][e], scale, -offset[e / 2]));
         sum[0] += s[j][0] + s[j][1], sum[1] += s[j][2] + s[j][3];
         p[j / 2][j % 2 * 2] = pack2<typename S::T>(s[j][0], s[j][1]);
         p[j / 2][j % 2 * 2 + 1] = pack2<typename S::T>(s[j][2], s[j][3]);
     }
 }
 
-constexpr float kSlackLog2 = 8;  // how far scores may exceed the reference
-
 template <class S>
-PTX void softmax(uint32_t (&p)[S::kRowTiles][S::kKeys / 16][4], float (&s)[S::kRowTiles][S::kKeys / 8][4], Rows<S>& rows, float (&acc)[S::kRowTiles][S::kChunks][4], float scale) {
-    const float slack = kSlackLog2 / scale;
+PTX void softmax(uint32_t (&p)[S::kRowTiles][S::kKeys / 16][4], float (&s)[S::kRowTiles][S::kKeys / 8][4], Rows<S>& rows, float (&acc)[S::kRowTiles][S::kChunks][4], float scale, float slack) {
+    float top[S::kRowTiles][2];
+    bool exceeds = false;
 #pragma unroll
-    for (int m = 0; m < S::kRowTiles; m++) {
-        float top[2] = {-INFINITY, -INFINITY};
+    for (int m = 0; m < S::kRowTiles; m++)
 #pragma unroll
-        for (int j = 0; j < S::kKeys / 8; j++)
+        for (int half = 0; half < 2; half++) {
+            float x = -INFINITY;
 #pragma unroll
-            for (int e = 0; e < 4; e++) top[e / 2] = fmaxf(top[e / 2], s[m][j][e]);
-        const bool exceeds = top[0] > rows.reference[m][0] + slack || top[1] > rows.reference[m][1] + slack;
-        if (__any_sync(~0u, exceeds)) renew<S>(rows.reference[m], rows.sum[m], acc[m], top, scale);
-        probabilities<S>(p[m], s[m], rows.sum[m], rows.reference[m], scale);
+            for (int j = 0; j < S::kKeys / 8; j++) x = fmaxf(x, fmaxf(s[m][j][half * 2], s[m][j][half * 2 + 1]));
+            top[m][half] = x;
+            exceeds |= x > rows.reference[m][half] + slack;
+        }
+    if (__any_sync(~0u, exceeds)) {
+#pragma unroll
+        for (int m = 0; m < S::kRowTiles; m++) renew<S>(rows.reference[m], rows.sum[m], acc[m], top[m], scale);
     }
+#pragma unroll
+    for (int m = 0; m < S::kRowTiles; m++) probabilities<S>(p[m], s[m], rows.sum[m], rows.reference[m], scale);
 }
 
 // acc += p v
@@ -274,7 +278,7 @@ template <class S> PTX void forward(const Args& args) {
     // Under a causal mask the longest rows go first.
     const int block = args.causal ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
     const int block_row = block * S::kRows, row0 = block_row + int(threadIdx.x / 32) * S::kWarpRows;
-    const int sample = blockIdx.z / args.splits, chunks = args.dim / 8;
+    const int sample = blockIdx.z / args.splits;
     int first, end;
     key_range(args, block_row + S::kRows - 1, first, end);
     const int64_t key_row = int64_t(sample / args.share) * args.keys + first;
@@ -283,15 +287,15 @@ template <class S> PTX void forward(const Args& args) {
     const T* v = static_cast<const T*>(args.v) + key_row * args.v_pitch + blockIdx.y * args.dim;
 
     auto load_tile = [&](int stage, int key) {
-        load_rows<T, S::kKeys, S::kChunks, S::kThreads>(smem_u32(smem.stages[stage][0]), k, args.k_pitch, end - key, chunks);
-        load_rows<T, S::kKeys, S::kChunks, S::kThreads>(smem_u32(smem.stages[stage][1]), v, args.v_pitch, end - key, chunks);
+        load_rows<T, S::kKeys, S::kChunks, S::kThreads>(smem_u32(smem.stages[stage][0]), k, args.k_pitch, end - key, args.dim);
+        load_rows<T, S::kKeys, S::kChunks, S::kThreads>(smem_u32(smem.stages[stage][1]), v, args.v_pitch, end - key, args.dim);
         cp_async_commit();
         k += int64_t(S::kKeys) * args.k_pitch, v += int64_t(S::kKeys) * args.v_pitch;
     };
     uint32_t q_tile;
     if constexpr (S::kKeepsQuery) q_tile = smem_u32(smem.stages[1][0]);
     else q_tile = smem_u32(smem.q);
-    load_rows<T, S::kRows, S::kChunks, S::kThreads>(q_tile, q, args.q_pitch, args.queries - block_row, chunks);
+    load_rows<T, S::kRows, S::kChunks, S::kThreads>(q_tile, q, args.q_pitch, args.queries - block_row, args.dim);
     cp_async_commit();
     load_tile(0, first);
     cp_async_wait<1>();
@@ -314,7 +318,7 @@ template <class S> PTX void forward(const Args& args) {
         uint32_t p[S::kRowTiles][S::kKeys / 16][4];
         scores<S>(s, query, smem_u32(smem.stages[stage][0]));
         if (key + S::kKeys > (args.causal ? min(end, row0 + 1) : end)) mask<S>(s, args, row0, key, end);
-        softmax<S>(p, s, rows, acc, args.scale_log2);
+        softmax<S>(p, s, rows, acc, args.scale_log2, args.slack);
         values<S>(acc, p, smem_u32(smem.stages[stage][1]));
     }
     cp_async_wait<0>();
@@ -355,28 +359,32 @@ template <class T> PTX void combine(const CombineArgs& args) {
 
 }  // namespace attention
 
-#define ATTENTION_T(T, name, dim, row_tiles, keys, blocks, poly)                                                   \
+#define ATTENTION_T(T, name, dim, row_tiles, keys, blocks)                                                         \
     extern "C" __global__ __launch_bounds__(128, blocks) void name(const __grid_constant__ attention::Args args) { \
-        attention::forward<attention::Shape<T, dim, row_tiles, keys, poly>>(args);                                 \
+        attention::forward<attention::Shape<T, dim, row_tiles, keys>>(args);                                       \
     }                                                                                                              \
     SIMT_KERNEL(name)
-#define ATTENTION(name, dim, row_tiles, keys, blocks, poly)                        \
-    ATTENTION_T(__half, name##_f16, dim, row_tiles, keys, blocks, poly)            \
-    ATTENTION_T(__nv_bfloat16, name##_bf16, dim, row_tiles, keys, blocks, poly)
+#define ATTENTION(name, dim, row_tiles, keys, blocks)               \
+    ATTENTION_T(__half, name##_f16, dim, row_tiles, keys, blocks)   \
+    ATTENTION_T(__nv_bfloat16, name##_bf16, dim, row_tiles, keys, blocks)
 
 // attention_sm80_<query rows>x<keys>_d<head dim>
-ATTENTION(attention_sm80_64x64_d32, 32, 1, 64, 4, 0)
-ATTENTION(attention_sm80_64x64_d40, 40, 1, 64, 4, 0)
-ATTENTION(attention_sm80_64x64_d64, 64, 1, 64, 4, 0)
-ATTENTION(attention_sm80_64x64_d80, 80, 1, 64, 3, 0)
-ATTENTION(attention_sm80_64x32_d128, 128, 1, 32, 3, 0)
-ATTENTION(attention_sm80_64x32_d160, 160, 1, 32, 2, 0)
-ATTENTION(attention_sm80_128x64_d40, 40, 2, 64, 3, 0)
-ATTENTION(attention_sm80_128x64_d64, 64, 2, 64, 2, 0)
-ATTENTION(attention_sm80_128x64_d80, 80, 2, 64, 2, 0)
-ATTENTION(attention_sm80_128x32_d128, 128, 2, 32, 2, 0)
+ATTENTION(attention_sm80_64x64_d32, 32, 1, 64, 4)
+ATTENTION(attention_sm80_64x64_d40, 40, 1, 64, 4)
+ATTENTION(attention_sm80_64x64_d64, 64, 1, 64, 4)
+ATTENTION(attention_sm80_64x64_d80, 80, 1, 64, 3)
+ATTENTION(attention_sm80_64x32_d128, 128, 1, 32, 3)
+ATTENTION(attention_sm80_64x32_d160, 160, 1, 32, 2)
+// Prompts come in multiples of 77 tokens.
+ATTENTION(attention_sm80_64x80_d40, 40, 1, 80, 4)
+ATTENTION(attention_sm80_64x80_d64, 64, 1, 80, 3)
+ATTENTION(attention_sm80_64x80_d80, 80, 1, 80, 3)
+ATTENTION(attention_sm80_128x64_d40, 40, 2, 64, 3)
+ATTENTION(attention_sm80_128x64_d64, 64, 2, 64, 2)
+ATTENTION(attention_sm80_128x64_d80, 80, 2, 64, 2)
+ATTENTION(attention_sm80_128x32_d128, 128, 2, 32, 2)
 
-#define COMBINE(T, name)                                                                                                        \
+#define COMBINE(T, name)                                                                                          \
     extern "C" __global__ __launch_bounds__(256) void name(const __grid_constant__ attention::CombineArgs args) { \
         attention::combine<T>(args);                                                                              \
     }                                                                                                             \

@@ -45,14 +45,14 @@ template <class S> struct Ring {
 
     PTX void issue() {
         if (key < end) {
-            const int depth = depth_pieces(), chunks = args.dim / 8;
+            const int depth = depth_pieces();
             if (piece_index < depth) {
                 const int column = piece_index * 64;
-                load_rows<T, S::kKeys, 8, S::kThreads>(slot(write), k + column, args.k_pitch, end - key, chunks - column / 8);
+                load_rows<T, S::kKeys, 8, S::kThreads>(slot(write), k + column, args.k_pitch, end - key, args.dim - column);
             } else {
                 const int i = piece_index - depth, row = i / S::kParts * 16, column = i % S::kParts * S::kColumns;
                 load_rows<T, 16, S::kColumns / 8, S::kThreads>(slot(write), v + int64_t(row) * args.v_pitch + column, args.v_pitch,
-                                                               end - key - row, chunks - column / 8);
+                                                               end - key - row, args.dim - column);
             }
             write = write + 1 == S::kStages ? 0 : write + 1;
             if (++piece_index == depth + S::kKeys / 16 * S::kParts) {
@@ -113,10 +113,9 @@ template <class S> PTX void wide_mask(typename S::Scores& s, const Args& args, i
 }
 
 // Renews the references of all 64 rows (rows lane/4 and lane/4 + 8 of four row tiles) from the maxima in shared memory,
-// if a row exceeds its own by 2^8, and brings accumulator and sums to them. Every warp comes to the same references.
+// if a row exceeds its own by the slack, and brings accumulator and sums to them. Every warp comes to the same references.
 template <class S>
-PTX void wide_renew(float (&reference)[4][2], float (&sum)[2][2], typename S::Accumulator& acc, float scale) {
-    constexpr float kSlackLog2 = 8;
+PTX void wide_renew(float (&reference)[4][2], float (&sum)[2][2], typename S::Accumulator& acc, float scale, float slack) {
     const auto& smem = dynamic_smem<typename S::Smem>();
     const int lane = threadIdx.x % 32;
     const bool lower = threadIdx.x >= S::kThreads / 2;  // scores of rows 32..63
@@ -128,7 +127,7 @@ PTX void wide_renew(float (&reference)[4][2], float (&sum)[2][2], typename S::Ac
         for (int half = 0; half < 2; half++) {
             const float4 top4 = *reinterpret_cast<const float4*>(smem.rows[m * 16 + half * 8 + lane / 4]);
             const float top = fmaxf(fmaxf(top4.x, top4.y), fmaxf(top4.z, top4.w));
-            const bool renews = top > reference[m][half] + kSlackLog2 / scale;
+            const bool renews = top > reference[m][half] + slack;
             shrink[m][half] = renews ? exp2_approx((reference[m][half] - top) * scale) : 1.0f;
             if (renews) reference[m][half] = top, changes = true;
         }
@@ -149,7 +148,7 @@ PTX void wide_renew(float (&reference)[4][2], float (&sum)[2][2], typename S::Ac
 
 // Maxima to shared memory, references, probabilities to shared memory.
 template <class S>
-PTX void wide_softmax(typename S::Scores& s, float (&reference)[4][2], float (&sum)[2][2], typename S::Accumulator& acc, float scale) {
+PTX void wide_softmax(typename S::Scores& s, float (&reference)[4][2], float (&sum)[2][2], typename S::Accumulator& acc, float scale, float slack) {
     auto& smem = dynamic_smem<typename S::Smem>();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const bool lower = warp >= 4;
@@ -165,7 +164,7 @@ PTX void wide_softmax(typename S::Scores& s, float (&reference)[4][2], float (&s
             if (lane % 4 == 0) smem.rows[warp / 4 * 32 + m * 16 + half * 8 + lane / 4][warp % 4] = top;
         }
     __syncthreads();
-    wide_renew<S>(reference, sum, acc, scale);
+    wide_renew<S>(reference, sum, acc, scale, slack);
     uint8_t* tile = reinterpret_cast<uint8_t*>(smem.p);
 #pragma unroll
     for (int m = 0; m < 2; m++)
@@ -278,7 +277,7 @@ template <class S> PTX void wide_forward(const Args& args) {
     Ring<S> ring{args, static_cast<const T*>(args.k) + key_row * args.k_pitch + blockIdx.y * args.dim,
                  static_cast<const T*>(args.v) + key_row * args.v_pitch + blockIdx.y * args.dim, first, end};
     const uint32_t q_tile = smem_u32(smem.q), p_tile = smem_u32(smem.p);
-    load_rows<T, S::kRows, S::kChunks, S::kThreads>(q_tile, q, args.q_pitch, args.queries - row0, args.dim / 8);
+    load_rows<T, S::kRows, S::kChunks, S::kThreads>(q_tile, q, args.q_pitch, args.queries - row0, args.dim);
     for (int i = 0; i + 1 < S::kStages; i++) ring.issue();  // the first group holds the queries too
 
     typename S::Accumulator acc = {};
@@ -290,7 +289,7 @@ template <class S> PTX void wide_forward(const Args& args) {
 #pragma unroll 1
         for (int column = 0; column < args.dim; column += 64) wide_scores<S>(s, q_tile, ring.next(), column);
         if (key + S::kKeys > (args.causal ? min(end, row0 + 1) : end)) wide_mask<S>(s, args, row0, key, end);
-        wide_softmax<S>(s, reference, sum, acc, args.scale_log2);
+        wide_softmax<S>(s, reference, sum, acc, args.scale_log2, args.slack);
 #pragma unroll 1
         for (int j = 0; j < S::kKeys / 16; j++)
 #pragma unroll

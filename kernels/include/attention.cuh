@@ -20,6 +20,12 @@ struct Args {
     int32_t splits, batch;
     int32_t split_keys;        // keys of one split, a multiple of the key tile
     float scale_log2;          // scale * log2(e), positive: exponentials are powers of two
+    // Softmax keeps a reference for each row instead of the running maximum and renews it only when a score exceeds it
+    // by this much: most tiles then need no exchange between lanes and no scaling of the accumulator. In units of scores
+    // before scaling, 8 / scale_log2: p stays below 2^8, far inside half, and the result depends on the reference by
+    // rounding alone.
+    float slack;
+    int32_t unused;
 };
 
 // A tile in shared memory is [rows][kChunks] pieces of 16 bytes. The swizzle sends eight rows (aligned) of one column
@@ -33,35 +39,21 @@ template <int kChunks> PTX uint32_t piece(int row, int chunk) {  // byte offset
     return (row * kChunks + (chunk ^ swizzle<kChunks>(row))) * 16;
 }
 
-// Queues the copy of kRows rows of kChunks pieces from `src`; rows from `left` on and pieces from `chunks` on are zeros.
+// Queues the copy of kRows rows of kChunks pieces from `src`; rows from `left` and columns from `columns` on are zeros.
 template <class T, int kRows, int kChunks, int kThreads>
-PTX void load_rows(uint32_t tile, const T* src, int64_t pitch, int left, int chunks) {
+PTX void load_rows(uint32_t tile, const T* src, int pitch, int left, int columns) {
     constexpr int kStep = kThreads / kChunks;  // rows of one round
     const int row0 = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
     if (row0 >= kStep) return;
-    src += row0 * pitch + chunk * 8;
+    if (chunk * 8 >= columns) left = 0;
+    src += int64_t(row0) * pitch + chunk * 8;
 #pragma unroll
     for (int r = 0; r < kRows; r += kStep) {
         const int row = row0 + r;
         if (kRows % kStep != 0 && row >= kRows) break;
-        cp_async_16(tile + piece<kChunks>(row, chunk), src + r * pitch, row < left && chunk < chunks ? 16 : 0);
+        cp_async_16(tile + piece<kChunks>(row, chunk), src, row < left ? 16 : 0);
+        src += int64_t(kStep) * pitch;
     }
-}
-
-// 2^x on the FMA units, for |x| < 126 (smaller x count as -126): Cody-Waite reduction and a minimax polynomial of degree
-// 3 on [-1/2, 1/2], relative error 7.5e-5, a sixth of a rounding to half.
-PTX float exp2_polynomial(float x) {
-    constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
-    x = fmaxf(x, -126.0f);
-    const float shifted = x + kMagic, f = x - (shifted - kMagic);
-    const float y = fmaf(fmaf(fmaf(0.055171669f, f, 0.24261112f), f, 0.69326099f), f, 0.99992807f);
-    uint32_t bits, n;
-    memcpy(&bits, &y, 4);
-    memcpy(&n, &shifted, 4);
-    bits += n << 23;
-    float result;
-    memcpy(&result, &bits, 4);
-    return result;
 }
 
 // The key range of this block: split blockIdx.z % splits.

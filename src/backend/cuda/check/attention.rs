@@ -205,9 +205,10 @@ fn odd_layouts(specs: &mut Vec<Spec>) {
 fn case(spec: Spec) -> Case {
     let flops = spec.flops();
     // p is rounded to the element type, and so is the result. The errors of p are independent, so they add up
-    // as the values do: each stays within a few roundings of the larger of result and its rms. Scores in f32
-    // are off by 2^-23 of |q||k|, which counts when they are large.
-    let tolerance = 4.0 * spec.element.rounding() + 4e-6 * f64::from(spec.spread.max(1.0));
+    // as the values do, to 0.4 roundings of a row's rms; the largest of 10^5 elements is five times that, and a
+    // row dominated by one key has twice the rms of all. Scores in f32 are off by 2^-23 of |q||k|, which counts
+    // when they are large.
+    let tolerance = 6.0 * spec.element.rounding() + 4e-6 * f64::from(spec.spread.max(1.0));
     Case {
         family: "attention",
         name: spec.name(),

@@ -107,13 +107,16 @@ const fn spread(keys: usize, shared: usize) -> Tile {
 }
 
 /// Every tiled kernel; the numbers are those of the instantiations in the kernel files.
-pub const TILES: [Tile; 12] = [
+pub const TILES: [Tile; 15] = [
     tile(64, 64, 32, 4),
     tile(64, 64, 40, 4),
     tile(64, 64, 64, 4),
     tile(64, 64, 80, 3),
     tile(64, 32, 128, 3),
     tile(64, 32, 160, 2),
+    tile(64, 80, 40, 4),
+    tile(64, 80, 64, 3),
+    tile(64, 80, 80, 3),
     tile(128, 64, 40, 3),
     tile(128, 64, 64, 2),
     tile(128, 64, 80, 2),
@@ -210,7 +213,8 @@ fn estimate(op: &Attention, device: &Device, plan: &Plan) -> u64 {
         5..=8 => 85,
         _ => 100,
     };
-    let products = tile.rows * split_keys.min(op.keys) * 2 * tile.dim;
+    let keys = split_keys.min(op.keys.next_multiple_of(tile.keys));
+    let products = tile.rows * keys * 2 * tile.dim;
     let block = products * 100 / tile.rate / PRODUCTS_PER_CLOCK + BLOCK_START;
     let mut clocks = per_sm * block * 100 / busy;
     if splits > 1 {
@@ -268,10 +272,15 @@ struct Args {
     batch: i32,
     split_keys: i32,
     scale_log2: f32,
+    slack: f32,
+    unused: i32,
 }
 
 impl Args {
     fn new(op: &Attention) -> Self {
+        /// How far a score may exceed its row's reference, in powers of two.
+        const SLACK_LOG2: f32 = 8.0;
+        let scale_log2 = op.scale * std::f32::consts::LOG2_E;
         Self {
             q: op.q,
             k: op.k,
@@ -292,7 +301,9 @@ impl Args {
             splits: 1,
             batch: op.batch as i32,
             split_keys: op.keys as i32,
-            scale_log2: op.scale * std::f32::consts::LOG2_E,
+            scale_log2,
+            slack: SLACK_LOG2 / scale_log2,
+            unused: 0,
         }
     }
 }
