@@ -8,6 +8,7 @@
 mod context;
 mod elementwise;
 mod embed;
+mod image;
 mod layout;
 mod norm;
 mod sampling;
@@ -57,6 +58,7 @@ pub fn cases() -> Vec<Case> {
     all.extend(layout::cases());
     all.extend(embed::cases());
     all.extend(sampling::cases());
+    all.extend(image::cases());
     all
 }
 

@@ -3,8 +3,10 @@
 //! A launcher takes a descriptor of plain device addresses and extents, checks
 //! what its kernels assume, chooses kernel and geometry, and queues the launch.
 
+pub mod copy;
 pub mod elementwise;
 pub mod embed;
+pub mod image;
 pub mod latent;
 pub mod layout;
 pub mod norm;
