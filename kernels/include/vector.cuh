@@ -33,3 +33,13 @@ template <int V, class T> PTX void load_vec(float (&f)[V], const T* p) { Packed<
 
 template <class T> PTX void store_vec(T* p, const float (&f)[8]) { store8(p, f); }
 template <class T> PTX void store_vec(T* p, const float (&f)[1]) { *p = from_float<T>(f[0]); }
+
+// i = q * d + r, in 32 bits where they suffice: a 64-bit division takes some seventy instructions.
+PTX void split(uint64_t i, uint32_t d, uint64_t& q, uint32_t& r) {
+    if (i >> 32 == 0) {
+        const uint32_t small = uint32_t(i) / d;
+        q = small, r = uint32_t(i) - small * d;
+    } else {
+        q = i / d, r = uint32_t(i - q * d);
+    }
+}

@@ -13,6 +13,7 @@ mod elementwise;
 mod embed;
 mod epilogue;
 mod gemm;
+mod image;
 mod layout;
 mod norm;
 mod sampling;
@@ -66,6 +67,7 @@ pub fn cases() -> Vec<Case> {
     all.extend(layout::cases());
     all.extend(embed::cases());
     all.extend(sampling::cases());
+    all.extend(image::cases());
     all
 }
 

@@ -10,6 +10,8 @@ pub mod elementwise;
 pub mod embed;
 pub mod epilogue;
 pub mod gemm;
+pub mod copy;
+pub mod image;
 pub mod latent;
 pub mod layout;
 pub mod norm;
