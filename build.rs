@@ -53,7 +53,8 @@ fn simt(kernels: &Path, cache: &Path) {
     if target("ARCH") != "x86_64" || target("OS") != "linux" {
         return;
     }
-    for (variant, variable) in [(SimtVariant::Fast, "KILN_SIMT_FAST"), (SimtVariant::Checked, "KILN_SIMT_CHECKED")]
+    for (variant, variable) in
+        [(SimtVariant::Fast, "KILN_SIMT_FAST"), (SimtVariant::Checked, "KILN_SIMT_CHECKED")]
     {
         match build_simt(kernels, &[], cache, variant) {
             Ok(library) => println!("cargo:rustc-env={variable}={}", library.display()),
@@ -77,9 +78,11 @@ fn cuda(root: &Path, kernels: &Path, cache: &Path, out: &Path) -> Result<(), Too
     let venvs = [".venv", "venv", "target/nvcc"].map(|name| root.join(name));
     let nvcc = match Nvcc::find(&venvs) {
         Ok(nvcc) => nvcc,
-        Err(error) if env::var_os("KILN_NVCC").is_some_and(|v| !v.is_empty()) => return Err(error),
+        Err(error) if env::var_os("KILN_NVCC").is_some_and(|v| !v.is_empty() && v != "none") => {
+            return Err(error);
+        }
         Err(error) => {
-            println!("cargo:warning=no nvcc: built without CUDA kernels ({error})");
+            println!("cargo:warning=built without CUDA kernels: {error}");
             println!("cargo:rerun-if-env-changed=VIRTUAL_ENV");
             return write(&out.join("kernels.rs"), "None".as_bytes());
         }
@@ -95,6 +98,13 @@ fn cuda(root: &Path, kernels: &Path, cache: &Path, out: &Path) -> Result<(), Too
     };
     let fatbins = build_fatbins(&nvcc, &kernel_sources(kernels)?, &options)?;
     let mut log = String::new();
+    // What an earlier build left must not be taken for this one's.
+    for stale in toolchain::read_dir(&folder)? {
+        let is_kept = fatbins.iter().any(|f| stale == folder.join(format!("{}.fatbin", f.module)));
+        if !is_kept {
+            let _ = fs::remove_file(stale);
+        }
+    }
     for fatbin in &fatbins {
         log += &fatbin.log;
         write(&folder.join(format!("{}.fatbin", fatbin.module)), &toolchain::read(&fatbin.image)?)?;

@@ -90,7 +90,9 @@ pub(super) fn load() -> Result<(), DriverError> {
             // SAFETY: only its presence is looked at; it is never called through this type.
             let symbol = unsafe { library.get::<unsafe extern "C" fn()>(name.as_bytes()) };
             if symbol.is_err() {
-                return Err(format!("the installed one is too old, it lacks {name}: CUDA 12.8 or later is needed"));
+                return Err(format!(
+                    "the installed one is too old, it lacks {name}: CUDA 12.8 or later is needed"
+                ));
             }
         }
         // SAFETY: no preconditions.

@@ -31,8 +31,8 @@ use cudarc::driver::sys::{
 use self::context::Context;
 use self::ffi::{check, cu};
 use self::handles::Handles;
-use self::module::{Kernel, Loader};
 pub use self::module::Modules;
+use self::module::{Kernel, Loader};
 use self::staging::Staging;
 use super::embedded::embedded;
 use super::{
@@ -138,8 +138,9 @@ impl CudaDriver {
     fn alloc_on(&self, bytes: usize, stream: CUstream) -> Result<u64, CUresult> {
         let mut ptr = 0;
         // SAFETY: `ptr` is written; pool and stream are alive. Zero bytes are no valid size.
-        let result =
-            unsafe { sys::cuMemAllocFromPoolAsync(&mut ptr, bytes.max(1), self.pool as CUmemoryPool, stream) };
+        let result = unsafe {
+            sys::cuMemAllocFromPoolAsync(&mut ptr, bytes.max(1), self.pool as CUmemoryPool, stream)
+        };
         if result == CUresult::CUDA_SUCCESS { Ok(ptr) } else { Err(result) }
     }
 
@@ -152,7 +153,13 @@ impl CudaDriver {
     }
 
     /// Queues the kernel.
-    fn launch_kernel(&self, kernel: &Kernel, launch: &Launch, params: &[&[u8]], stream: CUstream) -> CUresult {
+    fn launch_kernel(
+        &self,
+        kernel: &Kernel,
+        launch: &Launch,
+        params: &[&[u8]],
+        stream: CUstream,
+    ) -> CUresult {
         let mut attributes = [NO_ATTRIBUTE; 2];
         let mut count = 0;
         if launch.cluster != [1, 1, 1] {
@@ -186,7 +193,11 @@ impl CudaDriver {
     }
 
     /// Runs `launch` between two events and returns its microseconds on the device.
-    fn timed(&self, stream: CUstream, launch: impl FnOnce() -> CUresult) -> Result<(CUresult, f64), DriverError> {
+    fn timed(
+        &self,
+        stream: CUstream,
+        launch: impl FnOnce() -> CUresult,
+    ) -> Result<(CUresult, f64), DriverError> {
         let (from, to) = (new_event(true)?, new_event(true)?);
         let run = || {
             // SAFETY: events and stream are alive.
@@ -626,7 +637,9 @@ mod tests {
     fn without_a_driver_opening_is_a_typed_error() {
         match device_count() {
             Err(DriverError::NoDriver { reason }) => {
-                assert!(reason.contains("libcuda") || reason.contains("too old") || reason.contains("cuInit"));
+                assert!(
+                    reason.contains("libcuda") || reason.contains("too old") || reason.contains("cuInit")
+                );
                 let opened = CudaDriver::open(0, &Modules::Embedded);
                 assert!(matches!(opened, Err(DriverError::NoDriver { .. })));
             }

@@ -30,6 +30,8 @@ pub enum Modules {
         /// Where compiled objects are kept.
         cache: PathBuf,
     },
+    /// Images (fatbins or machine code) by module name.
+    Images(Vec<(String, Vec<u8>)>),
 }
 
 type Images = HashMap<String, Cow<'static, [u8]>>;
@@ -54,11 +56,17 @@ impl Modules {
                 let images = fatbins.into_iter().map(|f| Ok((f.module, Cow::Owned(read(&f.image)?))));
                 images.collect::<Result<Images, ToolError>>()?
             }
+            Self::Images(images) => {
+                images.iter().map(|(name, image)| (name.clone(), Cow::Owned(image.clone()))).collect()
+            }
         };
         if images.is_empty() {
             let reason = match self {
-                Self::Embedded => "this binary was built without nvcc; build it where nvcc is (KILN_NVCC)".into(),
+                Self::Embedded => {
+                    "this binary was built without nvcc; build it where nvcc is (KILN_NVCC)".into()
+                }
                 Self::Folder { kernels, .. } => format!("no kernel file in {} fits it", kernels.display()),
+                Self::Images(_) => "no image was given".into(),
             };
             return Err(DriverError::NoKernels { device: device.name.clone(), reason });
         }
@@ -128,7 +136,9 @@ impl Kernel {
         for (i, (given, declared)) in params.iter().zip(&self.params).enumerate() {
             if given.len() != *declared {
                 let given = given.len();
-                return Err(wrong(format!("parameter {i} has {given} bytes, the kernel declares {declared}")));
+                return Err(wrong(format!(
+                    "parameter {i} has {given} bytes, the kernel declares {declared}"
+                )));
             }
         }
         let threads: u64 = launch.block.iter().map(|n| u64::from(*n)).product();
@@ -136,7 +146,10 @@ impl Kernel {
             let limit = self.info.max_threads;
             return Err(wrong(format!("blocks of {:?} threads, 1 to {limit} are possible", launch.block)));
         }
-        if launch.grid[0] > i32::MAX as u32 || launch.grid.contains(&0) || launch.grid[1..].iter().any(|n| *n > 65_535) {
+        if launch.grid[0] > i32::MAX as u32
+            || launch.grid.contains(&0)
+            || launch.grid[1..].iter().any(|n| *n > 65_535)
+        {
             return Err(wrong(format!("a grid of {:?} blocks is not possible", launch.grid)));
         }
         if launch.shared > self.shared_limit {
@@ -195,7 +208,12 @@ impl Loader {
     }
 
     /// Loads the function, and its module if it is the first; the context must be current.
-    pub(super) fn load(&self, module: &str, name: &str, device: &DeviceInfo) -> Result<Function, DriverError> {
+    pub(super) fn load(
+        &self,
+        module: &str,
+        name: &str,
+        device: &DeviceInfo,
+    ) -> Result<Function, DriverError> {
         let missing = || DriverError::NoFunction { module: module.to_owned(), name: name.to_owned() };
         let c_name = CString::new(name).map_err(|_| missing())?;
         let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
@@ -295,7 +313,9 @@ mod tests {
         };
         assert!(refused(&change(&|l| l.block[1] = 2), &[&a, &b], 8).contains("1 to 256"));
         assert!(refused(&change(&|l| l.grid[2] = 0), &[&a, &b], 8).contains("[4, 1, 0]"));
-        assert!(refused(&change(&|l| l.shared = 901), &[&a, &b], 8).contains("901 bytes of shared memory, 900"));
+        assert!(
+            refused(&change(&|l| l.shared = 901), &[&a, &b], 8).contains("901 bytes of shared memory, 900")
+        );
         let cluster = change(&|l| l.cluster[0] = 2);
         assert!(refused(&cluster, &[&a, &b], 8).contains("9.0 is needed"));
         assert!(kernel.check_launch(&cluster, &[&a, &b], &device(9)).is_ok());

@@ -5,8 +5,8 @@ use cudarc::driver::sys::{
     CUtensorMapSwizzle,
 };
 
-use super::ffi::cu;
 use super::super::{DriverError, MapElement, Swizzle, TensorMap, TensorMapDesc};
+use super::ffi::cu;
 
 /// Drivers up to this one encode a bit wrongly for tensors below 128 KiB: their
 /// out-of-bounds handling fails on Blackwell. On Hopper the bit is reserved.
@@ -93,7 +93,8 @@ fn invalid(desc: &TensorMapDesc, reason: String) -> DriverError {
 fn span_bytes(desc: &TensorMapDesc) -> u64 {
     let size = u64::from(desc.element.size());
     let steps = std::iter::once(size).chain(desc.strides.iter().copied());
-    let last: u64 = desc.extents.iter().zip(steps).map(|(n, step)| n.saturating_sub(1).saturating_mul(step)).sum();
+    let last: u64 =
+        desc.extents.iter().zip(steps).map(|(n, step)| n.saturating_sub(1).saturating_mul(step)).sum();
     last + size
 }
 
@@ -101,13 +102,20 @@ fn span_bytes(desc: &TensorMapDesc) -> u64 {
 fn check(desc: &TensorMapDesc) -> Result<(), String> {
     let rank = desc.extents.len();
     if !(1..=5).contains(&rank) || desc.strides.len() + 1 != rank {
-        return Err(format!("{rank} extents and {} strides; one to five, one stride less", desc.strides.len()));
+        return Err(format!(
+            "{rank} extents and {} strides; one to five, one stride less",
+            desc.strides.len()
+        ));
     }
     let boxes = if desc.im2col.is_some() { 1 } else { rank };
     if desc.box_extents.len() < boxes || (desc.im2col.is_some() && rank != 4) {
-        return Err(format!("{} box extents for rank {rank}; im2col maps have rank 4", desc.box_extents.len()));
+        return Err(format!(
+            "{} box extents for rank {rank}; im2col maps have rank 4",
+            desc.box_extents.len()
+        ));
     }
-    if !desc.base.0.is_multiple_of(16) || desc.strides.iter().any(|s| !s.is_multiple_of(16) || *s >= 1 << 40) {
+    if !desc.base.0.is_multiple_of(16) || desc.strides.iter().any(|s| !s.is_multiple_of(16) || *s >= 1 << 40)
+    {
         return Err("address and strides must be multiples of 16, strides below 2^40".into());
     }
     if desc.extents.iter().any(|n| *n == 0 || *n > 1 << 32) {
@@ -121,7 +129,9 @@ fn check(desc: &TensorMapDesc) -> Result<(), String> {
         Swizzle::B128 => 128,
     };
     if desc.box_extents[..boxes].iter().any(|n| *n == 0 || *n > 256) || inner % 16 != 0 || inner > span {
-        return Err(format!("box extents must be 1 to 256, the innermost {inner} bytes a multiple of 16 within the swizzle"));
+        return Err(format!(
+            "box extents must be 1 to 256, the innermost {inner} bytes a multiple of 16 within the swizzle"
+        ));
     }
     if let Some(im2col) = &desc.im2col {
         let corners = im2col.lower.iter().chain(&im2col.upper);
