@@ -78,9 +78,11 @@ fn cuda(root: &Path, kernels: &Path, cache: &Path, out: &Path) -> Result<(), Too
     let venvs = [".venv", "venv", "target/nvcc"].map(|name| root.join(name));
     let nvcc = match Nvcc::find(&venvs) {
         Ok(nvcc) => nvcc,
-        Err(error) if env::var_os("KILN_NVCC").is_some_and(|v| !v.is_empty()) => return Err(error),
+        Err(error) if env::var_os("KILN_NVCC").is_some_and(|v| !v.is_empty() && v != "none") => {
+            return Err(error);
+        }
         Err(error) => {
-            println!("cargo:warning=no nvcc: built without CUDA kernels ({error})");
+            println!("cargo:warning=built without CUDA kernels: {error}");
             println!("cargo:rerun-if-env-changed=VIRTUAL_ENV");
             return write(&out.join("kernels.rs"), "None".as_bytes());
         }
@@ -96,6 +98,13 @@ fn cuda(root: &Path, kernels: &Path, cache: &Path, out: &Path) -> Result<(), Too
     };
     let fatbins = build_fatbins(&nvcc, &kernel_sources(kernels)?, &options)?;
     let mut log = String::new();
+    // What an earlier build left must not be taken for this one's.
+    for stale in toolchain::read_dir(&folder)? {
+        let is_kept = fatbins.iter().any(|f| stale == folder.join(format!("{}.fatbin", f.module)));
+        if !is_kept {
+            let _ = fs::remove_file(stale);
+        }
+    }
     for fatbin in &fatbins {
         log += &fatbin.log;
         write(&folder.join(format!("{}.fatbin", fatbin.module)), &toolchain::read(&fatbin.image)?)?;

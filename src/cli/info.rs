@@ -29,7 +29,7 @@ pub fn run(args: InfoArgs) -> Result<()> {
             let info = backend::open(args.runtime.device.options())?.diffusion.info();
             println!("kiln {}", env!("CARGO_PKG_VERSION"));
             println!("device: {} ({}, {} threads)", info.kind, info.name, info.threads);
-            println!("CUDA: not built");
+            println!("CUDA: {}", crate::driver::cuda::summary());
             println!("node classes: {}", crate::nodes::registry().len());
         }
     }

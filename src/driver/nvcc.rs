@@ -10,15 +10,11 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, SystemTime};
 
-use super::toolchain::{ToolError, hash_of, in_parallel, module_name, read, read_dir, run_to};
+use super::toolchain::{ToolError, hash_of, in_parallel, module_name, prune, read, read_dir, run_to, touch};
 
 /// Targets compiled for when nothing else is said: every tier since Ampere.
 pub const DEFAULT_ARCHS: &str = "80,86,89,90a,100a,120";
-
-/// Objects that no build has used for this long are deleted.
-const KEEP_UNUSED: Duration = Duration::from_secs(14 * 24 * 3600);
 
 /// A target of nvcc, such as 90a.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -120,7 +116,13 @@ impl Nvcc {
     /// Finds nvcc: `KILN_NVCC`, `CUDA_HOME`, `CUDA_PATH`, the `PATH`, and the
     /// places where the wheels from PyPI put it, in the virtual environments
     /// `venvs` and `VIRTUAL_ENV` and for the Python on the `PATH`.
+    ///
+    /// `KILN_NVCC=none` finds none, for a build without CUDA kernels.
     pub fn find(venvs: &[PathBuf]) -> Result<Self, ToolError> {
+        if std::env::var_os("KILN_NVCC").is_some_and(|v| v == "none") {
+            let looked = "KILN_NVCC=none".into();
+            return Err(ToolError::Missing { tool: "nvcc", looked, hint: "unset KILN_NVCC to look for one" });
+        }
         if let Some(named) = std::env::var_os("KILN_NVCC").filter(|v| !v.is_empty()) {
             return Self::at(Path::new(&named)).ok_or_else(|| ToolError::Missing {
                 tool: "nvcc",
@@ -176,7 +178,7 @@ pub fn find_tool(name: &str, venvs: &[PathBuf]) -> Option<PathBuf> {
 fn candidates(name: &str, venvs: &[PathBuf]) -> Vec<PathBuf> {
     let file = format!("{name}{}", std::env::consts::EXE_SUFFIX);
     let mut found = Vec::new();
-    if let Some(nvcc) = std::env::var_os("KILN_NVCC").filter(|v| !v.is_empty()) {
+    if let Some(nvcc) = std::env::var_os("KILN_NVCC").filter(|v| !v.is_empty() && v != "none") {
         found.push(Path::new(&nvcc).with_file_name(&file));
     }
     for home in ["CUDA_HOME", "CUDA_PATH"].iter().filter_map(std::env::var_os) {
@@ -401,25 +403,6 @@ fn content_hash(source: &Path, includes: &[PathBuf]) -> Result<u64, ToolError> {
     // By name without folder: the same sources elsewhere are the same objects.
     let files: Vec<_> = seen.iter().map(|(path, text)| (path.file_name(), text)).collect();
     Ok(hash_of(&files))
-}
-
-/// Notes that an object is in use.
-fn touch(path: &Path) {
-    if let Ok(file) = fs::File::options().append(true).open(path) {
-        let _ = file.set_modified(SystemTime::now());
-    }
-}
-
-/// Deletes objects that no build has used for a while. A cache that cannot be cleaned is no error.
-fn prune(cache: &Path) {
-    for path in read_dir(cache).unwrap_or_default() {
-        let age = fs::metadata(&path).and_then(|m| m.modified()).ok().and_then(|m| m.elapsed().ok());
-        let is_ours =
-            path.extension().is_some_and(|e| e == "cubin" || e == "ptx" || e == "ptxas" || e == "fatbin");
-        if is_ours && age.is_some_and(|age| age > KEEP_UNUSED) {
-            let _ = fs::remove_file(path);
-        }
-    }
 }
 
 /// What ptxas made of one kernel for one target.

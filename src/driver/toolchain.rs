@@ -12,6 +12,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::time::{Duration, SystemTime};
+
+/// Objects that no build has used for this long are deleted.
+const KEEP_UNUSED: Duration = Duration::from_secs(3 * 24 * 3600);
 
 /// A compiler that is missing or refuses.
 #[derive(Debug, thiserror::Error)]
@@ -127,7 +131,9 @@ pub fn build_simt(
         let flags = simt_flags(kernels, variant, *is_kernel);
         let hash = hash_of(&(headers, read(source)?, &flags, &compiler));
         let object = out.join(format!("{}-{}-{hash:016x}.o", module_name(source), variant.name()));
-        if !object.exists() {
+        if object.exists() {
+            touch(&object);
+        } else {
             run_to(&object, source, |partial| {
                 let mut command = Command::new(&compiler);
                 command.args(&flags).arg("-c").arg(source).arg("-o").arg(partial);
@@ -137,13 +143,16 @@ pub fn build_simt(
         Ok(object)
     })?;
     let library = out.join(format!("libkiln_simt_{}-{:016x}.so", variant.name(), hash_of(&objects)));
-    if !library.exists() {
+    if library.exists() {
+        touch(&library);
+    } else {
         run_to(&library, &kernels.join("simt"), |partial| {
             let mut command = Command::new(&compiler);
             command.args(["-shared", "-Wl,-Bsymbolic", "-pthread", "-o"]).arg(partial).args(&objects);
             command
         })?;
     }
+    prune(out);
     Ok(library)
 }
 
@@ -237,6 +246,25 @@ pub(super) fn run_to(
     fs::rename(&partial, output)
         .map_err(|error| ToolError::File { path: output.to_owned(), source: error })?;
     Ok(said)
+}
+
+/// Notes that an object is in use.
+pub(super) fn touch(path: &Path) {
+    if let Ok(file) = fs::File::options().append(true).open(path) {
+        let _ = file.set_modified(SystemTime::now());
+    }
+}
+
+/// Deletes objects that no build has used for a while. A cache that cannot be cleaned is no error.
+pub(super) fn prune(cache: &Path) {
+    const OURS: [&str; 6] = ["cubin", "fatbin", "o", "ptx", "ptxas", "so"];
+    for path in read_dir(cache).unwrap_or_default() {
+        let age = fs::metadata(&path).and_then(|m| m.modified()).ok().and_then(|m| m.elapsed().ok());
+        let is_ours = path.extension().is_some_and(|e| OURS.iter().any(|ours| e == *ours));
+        if is_ours && age.is_some_and(|age| age > KEEP_UNUSED) {
+            let _ = fs::remove_file(path);
+        }
+    }
 }
 
 /// `work` on every item, on as many threads as there are cores; results in order.

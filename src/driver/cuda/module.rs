@@ -30,6 +30,8 @@ pub enum Modules {
         /// Where compiled objects are kept.
         cache: PathBuf,
     },
+    /// Images (fatbins or machine code) by module name.
+    Images(Vec<(String, Vec<u8>)>),
 }
 
 type Images = HashMap<String, Cow<'static, [u8]>>;
@@ -54,6 +56,9 @@ impl Modules {
                 let images = fatbins.into_iter().map(|f| Ok((f.module, Cow::Owned(read(&f.image)?))));
                 images.collect::<Result<Images, ToolError>>()?
             }
+            Self::Images(images) => {
+                images.iter().map(|(name, image)| (name.clone(), Cow::Owned(image.clone()))).collect()
+            }
         };
         if images.is_empty() {
             let reason = match self {
@@ -61,6 +66,7 @@ impl Modules {
                     "this binary was built without nvcc; build it where nvcc is (KILN_NVCC)".into()
                 }
                 Self::Folder { kernels, .. } => format!("no kernel file in {} fits it", kernels.display()),
+                Self::Images(_) => "no image was given".into(),
             };
             return Err(DriverError::NoKernels { device: device.name.clone(), reason });
         }

@@ -1,0 +1,57 @@
+//! What ptxas made of the kernels: on the hot path none may spill or touch local memory.
+//!
+//! A spilled accumulator costs more than anything that a kernel could gain
+//! elsewhere, and it comes without a word. The build script keeps what
+//! `ptxas -v` says; without nvcc there is nothing to read and the test says so.
+
+use std::fs;
+use std::path::Path;
+
+use kiln::driver::embedded;
+use kiln::driver::nvcc::{Resources, parse_resources};
+
+/// Families in which every kernel is hot.
+const HOT: &[&str] = &["attention", "conv", "gemm", "norm"];
+
+fn resources() -> Option<Vec<Resources>> {
+    let Some(folder) = option_env!("KILN_KERNEL_OBJECTS") else {
+        eprintln!("skipped: this build had no nvcc");
+        return None;
+    };
+    let log = fs::read_to_string(Path::new(folder).join("ptxas.txt")).unwrap();
+    Some(parse_resources(&log))
+}
+
+#[test]
+fn hot_kernels_do_not_spill() {
+    let Some(all) = resources() else { return };
+    let hot: Vec<_> = all.iter().filter(|r| HOT.contains(&r.family.as_str())).collect();
+    let wrong: Vec<_> = hot
+        .iter()
+        .filter(|r| r.spilled > 0 || r.stack > 0)
+        .map(|r| {
+            let Resources { module, target, name, registers, stack, spilled, .. } = r;
+            format!(
+                "{module} {target} {name}: {registers} registers, {stack} bytes of stack, {spilled} spilled"
+            )
+        })
+        .collect();
+    eprintln!("{} hot kernels of {} for all targets", hot.len(), all.len());
+    assert!(wrong.is_empty(), "kernels on the hot list spill or use local memory:\n{}", wrong.join("\n"));
+}
+
+#[test]
+fn every_module_was_compiled_and_reported() {
+    let Some(all) = resources() else { return };
+    let build = embedded().unwrap();
+    assert!(!build.modules.is_empty());
+    for module in build.modules {
+        let targets: Vec<_> = all.iter().filter(|r| r.module == module.name).map(|r| &r.target).collect();
+        assert!(!targets.is_empty(), "ptxas said nothing of {}", module.name);
+        assert!(targets.iter().all(|t| build.targets.split(' ').any(|known| known == t.as_str())));
+        // A kernel without registers would be a report that was not understood.
+        assert!(all.iter().filter(|r| r.module == module.name).all(|r| r.registers > 0));
+        // "Fatbinary" magic of the image.
+        assert_eq!(module.image[..4], [0x50, 0xed, 0x55, 0xba], "{} is no fatbin", module.name);
+    }
+}
