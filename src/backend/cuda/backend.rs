@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::launch::elementwise::{self, Act};
 use super::launch::epilogue::{Epilogue, Rows};
-use super::launch::{attention, conv, gemm, norm};
+use super::launch::{attention, conv, gemm, image, norm};
 use super::pool::{Pool, Usage, WeightMemory};
 use super::record::Recorder;
 use super::upload::Uploader;
@@ -476,7 +476,18 @@ impl Backend for CudaBackend {
             return Ok(());
         }
         size(OP, "pixels of the input (at least)", 1, from.positions().min(1))?;
-        Err(TensorError::Unsupported { op: OP, what: "resizing".into() })
+        let launch = image::Resize {
+            x: self.own(OP, x)?.ptr,
+            out: self.own(OP, out)?.ptr,
+            samples: from.n,
+            from: [from.h, from.w],
+            to: [to.h, to.w],
+            channels: to.c,
+            filter: image::Filter::Nearest,
+            element: self.element,
+        };
+        self.label(|| format!("resize_nearest {from} -> {to}"));
+        Ok(image::resize(&self.shared.gpu, &launch)?)
     }
 
     fn record(&self, key: u64, inputs: &[&Tensor], body: &mut Body<'_>) -> Result<Tensor, BodyError> {

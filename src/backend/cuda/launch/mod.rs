@@ -6,11 +6,11 @@
 pub mod attention;
 pub mod ceiling;
 pub mod conv;
+pub mod copy;
 pub mod elementwise;
 pub mod embed;
 pub mod epilogue;
 pub mod gemm;
-pub mod copy;
 pub mod image;
 pub mod latent;
 pub mod layout;
