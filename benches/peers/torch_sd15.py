@@ -9,7 +9,6 @@ of the best of --repeats runs after one that warms up. With --kiln the two alter
 machine at the same time, and the last column is the ratio peer / kiln.
 """
 import argparse
-import os
 import re
 import subprocess
 import time
@@ -23,18 +22,14 @@ VAE = dict(in_channels=3, out_channels=3, latent_channels=4, layers_per_block=2,
            up_block_types=("UpDecoderBlock2D",) * 4)
 
 
-def cpu_seconds():
-    t = os.times()
-    return t.user + t.system
-
-
 def best(run, repeats):
+    """CPU seconds (user and system, all threads) of the best of `repeats` runs after one that warms up."""
     run()
     times = []
     for _ in range(repeats):
-        began = cpu_seconds()
+        began = time.process_time()
         run()
-        times.append(cpu_seconds() - began)
+        times.append(time.process_time() - began)
     return min(times)
 
 
