@@ -2,7 +2,7 @@
 
 use std::sync::Mutex;
 use std::sync::PoisonError;
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::Instant;
 
 use super::Launch;
@@ -57,8 +57,8 @@ pub struct Instruments {
     uploaded: AtomicU64,
     downloaded: AtomicU64,
     bytes_in_use: AtomicU64,
-    /// Allocations until the one that fails; negative for none.
-    fail_in: AtomicI64,
+    /// Allocations until the first that fails, and how many fail in a row.
+    planned: Mutex<Option<(u32, u32)>>,
     tracing: AtomicBool,
     label: Mutex<String>,
     trace: Mutex<Vec<LaunchRecord>>,
@@ -76,7 +76,7 @@ impl Default for Instruments {
             uploaded: AtomicU64::new(0),
             downloaded: AtomicU64::new(0),
             bytes_in_use: AtomicU64::new(0),
-            fail_in: AtomicI64::new(-1),
+            planned: Mutex::default(),
             tracing: AtomicBool::new(false),
             label: Mutex::new(String::new()),
             trace: Mutex::new(Vec::new()),
@@ -100,19 +100,30 @@ impl Instruments {
         }
     }
 
-    /// The `n`-th allocation from now (0: the next) fails as if the device were full; once.
-    pub fn fail_allocation(&self, n: u32) {
-        self.fail_in.store(i64::from(n), Relaxed);
+    /// The `n`-th allocation from now (0: the next) and `count - 1` after it fail as if the device were full.
+    pub fn fail_allocations(&self, n: u32, count: u32) {
+        *self.planned.lock().unwrap_or_else(PoisonError::into_inner) = (count > 0).then_some((n, count));
     }
 
-    /// No allocation is to fail any more. Returns whether the planned one did.
-    pub fn cancel_failure(&self) -> bool {
-        self.fail_in.swap(-1, Relaxed) < 0
+    /// No allocation is to fail any more. Returns whether all that were planned did.
+    pub fn cancel_failures(&self) -> bool {
+        self.planned.lock().unwrap_or_else(PoisonError::into_inner).take().is_none()
     }
 
-    /// Whether this allocation is the one that was planned to fail.
+    /// Whether this allocation is one that was planned to fail.
     pub(super) fn is_failing(&self) -> bool {
-        self.fail_in.load(Relaxed) >= 0 && self.fail_in.fetch_sub(1, Relaxed) == 0
+        let mut planned = self.planned.lock().unwrap_or_else(PoisonError::into_inner);
+        match *planned {
+            None => false,
+            Some((0, count)) => {
+                *planned = (count > 1).then(|| (0, count - 1));
+                true
+            }
+            Some((n, count)) => {
+                *planned = Some((n - 1, count));
+                false
+            }
+        }
     }
 
     pub(super) fn allocated(&self, bytes: usize) {

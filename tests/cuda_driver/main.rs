@@ -173,7 +173,7 @@ fn child_uses_memory() {
     assert!(invalid(driver.fill(second, 0, half, stream)).contains("the allocation before it"));
     assert!(invalid(driver.fill(DevicePtr::NULL, 0, 1, stream)).contains("no device memory"));
 
-    driver.instruments().fail_allocation(1);
+    driver.instruments().fail_allocations(1, 1);
     driver.free(third, stream).unwrap();
     let one = driver.alloc(16, stream).unwrap();
     assert!(matches!(driver.alloc(16, stream), Err(DriverError::OutOfMemory { .. })));

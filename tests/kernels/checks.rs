@@ -1,25 +1,17 @@
 //! Every kernel against its reference under the SIMT layer: three orders of threads, both builds, both tiers.
 
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use kiln::backend::cuda::Gpu;
 use kiln::backend::cuda::check::{self, Case, Options};
 use kiln::driver::simt::{Order, SimtDriver, SimtOptions};
-use kiln::driver::toolchain::{SimtVariant, build_simt};
+use kiln::driver::toolchain::SimtVariant;
 use kiln::driver::{Capability, Driver};
+
+use crate::library;
 
 const AMPERE: Capability = Capability { major: 8, minor: 0 };
 const HOPPER: Capability = Capability { major: 9, minor: 0 };
-
-/// The library that the build script made, or one made here.
-fn library(variant: SimtVariant) -> PathBuf {
-    kiln::driver::simt::built_library(variant).unwrap_or_else(|| {
-        let kernels = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
-        let out = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("simt");
-        build_simt(&kernels, &[], &out, variant).expect("the kernels compile")
-    })
-}
 
 fn pass(variant: SimtVariant, options: SimtOptions, takes: impl Fn(&Case) -> bool) {
     let driver = SimtDriver::open(&library(variant), options).expect("the library loads");

@@ -1,0 +1,194 @@
+//! The whole pipeline on the SIMT layer: the demo model from prompt to picture, memory, graphs, failures.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kiln::backend::cuda::{self, CudaBackend, Element, Gpu, Shared};
+use kiln::backend::{self, Device, DeviceOptions};
+use kiln::driver::Driver;
+use kiln::driver::simt::{SimtDriver, SimtOptions};
+use kiln::driver::toolchain::SimtVariant;
+use kiln::engine::{Engine, EngineConfig, FreeRequest, Submission};
+use kiln::files::{DEMO_BYTES, DEMO_CHECKPOINT, FolderOptions, Folders};
+use kiln::models::unet::UnetInput;
+use kiln::models::{ModelSource, ModelStore};
+use kiln::nodes::{self, PreviewMethod, Services};
+use kiln::tensor::{HostTensor, Placement};
+use kiln::weights::OpenOptions;
+use serde_json::{Value as Json, json};
+
+use crate::library;
+
+/// The demo model's backends on a SIMT driver of their own.
+fn simt() -> (Arc<SimtDriver>, Placement) {
+    let library = library(SimtVariant::Fast);
+    let driver = Arc::new(SimtDriver::open(&library, SimtOptions::default()).unwrap());
+    let shared = Shared::new(Arc::new(Gpu::new(driver.clone()).unwrap()), None);
+    let backend = |element| Arc::new(CudaBackend::new(shared.clone(), element));
+    let (f16, bf16) = (backend(Element::F16), backend(Element::BF16));
+    (driver, Placement { diffusion: f16.clone(), text: f16, vae: bf16 })
+}
+
+fn cpu() -> Placement {
+    backend::open(DeviceOptions { device: Device::Cpu, ..DeviceOptions::default() }).unwrap()
+}
+
+/// An engine that writes below `folder`.
+fn engine(placement: Placement, folder: &Path) -> Arc<Engine> {
+    let folders = Folders::open(&FolderOptions { base: folder.to_owned(), ..FolderOptions::default() }).unwrap();
+    let services = Services {
+        folders: Arc::new(folders),
+        models: Arc::new(ModelStore::new(placement, OpenOptions::default())),
+        save_metadata: false,
+        png_level: 1,
+        preview: PreviewMethod::None,
+    };
+    Engine::new(EngineConfig::new(services, nodes::registry()))
+}
+
+fn workflow(size: usize, steps: usize, seed: u64) -> Json {
+    json!({
+        "3": {"class_type": "KSampler", "inputs": {"model": ["4", 0], "positive": ["6", 0], "negative": ["7", 0],
+            "latent_image": ["5", 0], "seed": seed, "steps": steps, "cfg": 7.0, "sampler_name": "euler",
+            "scheduler": "normal", "denoise": 1.0}},
+        "4": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": DEMO_CHECKPOINT}},
+        "5": {"class_type": "EmptyLatentImage", "inputs": {"width": size, "height": size, "batch_size": 1}},
+        "6": {"class_type": "CLIPTextEncode", "inputs": {"text": "a red circle on a blue background", "clip": ["4", 1]}},
+        "7": {"class_type": "CLIPTextEncode", "inputs": {"text": "", "clip": ["4", 1]}},
+        "8": {"class_type": "VAEDecode", "inputs": {"samples": ["3", 0], "vae": ["4", 2]}},
+        "9": {"class_type": "SaveImage", "inputs": {"images": ["8", 0], "filename_prefix": "simt"}},
+    })
+}
+
+/// Runs a prompt to its end; the history entry.
+fn run(engine: &Engine, prompt: Json) -> Json {
+    let accepted = engine.submit(Submission { prompt, ..Submission::default() }).expect("a valid prompt");
+    let until = Instant::now() + Duration::from_secs(300);
+    loop {
+        let entry = engine.history_one(&accepted.prompt_id);
+        if let Some(entry) = entry.get(&accepted.prompt_id) {
+            return entry.clone();
+        }
+        assert!(Instant::now() < until, "the prompt does not end");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+fn status(entry: &Json) -> &str {
+    entry["status"]["status_str"].as_str().unwrap_or("?")
+}
+
+/// The pixels of the picture that a history entry names.
+fn picture(entry: &Json, folder: &Path) -> Vec<u8> {
+    assert_eq!(status(entry), "success", "{}", entry["status"]);
+    let name = entry["outputs"]["9"]["images"][0]["filename"].as_str().unwrap();
+    let png = std::fs::read(folder.join("output").join(name)).unwrap();
+    image::load_from_memory(&png).unwrap().to_rgb8().into_raw()
+}
+
+fn psnr(a: &[u8], b: &[u8]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    let sum: f64 = a.iter().zip(b).map(|(a, b)| (f64::from(*a) - f64::from(*b)).powi(2)).sum();
+    10.0 * (255.0f64.powi(2) / (sum / a.len() as f64).max(1e-12)).log10()
+}
+
+/// f16 UNet and text encoder, bf16 VAE, against f32 throughout: 40 dB is an error of 2.5/255 (rms). Eight bits of
+/// mantissa in the VAE alone cost about 49.
+#[test]
+fn the_demo_picture_is_that_of_the_cpu() {
+    let (ours, theirs) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (driver, placement) = simt();
+    let engine_on_simt = engine(placement, ours.path());
+    let prompt = workflow(64, 6, 1);
+    let on_simt = picture(&run(&engine_on_simt, prompt.clone()), ours.path());
+    let on_cpu = picture(&run(&engine(cpu(), theirs.path()), prompt), theirs.path());
+    let db = psnr(&on_simt, &on_cpu);
+    println!("{db:.1} dB");
+    assert!(db >= 40.0, "{db:.1} dB");
+    let counts = driver.instruments().counts();
+    assert!(counts.graph_launches >= 4, "steps replay a graph: {counts:?}");
+
+    // /free gives everything back, models and caches.
+    assert!(counts.bytes_in_use > 1 << 20, "{counts:?}");
+    engine_on_simt.free(FreeRequest { unload_models: true, free_memory: true });
+    let until = Instant::now() + Duration::from_secs(10);
+    while driver.instruments().counts().bytes_in_use > 0 && Instant::now() < until {
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    assert_eq!(driver.instruments().counts().bytes_in_use, 0, "device memory after /free");
+    let again = picture(&run(&engine_on_simt, workflow(64, 6, 1)), ours.path());
+    assert_eq!(again, on_simt, "the same picture after /free");
+    engine_on_simt.shutdown();
+}
+
+/// From the third step on: one graph, no memory from the driver, and the host waits for the result only.
+#[test]
+fn a_steady_step_is_one_graph_without_allocation() {
+    let (driver, placement) = simt();
+    let store = ModelStore::new(placement, OpenOptions::default());
+    let file = store.file(ModelSource::Embedded { name: DEMO_CHECKPOINT, bytes: DEMO_BYTES });
+    let unet = file.unet().unwrap();
+    let cond = Arc::new(HostTensor::full(&[1, 77, unet.config().context_dim], 0.1));
+    let context = unet.context(&[cond.clone(), cond]).unwrap();
+    let x = HostTensor::full(&[2, unet.config().in_channels, 8, 8], 0.25);
+    let step = |t: f32| {
+        let input = UnetInput { x: &x, timesteps: &[t; 2], context: &context };
+        unet.forward(&input, None).unwrap()
+    };
+    let plain = step(500.0);
+    let before = driver.instruments().counts();
+    let captured = step(500.0);
+    let launches = driver.instruments().counts().launches - before.launches;
+    assert!(launches <= 350, "{launches} launches of a UNet forward");
+    step(300.0);
+    let before = driver.instruments().counts();
+    let replayed = step(500.0);
+    let after = driver.instruments().counts();
+    assert_eq!(plain.data(), captured.data(), "captured work gives the same bits");
+    assert_eq!(plain.data(), replayed.data(), "replayed work gives the same bits");
+    assert_eq!(after.allocations, before.allocations, "allocations of a steady step");
+    assert_eq!(after.graph_launches - before.graph_launches, 1);
+    assert_eq!(after.syncs - before.syncs, 1, "the host waits for the download only");
+}
+
+/// Every allocation of a prompt fails once, and once more on the retry: the first must not be seen, the second is an
+/// error of that prompt, and the next prompt runs.
+#[test]
+fn an_allocation_that_fails_harms_one_prompt_at_most() {
+    let folder = tempfile::tempdir().unwrap();
+    let (driver, placement) = simt();
+    let engine = engine(placement, folder.path());
+    let everything = FreeRequest { unload_models: true, free_memory: true };
+    let fresh_run = |seed| {
+        engine.free(everything);
+        run(&engine, workflow(16, 1, seed))
+    };
+    let before = driver.instruments().counts().allocations;
+    let good = picture(&fresh_run(1), folder.path());
+    let allocations = (driver.instruments().counts().allocations - before) as u32;
+    println!("{allocations} allocations of a prompt");
+    assert!(allocations > 100);
+    for n in 0..allocations {
+        driver.instruments().fail_allocations(n, 2);
+        let entry = fresh_run(1);
+        assert!(driver.instruments().cancel_failures(), "allocation {n} was asked for");
+        assert_eq!(status(&entry), "error", "allocation {n}: {}", entry["status"]);
+        let text = entry["status"].to_string();
+        assert!(text.contains("out of memory"), "allocation {n}: {text}");
+        if n % 8 == 0 {
+            driver.instruments().fail_allocations(n, 1);
+            assert_eq!(picture(&fresh_run(1), folder.path()), good, "allocation {n} fails once");
+            driver.instruments().cancel_failures();
+        }
+    }
+    assert_eq!(picture(&fresh_run(1), folder.path()), good, "after all failures");
+    engine.shutdown();
+}
+
+#[test]
+fn a_gpu_that_is_not_there_is_a_clear_error() {
+    let options = DeviceOptions { device: Device::Cuda, ordinal: 99, ..DeviceOptions::default() };
+    let error = cuda::open_driver(&options).err().expect("no such GPU").to_string();
+    assert!(error.contains("CUDA"), "{error}");
+}
