@@ -9,18 +9,19 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use kiln::backend::cuda::launch::elementwise::{Act, Activate, Axpby, activate, axpby};
 use kiln::backend::cuda::{Element, Gpu, check};
 use kiln::driver::cuda::{CudaDriver, Modules, device_count};
+use kiln::driver::nvcc::Nvcc;
 use kiln::driver::simt::built_library;
-use kiln::driver::toolchain::SimtVariant;
+use kiln::driver::toolchain::{SimtVariant, ToolError};
 use kiln::driver::{DevicePtr, Driver, DriverError, Launch, MapElement, Swizzle, TensorMapDesc};
 
-/// Builds the library that stands in, once for each set of flags.
+/// Builds the library that stands in, in a folder of its own.
 fn stand_in(name: &str, flags: &[&str]) -> PathBuf {
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}-{}", std::process::id()));
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
     std::fs::create_dir_all(&folder).unwrap();
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
     let built = Command::new("c++")
@@ -37,20 +38,19 @@ fn stand_in(name: &str, flags: &[&str]) -> PathBuf {
 }
 
 /// Runs one of the ignored tests with that library in place of the driver.
-fn in_child(test: &str, flags: &[&str]) {
+fn in_child(test: &str, library: impl FnOnce() -> PathBuf) {
     let Some(simt) = built_library(SimtVariant::Fast) else {
+        assert!(std::env::var_os("CI").is_none(), "the build script made no SIMT layer");
         eprintln!("skipped: no SIMT layer");
         return;
     };
-    let folder = stand_in(test, flags);
     let child = Command::new(std::env::current_exe().unwrap())
         .args(["--ignored", "--exact", test, "--nocapture"])
-        .env("LD_LIBRARY_PATH", &folder)
+        .env("LD_LIBRARY_PATH", library())
         .env("SIMULATED_CUDA_SIMT", simt)
         .env("SIMULATED_CUDA_MEMORY", MEMORY.to_string())
         .output()
         .unwrap();
-    std::fs::remove_dir_all(folder).unwrap();
     let said = String::from_utf8_lossy(&child.stdout);
     assert!(
         child.status.success() && said.contains("1 passed"),
@@ -59,37 +59,57 @@ fn in_child(test: &str, flags: &[&str]) {
     );
 }
 
+/// A driver as it should be; built once.
+fn complete() -> PathBuf {
+    static BUILT: OnceLock<PathBuf> = OnceLock::new();
+    BUILT.get_or_init(|| stand_in("simulated-cuda", &[])).clone()
+}
+
+/// A driver of a time when `cuFuncLoad` did not exist.
+fn old() -> PathBuf {
+    stand_in("simulated-old-cuda", &["-DcuFuncLoad=cuFuncLoadAbsent"])
+}
+
 /// Bytes of the simulated device.
 const MEMORY: u64 = 256 << 20;
 
 #[test]
 fn kernels_run_through_the_driver_api() {
-    in_child("child_runs_checks", &[]);
+    in_child("child_runs_checks", complete);
 }
 
 #[test]
 fn memory_is_counted_and_given_back() {
-    in_child("child_uses_memory", &[]);
+    in_child("child_uses_memory", complete);
 }
 
 #[test]
 fn copies_take_their_bytes_in_time() {
-    in_child("child_copies", &[]);
+    in_child("child_copies", complete);
 }
 
 #[test]
 fn graphs_are_captured_and_replayed() {
-    in_child("child_captures", &[]);
+    in_child("child_captures", complete);
 }
 
 #[test]
 fn launches_carry_their_attributes_and_errors_their_names() {
-    in_child("child_launches", &[]);
+    in_child("child_launches", complete);
 }
 
 #[test]
 fn an_old_driver_is_an_error_not_a_panic() {
-    in_child("child_finds_an_old_driver", &["-DcuFuncLoad=cuFuncLoadAbsent"]);
+    in_child("child_finds_an_old_driver", old);
+}
+
+#[test]
+fn kernels_come_from_a_folder() {
+    if let Err(error) = Nvcc::find(&[]) {
+        eprintln!("skipped: {error}");
+        return;
+    }
+    in_child("child_compiles_a_folder", complete);
 }
 
 /// Opens the simulated GPU; the image is only a fatbin's magic number, its kernels are those of the SIMT layer.
@@ -346,6 +366,39 @@ fn child_launches() {
     activate(&gpu, &Activate { x, out: x, count: 1 << 20, act: Act::None, element: Element::F32 }).unwrap();
     let error = driver.synchronize(stream).unwrap_err().to_string();
     assert!(error.starts_with("cuStreamSynchronize: CUDA_ERROR_LAUNCH_FAILED (719): "), "{error}");
+}
+
+#[test]
+#[ignore = "a child of kernels_come_from_a_folder"]
+fn child_compiles_a_folder() {
+    let root = Path::new(env!("CARGO_TARGET_TMPDIR")).join("edited-kernels");
+    let family = root.join("elementwise");
+    let _ = std::fs::remove_dir_all(&root);
+    std::fs::create_dir_all(&family).unwrap();
+    let kernels = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
+    std::os::unix::fs::symlink(kernels.join("include"), root.join("include")).unwrap();
+    let source = std::fs::read_to_string(kernels.join("elementwise/elementwise.cu")).unwrap();
+    let file = family.join("elementwise.cu");
+    std::fs::write(&file, &source).unwrap();
+    // Not for this device: left out.
+    std::fs::write(family.join("later.cu"), "// targets: sm_100a\n#error\n").unwrap();
+    let modules = Modules::Folder { kernels: root.clone(), cache: root.join("cache") };
+    let driver = CudaDriver::open(0, &modules).unwrap();
+    driver.function("elementwise", "axpby_f16").unwrap();
+    assert!(matches!(driver.function("later", "any"), Err(DriverError::NoFunction { .. })));
+    // The same again compiles nothing.
+    let compiled = std::fs::read_dir(root.join("cache")).unwrap().count();
+    drop(CudaDriver::open(0, &modules).unwrap());
+    assert_eq!(std::fs::read_dir(root.join("cache")).unwrap().count(), compiled);
+    // A mistake is told in the compiler's words.
+    std::fs::write(&file, source.replace("axpby_f16", "axpby_f16(")).unwrap();
+    match CudaDriver::open(0, &modules) {
+        Err(DriverError::Tool(ToolError::Compile { file, output })) => {
+            assert!(file.ends_with("elementwise/elementwise.cu") && output.contains("error"), "{output}");
+        }
+        Err(other) => panic!("{other}"),
+        Ok(_) => panic!("opened"),
+    }
 }
 
 #[test]
