@@ -242,8 +242,8 @@ impl SimtDriver {
             // SAFETY: device ranges are checked by the layer; host sources outlive the call or, in a
             // graph, are pinned buffers that the caller keeps.
             Call::Copy { dst, src, bytes } => self.check(unsafe { (self.api.memcpy)(dst.0, *src, *bytes) }),
-            // SAFETY: the range is checked by the layer.
             Call::Fill { dst, value, bytes } => {
+                // SAFETY: the range is checked by the layer.
                 self.check(unsafe { (self.api.memset)(dst.0, c_int::from(*value), *bytes) })
             }
         }
