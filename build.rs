@@ -1,9 +1,10 @@
 //! Compiles the kernels: with nvcc for the GPU, with a C++ compiler for the SIMT layer.
 //!
-//! Neither is needed. Without nvcc the binary says "CUDA: not built"; without a
-//! C++ compiler there is no SIMT device. Objects are kept by content hash in
-//! `KILN_KERNEL_CACHE`, or in the profile's folder of the target directory, so
-//! that only what changed is compiled.
+//! Neither is needed. Without nvcc (`KILN_NVCC`, `CUDA_HOME`, the `PATH`, Python's
+//! site-packages; `none` for none) the binary says "CUDA: not built"; without a
+//! C++ compiler there is no SIMT device. `KILN_CUDA_ARCHS` names the targets.
+//! Objects are kept by content hash in `KILN_KERNEL_CACHE`, or in the profile's
+//! folder of the target directory, so that only what changed is compiled.
 
 use std::env;
 use std::fmt::Write as _;
@@ -35,7 +36,7 @@ fn main() {
     println!("cargo:rustc-cfg=kiln_build_script");
     simt(&kernels, &cache.join("simt"));
     if let Err(error) = cuda(&root, &kernels, &cache.join("cuda"), &out) {
-        println!("cargo:warning=the CUDA kernels could not be built");
+        println!("cargo:warning=the CUDA kernels could not be built; KILN_NVCC=none builds without them");
         eprintln!("{error}");
         std::process::exit(1);
     }
@@ -58,14 +59,13 @@ fn simt(kernels: &Path, cache: &Path) {
     {
         match build_simt(kernels, &[], cache, variant) {
             Ok(library) => println!("cargo:rustc-env={variable}={}", library.display()),
-            Err(error @ ToolError::Missing { .. }) => {
-                println!("cargo:warning=no SIMT layer: {error}");
-                return;
-            }
+            // The product does not need it, and not every C++ compiler knows what it is written with.
             Err(error) => {
-                println!("cargo:warning=the SIMT layer could not be built");
-                eprintln!("{error}");
-                std::process::exit(1);
+                println!("cargo:warning=no SIMT layer");
+                for line in error.to_string().lines().take(20) {
+                    println!("cargo:warning={line}");
+                }
+                return;
             }
         }
     }

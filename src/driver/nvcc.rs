@@ -16,6 +16,8 @@ use super::toolchain::{ToolError, hash_of, in_parallel, module_name, prune, read
 /// Targets compiled for when nothing else is said: every tier since Ampere.
 pub const DEFAULT_ARCHS: &str = "80,86,89,90a,100a,120";
 
+const JOIN_FLAGS: [&str; 2] = ["-64", "--compress-mode=size"];
+
 /// A target of nvcc, such as 90a.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Arch {
@@ -354,13 +356,13 @@ fn join(
     let module = module_name(source);
     let family = source.parent().map(module_name).unwrap_or_default();
     let names: Vec<_> = objects.iter().map(|(_, path)| path.file_name()).collect();
-    let image = cache.join(format!("{module}-{:016x}.fatbin", hash_of(&(names, &nvcc.version))));
+    let image = cache.join(format!("{module}-{:016x}.fatbin", hash_of(&(names, JOIN_FLAGS, &nvcc.version))));
     if image.exists() {
         touch(&image);
     } else {
         run_to(&image, source, |partial| {
             let mut command = Command::new(nvcc.sibling("fatbinary"));
-            command.args(["-64", "--compress-all", "--compress-mode=size"]);
+            command.args(JOIN_FLAGS);
             command.arg(format!("--create={}", partial.display()));
             command.args(objects.iter().map(|(job, path)| {
                 let kind = if job.is_ptx { "ptx" } else { "elf" };

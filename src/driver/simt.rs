@@ -242,19 +242,22 @@ impl SimtDriver {
             // SAFETY: device ranges are checked by the layer; host sources outlive the call or, in a
             // graph, are pinned buffers that the caller keeps.
             Call::Copy { dst, src, bytes } => self.check(unsafe { (self.api.memcpy)(dst.0, *src, *bytes) }),
-            // SAFETY: the range is checked by the layer.
             Call::Fill { dst, value, bytes } => {
+                // SAFETY: the range is checked by the layer.
                 self.check(unsafe { (self.api.memset)(dst.0, c_int::from(*value), *bytes) })
             }
         }
     }
 
-    fn run_kernel(&self, launch: &Launch, params: &[&[u8]]) -> Result<(), DriverError> {
-        let name = self.state().names.get(&launch.function.0).cloned().unwrap_or_default();
+    fn name(&self, function: Function) -> String {
+        self.state().names.get(&function.0).cloned().unwrap_or_default()
+    }
+
+    fn check_params(&self, launch: &Launch, params: &[&[u8]]) -> Result<(), DriverError> {
         let function = launch.function.0 as *const c_void;
+        let wrong = |reason| DriverError::Parameters { kernel: self.name(launch.function), reason };
         // SAFETY: a `Function` of this driver is a kernel of the loaded library.
         let declared = unsafe { (self.api.param_count)(function) };
-        let wrong = |reason: String| DriverError::Parameters { kernel: name.clone(), reason };
         if declared as usize != params.len() {
             return Err(wrong(format!("{} parameters given, {declared} declared", params.len())));
         }
@@ -268,15 +271,18 @@ impl SimtDriver {
                 )));
             }
         }
+        Ok(())
+    }
+
+    /// Runs a kernel whose parameters were checked.
+    fn run_kernel(&self, launch: &Launch, params: &[&[u8]]) -> Result<(), DriverError> {
+        let function = launch.function.0 as *const c_void;
         let mut pointers: Vec<*mut c_void> = params.iter().map(|p| p.as_ptr() as *mut c_void).collect();
         let geometry: Vec<u32> = [launch.grid, launch.block, launch.cluster].concat();
         let _one = self.running.lock().unwrap_or_else(PoisonError::into_inner);
-        self.instruments.launched(&name, launch, || {
-            let (shared, params) = (launch.shared, pointers.as_mut_ptr());
-            // SAFETY: every parameter has the declared size; the layer copies them and checks the kernel's accesses.
-            let result = unsafe { (self.api.launch)(function, geometry.as_ptr(), shared, params) };
-            self.check(result).map(|()| ((), None))
-        })
+        let params = pointers.as_mut_ptr();
+        // SAFETY: every parameter has the declared size; the layer copies them and checks the kernel's accesses.
+        self.check(unsafe { (self.api.launch)(function, geometry.as_ptr(), launch.shared, params) })
     }
 }
 
@@ -523,7 +529,13 @@ impl Driver for SimtDriver {
     }
 
     fn launch(&self, launch: &Launch, params: &[&[u8]]) -> Result<(), DriverError> {
+        self.check_params(launch, params)?;
         let record = || Call::Launch { launch: *launch, params: params.iter().map(|p| p.to_vec()).collect() };
-        if self.captured(launch.stream, record) { Ok(()) } else { self.run_kernel(launch, params) }
+        self.instruments.launched(&self.name(launch.function), launch, || {
+            if !self.captured(launch.stream, record) {
+                self.run_kernel(launch, params)?;
+            }
+            Ok(((), None))
+        })
     }
 }

@@ -1,8 +1,8 @@
-//! Compilers for kernels: a C++ compiler for the SIMT layer, nvcc for the device.
+//! Compiling kernels: what nvcc ([`nvcc`](super::nvcc)) and the C++ compiler of the SIMT layer share, and the latter.
 //!
-//! Used by the build script and, for kernels from a folder (`--kernels-dir`),
-//! at run time. Every object is kept under a name that holds the hash of
-//! everything it was made from, so that nothing is compiled twice.
+//! Used by the build script and, for kernels from a folder, at run time. Every
+//! object is kept under a name that holds the hash of everything it was made
+//! from, so that nothing is compiled twice.
 
 use std::collections::hash_map::DefaultHasher;
 use std::ffi::OsString;

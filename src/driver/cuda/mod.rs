@@ -376,6 +376,10 @@ impl Driver for CudaDriver {
 
     fn trim(&self) -> Result<(), DriverError> {
         self.context.enter()?;
+        if !self.state().capturing.is_empty() {
+            let reason = "a stream records a graph, which a wait for the device would spoil".into();
+            return Err(DriverError::Invalid { what: "trim", reason });
+        }
         // Only memory whose release has happened can go back.
         self.instruments.synced();
         // SAFETY: a context is current.
@@ -425,8 +429,8 @@ impl Driver for CudaDriver {
             return Err(DriverError::Invalid { what: "upload", reason });
         };
         self.instruments.copied_up(bytes);
-        // SAFETY: the device range is allocated; the caller keeps the source until the stream has passed,
-        // and freeing page-locked memory waits for copies out of it.
+        // SAFETY: the device range is allocated; the source is page-locked and only read. A caller that
+        // changes or drops it too early spoils the copy, not the host.
         unsafe { cu!(cuMemcpyHtoDAsync_v2(dst.0, src.as_ptr().cast(), bytes, queue)) }
     }
 

@@ -128,7 +128,10 @@ fn check(desc: &TensorMapDesc) -> Result<(), String> {
         Swizzle::B64 => 64,
         Swizzle::B128 => 128,
     };
-    if desc.box_extents[..boxes].iter().any(|n| *n == 0 || *n > 256) || inner % 16 != 0 || inner > span {
+    if desc.box_extents[..boxes].iter().any(|n| *n == 0 || *n > 256)
+        || !inner.is_multiple_of(16)
+        || inner > span
+    {
         return Err(format!(
             "box extents must be 1 to 256, the innermost {inner} bytes a multiple of 16 within the swizzle"
         ));
