@@ -234,43 +234,103 @@ void fence_proxy_async() {
     f->proxy_clock = f->clock[f->linear]++;
 }
 
-// ---- "cp.async.bulk.tensor", tiled mode, 2D; "Swizzling modes" ---------------------------------------------------------
-// What cuTensorMapEncodeTiled would fill: simt_tensor_map_2d below.
+// ---- "cp.async.bulk.tensor", tiled and im2col mode; "Swizzling modes" --------------------------------------------------
 namespace {
 constexpr uint64_t kTensorMap = 0x70616d726f736e74;
-struct Map2D {
+struct Map {  // what cuTensorMapEncode* would fill: simt_tensor_map below
     uint64_t magic;
     const uint8_t* base;
-    uint64_t width, height, pitch;  // elements, elements, bytes
-    uint32_t box_w, box_h, elem, swizzle;  // swizzle: 0 none, 3 = 128 bytes
+    uint64_t strides[4];             // bytes, of all dimensions but the innermost
+    uint32_t extents[5];             // elements; im2col: C, W, H, N
+    uint16_t boxes[5], pixels;       // im2col: boxes[0] channels of `pixels` pixels
+    int16_t lower[2], upper[2];      // im2col, along W, H: corners of the bounding box from the tensor's first, last pixel
+    uint8_t step[2];                 // im2col, along W, H
+    uint8_t rank, elem, swizzle, im2col;  // swizzle: bytes
 };
-static_assert(sizeof(Map2D) <= 128);
-// The 128-byte swizzle XORs address bits 4-6 with bits 7-9.
-uint32_t swizzle128(uint32_t addr) { return addr ^ (addr >> 3 & 0x70); }
-}  // namespace
-void tma_load_2d(void* dst, const void* map, int x, int y, uint64_t* bar, Loc at) {
-    Map2D m;
+static_assert(sizeof(Map) <= 128);
+// The swizzle of S bytes XORs the 16-byte piece's number within S bytes with the number of the 128-byte line.
+uint32_t swizzled(uint32_t addr, uint32_t bytes) { return bytes ? addr ^ ((addr >> 7 & (bytes / 16 - 1)) << 4) : addr; }
+
+// A copy that fills shared memory from `to` on, one row of boxes[0] elements after the other.
+struct Filling {
+    const Map& map;
+    uint32_t to;
+    Bulk bulk;
+    Loc at;
+
+    // A row whose first element lies at `coordinate`, one number a dimension.
+    void row(const int64_t* coordinate) {
+        bool inside = true;
+        const uint8_t* line = map.base;
+        for (int d = 1; d < map.rank; d++) {
+            inside &= coordinate[d] >= 0 && coordinate[d] < int64_t(map.extents[d]);
+            line += coordinate[d] * int64_t(map.strides[d - 1]);
+        }
+        for (uint32_t x = 0; x < map.boxes[0]; x += 16 / map.elem, to += 16) {
+            const int64_t first = coordinate[0] + x;  // extents are multiples of 16 bytes here, so a piece is in or out as a whole
+            const uint8_t* from = inside && first >= 0 && first < int64_t(map.extents[0]) ? line + first * map.elem : nullptr;
+            if (first * map.elem % 16) fault(at, "cp.async.bulk.tensor: only multiples of 16 bytes are emulated along the innermost dimension");
+            if (from) check_global(from, 16, "cp.async.bulk.tensor", at);
+            const uint32_t place = swizzled(to, map.swizzle);
+            memset(smem_access(place, 16, check::Issue, at), kPoison, 16);
+            if (check::on && from) check::access(from, 16, check::Read, check::site(at));
+            bulk.chunks.push_back({place, from});
+        }
+    }
+};
+Filling start(Map& m, void* dst, const void* map, uint64_t* bar, bool im2col, uint32_t rank, Loc at) {
     memcpy(&m, map, sizeof m);
     if (m.magic != kTensorMap) fault(at, "cp.async.bulk.tensor: not a tensor map");
+    if (m.rank != rank || bool(m.im2col) != im2col)
+        fault(at, "cp.async.bulk.tensor: a %uD %s copy with a map of %uD %s", rank, im2col ? "im2col" : "tiled", m.rank, m.im2col ? "im2col" : "tiled");
     if (!mbarrier(bar, at).fenced) fault(at, "cp.async.bulk.tensor: its mbarrier was not made visible by fence.mbarrier_init");
-    uint32_t addr = simt::smem_u32(dst, at);
-    if (addr % (m.swizzle ? 1024 : 128)) fault(at, "cp.async.bulk.tensor: destination %#x is not %d-byte aligned", addr, m.swizzle ? 1024 : 128);
-    Bulk bulk{{}, bar, at, {}, me()->linear};
-    const uint32_t row = m.box_w * m.elem;
-    for (uint32_t r = 0; r < m.box_h; r++)
-        for (uint32_t c = 0; c < row; c += 16) {
-            uint32_t to = addr + r * row + c;
-            if (m.swizzle) to = swizzle128(to);
-            int64_t gx = x + int64_t(c / m.elem), gy = y + int64_t(r);
-            bool in = gx >= 0 && gy >= 0 && gx < (int64_t)m.width && gy < (int64_t)m.height;  // widths are multiples of 16 bytes here
-            const uint8_t* from = in ? m.base + gy * m.pitch + gx * m.elem : nullptr;
-            if (from) check_global(from, 16, "cp.async.bulk.tensor", at);
-            memset(smem_access(to, 16, check::Issue, at), kPoison, 16);
-            if (check::on && from) check::access(from, 16, check::Read, check::site(at));
-            bulk.chunks.push_back({to, from});
+    const uint32_t addr = simt::smem_u32(dst, at), align = m.swizzle ? 8 * m.swizzle : 128;
+    if (addr % align) fault(at, "cp.async.bulk.tensor: destination %#x is not %u-byte aligned", addr, align);
+    return {m, addr, {{}, bar, at, {}, me()->linear}, at};
+}
+void issue(Filling& f) {
+    check::release(f.bulk.clock);
+    block().bulk.push_back(std::move(f.bulk));
+}
+}  // namespace
+void tma_load(void* dst, const void* map, uint32_t rank, const int* at_element, uint64_t* bar, Loc at) {
+    Map m;
+    Filling f = start(m, dst, map, bar, false, rank, at);
+    uint32_t i[5] = {};
+    for (bool more = true; more;) {
+        int64_t coordinate[5];
+        for (uint32_t d = 0; d < rank; d++) coordinate[d] = int64_t(at_element[d]) + i[d];
+        f.row(coordinate);
+        more = false;
+        for (uint32_t d = 1; d < rank && !more; d++) {
+            more = ++i[d] < m.boxes[d];
+            if (!more) i[d] = 0;
         }
-    check::release(bulk.clock);
-    block().bulk.push_back(std::move(bulk));
+    }
+    issue(f);
+}
+// "im2col mode": pixels are taken along W, then H, then N, within the bounding box; the offsets move what is read, not the walk.
+void tma_load_im2col(void* dst, const void* map, const int* at_element, const int* offsets, uint64_t* bar, Loc at) {
+    Map m;
+    Filling f = start(m, dst, map, bar, true, 4, at);
+    int64_t place[3] = {at_element[1], at_element[2], at_element[3]};  // W, H, N
+    for (int d = 0; d < 2; d++) {
+        const int64_t last = int64_t(m.extents[1 + d]) - 1 + m.upper[d];
+        if (place[d] < m.lower[d] || place[d] > last)
+            fault(at, "im2col: pixel %ld along %c is not in the bounding box %d to %ld", long(place[d]), "WH"[d], m.lower[d], long(last));
+        if (offsets[d] < 0 || offsets[d] > 255) fault(at, "im2col: offset %d is not 0 to 255", offsets[d]);
+    }
+    for (uint32_t p = 0; p < m.pixels; p++) {
+        const int64_t coordinate[4] = {at_element[0], place[0] + offsets[0], place[1] + offsets[1], place[2]};
+        f.row(coordinate);
+        for (int d = 0; d < 2; d++) {
+            place[d] += m.step[d];
+            if (place[d] <= int64_t(m.extents[1 + d]) - 1 + m.upper[d]) break;
+            place[d] = m.lower[d];
+            if (d == 1) place[2]++;
+        }
+    }
+    issue(f);
 }
 }  // namespace ptx
 
@@ -287,13 +347,27 @@ void simt::deliver(Bulk& b) {
 }
 
 extern "C" int simt_tensor_map(void* out, const simt_map_desc* d) {
-    // The rules of cuTensorMapEncodeTiled that hold for this case.
-    if (d->rank != 2 || d->is_im2col) return 1;
-    const uint32_t elem = d->element_bytes, box_w = d->boxes[0], box_h = d->boxes[1], swizzle = d->swizzle_bytes;
-    const uint64_t width = d->extents[0], height = d->extents[1], pitch = d->strides[0];
-    if (d->base % 16 || pitch % 16 || box_w * elem % 16 || box_w > 256 || box_h > 256 || width * elem % 16) return 1;
-    if ((swizzle != 0 && swizzle != 128) || (swizzle == 128 && box_w * elem != 128)) return 1;
-    ptx::Map2D m{ptx::kTensorMap, reinterpret_cast<const uint8_t*>(d->base), width, height, pitch, box_w, box_h, elem, swizzle ? 3u : 0u};
+    // The rules of cuTensorMapEncodeTiled and cuTensorMapEncodeIm2col that hold here, and two of this layer: the innermost
+    // extent is a multiple of 16 bytes, and a swizzled box is as wide as its swizzle.
+    ptx::Map m{};
+    const uint32_t elem = d->element_bytes, swizzle = d->swizzle_bytes, rank = d->rank;
+    if (rank < 1 || rank > 5 || d->base % 16 || d->extents[0] * elem % 16 || d->boxes[0] * elem % 16) return 1;
+    if (swizzle && (swizzle > 128 || swizzle < 32 || swizzle & (swizzle - 1) || d->boxes[0] * elem != swizzle)) return 1;
+    m.magic = ptx::kTensorMap, m.base = reinterpret_cast<const uint8_t*>(d->base);
+    m.rank = rank, m.elem = elem, m.swizzle = swizzle, m.im2col = d->is_im2col != 0, m.pixels = d->pixels;
+    for (uint32_t i = 0; i < rank; i++) {
+        if (!d->extents[i] || d->extents[i] > 1ull << 32 || !d->boxes[i] || d->boxes[i] > 256) return 1;
+        if (i && (d->strides[i - 1] % 16 || d->strides[i - 1] >= 1ull << 40)) return 1;
+        m.extents[i] = uint32_t(d->extents[i]), m.boxes[i] = d->boxes[i];
+        if (i) m.strides[i - 1] = d->strides[i - 1];
+    }
+    if (m.im2col) {
+        if (rank != 4 || !d->pixels || d->pixels > 1024) return 1;
+        for (int i = 0; i < 2; i++) {
+            if (d->lower[i] < -128 || d->lower[i] > 127 || d->upper[i] < -128 || d->upper[i] > 127 || !d->pixel_stride[i] || d->pixel_stride[i] > 8) return 1;
+            m.lower[i] = d->lower[i], m.upper[i] = d->upper[i], m.step[i] = d->pixel_stride[i];
+        }
+    }
     memset(out, 0, 128);
     memcpy(out, &m, sizeof m);
     return 0;
@@ -307,22 +381,22 @@ WarpGroup& group() { return block().groups[me()->linear / 128]; }
 
 // "Matrix descriptor format": bits 0-13 start address >> 4, 32-45 stride byte offset >> 4, 62-63 swizzle (1: 128 bytes).
 // Row r of a K-major operand lies in the 8-row group r/8; the swizzle applies to the final address.
-void operand(uint64_t desc, int rows, float* out, Loc at) {  // [rows][16]
+void operand(uint64_t desc, int rows, bool bf16, float* out, Loc at) {  // [rows][16]
     if (desc >> 62 != 1) fault(at, "wgmma: only the 128-byte swizzle is emulated");
     uint32_t start = (desc & 0x3fff) << 4, stride = (desc >> 32 & 0x3fff) << 4;
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < 2; c++) {
-            uint32_t addr = swizzle128(start + r / 8 * stride + r % 8 * 128 + c * 16);
+            uint32_t addr = swizzled(start + r / 8 * stride + r % 8 * 128 + c * 16, 128);
             uint16_t e[8];
             memcpy(e, smem_access(addr, 16, check::AsyncRead, at), 16);
-            halves_to_floats(e, out + r * 16 + c * 8, 8, false);
+            halves_to_floats(e, out + r * 16 + c * 8, 8, bf16);
         }
 }
 // "Register fragments for wgmma.mma_async.m64nNk16": thread t holds D[16*(t/32) + t%32/4 + 8*(i/2%2)][8*(i/4) + 2*(t%4) + i%2].
 void execute(const Wgmma& w, float* acc) {  // acc[64][n]
     float a[64 * 16], b[256 * 16];
-    operand(w.a, 64, a, w.at);
-    operand(w.b, w.n, b, w.at);
+    operand(w.a, 64, w.bf16, a, w.at);
+    operand(w.b, w.n, w.bf16, b, w.at);
     if (!w.accumulate) std::fill(acc, acc + 64 * w.n, 0.0f);
     for (int j = 0; j < w.n; j += 8) {
         Row bt[16];
@@ -349,8 +423,8 @@ template <class F> void each_register(int n, F f) {
 void wgmma_fence(Loc at) {
     warpgroup_collective("wgmma.fence", nullptr, [](void* const*, unsigned) { group().fenced = true; }, at);
 }
-void wgmma(float* d, int n, uint64_t a, uint64_t b, bool accumulate, Loc at) {
-    Wgmma arg{{d}, n, a, b, accumulate, at};
+void wgmma(float* d, int n, uint64_t a, uint64_t b, bool accumulate, bool bf16, Loc at) {
+    Wgmma arg{{d}, n, a, b, accumulate, bf16, at};
     warpgroup_collective("wgmma.mma_async", &arg, [](void* const* args, unsigned) {
         WarpGroup& g = group();
         Wgmma w = *static_cast<Wgmma*>(args[0]);
