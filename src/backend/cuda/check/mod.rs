@@ -6,6 +6,7 @@
 //! run under the SIMT layer in CI and on a GPU with `kiln check`.
 
 mod attention;
+mod attention_sm90;
 mod context;
 mod elementwise;
 
@@ -51,6 +52,7 @@ pub fn cases() -> Vec<Case> {
     let mut all = Vec::new();
     all.extend(elementwise::cases());
     all.extend(attention::cases());
+    all.extend(attention_sm90::cases());
     all
 }
 

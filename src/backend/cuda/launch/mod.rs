@@ -4,4 +4,5 @@
 //! what its kernels assume, chooses kernel and geometry, and queues the launch.
 
 pub mod attention;
+pub mod attention_sm90;
 pub mod elementwise;
