@@ -40,7 +40,8 @@ constexpr float kSlack = 8;        // how far, in powers of two, scores may exce
 constexpr float kFloor = -1e30f;   // the reference maximum before the first tile
 
 template <int kDim_, int kKeys_, int kStages_> struct Config {
-    static constexpr int kDim = kDim_, kWidth = kDim_, kKeys = kKeys_, kStages = kStages_;
+    static constexpr int kDim = kDim_, kKeys = kKeys_, kStages = kStages_;
+    static constexpr int kWidth = kDim;                   // of p v: kDim, or whole panels
     static constexpr int kSteps = (kDim + 15) / 16;       // of 16 along the depth of q k^T
     static constexpr int kPanels = (kDim + kPanel - 1) / kPanel;
     static constexpr bool kUsePolynomial = kDim <= 64;

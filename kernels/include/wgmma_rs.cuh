@@ -84,7 +84,9 @@ template <class T, int N> struct WgmmaRegisterA;
     WGMMA_RS(T, type, 128, WGMMA_Q0 "," WGMMA_Q20 "," WGMMA_Q32 "," WGMMA_Q40 "," WGMMA_Q48, WGMMA_RS_D64(0),                \
              64, 65, 66, 67, 68, 69, 70)                                                                                  \
     WGMMA_RS(T, type, 160, WGMMA_Q0 "," WGMMA_Q20 "," WGMMA_Q32 "," WGMMA_Q40 "," WGMMA_Q48 "," WGMMA_Q64,                \
-             WGMMA_RS_LIST(WGMMA_RS_D64(0), WGMMA_RS_D16(64)), 80, 81, 82, 83, 84, 85, 86)
+             WGMMA_RS_LIST(WGMMA_RS_D64(0), WGMMA_RS_D16(64)), 80, 81, 82, 83, 84, 85, 86)                                \
+    WGMMA_RS(T, type, 192, WGMMA_Q0 "," WGMMA_Q20 "," WGMMA_Q32 "," WGMMA_Q40 "," WGMMA_Q48 "," WGMMA_Q64 "," WGMMA_Q80,  \
+             WGMMA_RS_LIST(WGMMA_RS_D64(0), WGMMA_RS_D32(64)), 96, 97, 98, 99, 100, 101, 102)
 WGMMA_RS_ALL(__half, "f16")
 WGMMA_RS_ALL(__nv_bfloat16, "bf16")
 #endif

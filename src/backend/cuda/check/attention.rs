@@ -51,8 +51,7 @@ impl Spec {
 
     fn name(&self) -> String {
         let Self { element, batch, heads, dim, queries, keys, .. } = *self;
-        let mut name =
-            format!("_{} b{batch} h{heads} d{dim} q{queries} k{keys}", element.suffix());
+        let mut name = format!("_{} b{batch} h{heads} d{dim} q{queries} k{keys}", element.suffix());
         if self.key_batch != batch {
             name += &format!(" of {} samples", self.key_batch);
         }
