@@ -9,8 +9,21 @@ use crate::backend::cuda::{CudaError, Element, Gpu};
 
 const DIMS: [usize; 5] = [40, 64, 80, 128, 160];
 
-/// Batch, heads, head dim, queries and keys of layers that attention's own cases do not have.
-const LAYERS: [[usize; 5]; 3] = [[1, 24, 128, 4352, 4352], [1, 24, 64, 4250, 4250], [8, 10, 64, 4096, 77]];
+/// Batch, heads, head dim, queries and keys of real layers: SD1.5 at 512², SDXL at 1024², diffusion transformers.
+const LAYERS: [[usize; 5]; 12] = [
+    [2, 8, 40, 4096, 4096],
+    [2, 8, 40, 4096, 77],
+    [2, 8, 80, 1024, 1024],
+    [2, 8, 80, 1024, 77],
+    [2, 8, 160, 256, 256],
+    [2, 8, 160, 64, 64],
+    [2, 10, 64, 4096, 4096],
+    [2, 10, 64, 4096, 77],
+    [2, 20, 64, 1024, 1024],
+    [2, 20, 64, 1024, 77],
+    [1, 24, 64, 4250, 4250],
+    [1, 24, 128, 4352, 4352],
+];
 
 pub(super) fn cases() -> Vec<Case> {
     let mut specs = Vec::new();
