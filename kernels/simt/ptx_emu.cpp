@@ -392,11 +392,42 @@ void operand(uint64_t desc, int rows, bool bf16, float* out, Loc at) {  // [rows
             halves_to_floats(e, out + r * 16 + c * 8, 8, bf16);
         }
 }
+// An MN-major operand (imm-trans 1) with a swizzle of W bytes: k lies along rows of W bytes, W/2 columns in a row; 8 rows
+// (k) are an atom, the next 8 k follow at the stride offset, the next W/2 columns at the leading offset.
+void operand_mn_major(uint64_t desc, int columns, bool bf16, float* out, Loc at) {  // [columns][16]
+    static constexpr uint32_t widths[4] = {0, 128, 64, 32};
+    const uint32_t width = widths[desc >> 62], start = (desc & 0x3fff) << 4, leading = (desc >> 16 & 0x3fff) << 4, stride = (desc >> 32 & 0x3fff) << 4;
+    if (!width) fault(at, "wgmma: an MN-major operand without swizzle is not emulated");
+    if (start % (8 * width) || leading % (8 * width) || stride % (8 * width))
+        fault(at, "wgmma: start %#x, leading offset %u or stride offset %u of an MN-major operand is no multiple of the swizzle's %u bytes", start, leading, stride, 8 * width);
+    for (int k = 0; k < 16; k++)
+        for (int c = 0; c < columns; c += 8) {
+            const uint32_t byte = c * 2, addr = start + byte / width * leading + k / 8 * stride + k % 8 * width + byte % width;
+            uint16_t e[8];
+            float f[8];
+            memcpy(e, smem_access(swizzled(addr, width), 16, check::AsyncRead, at), 16);
+            halves_to_floats(e, f, 8, bf16);
+            for (int i = 0; i < 8; i++) out[(c + i) * 16 + k] = f[i];
+        }
+}
+// "Register fragments for wgmma.mma_async.m64nNk16", operand A: warp w holds rows 16w to 16w+15 as for mma.m16n8k16.
+void operand_registers(const Wgmma& w, float* out) {  // [64][16]
+    uint32_t rows[64][8];
+    for (int t = 0; t < 128; t++) {
+        const uint32_t* r = w.registers->r[t];
+        if (memcmp(r, w.registers->issued[t], 16)) fault(w.at, "wgmma: thread %d changed its registers of operand A before the wait", t);
+        const int row = 16 * (t / 32) + t % 32 / 4, c = t % 4;
+        rows[row][c] = r[0], rows[row + 8][c] = r[1], rows[row][c + 4] = r[2], rows[row + 8][c + 4] = r[3];
+    }
+    halves_to_floats(rows, out, 1024, w.bf16);
+}
 // "Register fragments for wgmma.mma_async.m64nNk16": thread t holds D[16*(t/32) + t%32/4 + 8*(i/2%2)][8*(i/4) + 2*(t%4) + i%2].
 void execute(const Wgmma& w, float* acc) {  // acc[64][n]
     float a[64 * 16], b[256 * 16];
-    operand(w.a, 64, w.bf16, a, w.at);
-    operand(w.b, w.n, w.bf16, b, w.at);
+    if (w.registers) operand_registers(w, a);
+    else operand(w.a, 64, w.bf16, a, w.at);
+    if (w.b_mn_major) operand_mn_major(w.b, w.n, w.bf16, b, w.at);
+    else operand(w.b, w.n, w.bf16, b, w.at);
     if (!w.accumulate) std::fill(acc, acc + 64 * w.n, 0.0f);
     for (int j = 0; j < w.n; j += 8) {
         Row bt[16];
@@ -423,16 +454,20 @@ template <class F> void each_register(int n, F f) {
 void wgmma_fence(Loc at) {
     warpgroup_collective("wgmma.fence", nullptr, [](void* const*, unsigned) { group().fenced = true; }, at);
 }
-void wgmma(float* d, int n, uint64_t a, uint64_t b, bool accumulate, bool bf16, Loc at) {
-    Wgmma arg{{d}, n, a, b, accumulate, bf16, at};
+namespace {
+void issue(Wgmma& arg, Loc at) {
     warpgroup_collective("wgmma.mma_async", &arg, [](void* const* args, unsigned) {
         WarpGroup& g = group();
         Wgmma w = *static_cast<Wgmma*>(args[0]);
         if (!g.fenced) fault(w.at, "wgmma.mma_async without wgmma.fence since the registers were last used");
+        if (w.register_a) w.registers = std::make_shared<WgmmaRegisterA>();
         for (int t = 0; t < 128; t++) {
             const Wgmma& o = *static_cast<Wgmma*>(args[t]);
             if (o.a != w.a || o.b != w.b || o.accumulate != w.accumulate) fault(w.at, "wgmma: operands differ between threads 0 and %d of the warpgroup", t);
             w.d[t] = o.d[0];
+            if (!w.registers) continue;
+            w.registers->r[t] = o.register_a;
+            memcpy(w.registers->issued[t], o.register_a, 16);
         }
         if (!find(g, w)) {
             g.hidden.push_back({w, std::vector<float>(64 * w.n)});
@@ -441,6 +476,15 @@ void wgmma(float* d, int n, uint64_t a, uint64_t b, bool accumulate, bool bf16, 
         }
         g.open.push_back(w);
     }, at);
+}
+}  // namespace
+void wgmma(float* d, int n, uint64_t a, uint64_t b, bool accumulate, bool bf16, Loc at) {
+    Wgmma arg{{d}, n, a, b, accumulate, bf16, at};
+    issue(arg, at);
+}
+void wgmma_register_a(float* d, int n, const uint32_t* a, uint64_t b, bool b_mn_major, bool accumulate, bool bf16, Loc at) {
+    Wgmma arg{{d}, n, 0, b, accumulate, bf16, at, b_mn_major, a};
+    issue(arg, at);
 }
 void wgmma_commit(Loc at) {
     warpgroup_collective("wgmma.commit_group", nullptr, [](void* const*, unsigned) {

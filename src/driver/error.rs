@@ -40,6 +40,8 @@ pub enum DriverError {
         requested: usize,
         /// Bytes free.
         free: u64,
+        /// Bytes that this driver has in use.
+        in_use: usize,
     },
     /// Parameters that do not fit the kernel.
     #[error("kernel {kernel}: {reason}")]

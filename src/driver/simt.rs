@@ -321,7 +321,7 @@ impl Driver for SimtDriver {
         let mut state = self.state();
         let free = self.info.memory.saturating_sub(state.in_use);
         if self.instruments.is_failing() || bytes as u64 > free {
-            return Err(DriverError::OutOfMemory { requested: bytes, free });
+            return Err(DriverError::OutOfMemory { requested: bytes, free, in_use: state.in_use as usize });
         }
         // SAFETY: no preconditions; the limit above keeps the size within the layer's reserve.
         let ptr = unsafe { (self.api.alloc)(bytes) };

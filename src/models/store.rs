@@ -78,6 +78,14 @@ impl Opened {
         self.checkpoint.as_ref().ok_or_else(|| self.lacks(what))
     }
 
+    /// Whether nobody else holds the file or one of its networks.
+    fn is_idle(self: &Arc<Self>) -> bool {
+        fn unused<T>(cell: &OnceLock<Arc<T>>) -> bool {
+            cell.get().is_none_or(|part| Arc::strong_count(part) == 1)
+        }
+        Arc::strong_count(self) == 1 && unused(&self.unet) && unused(&self.clip) && unused(&self.vae)
+    }
+
     fn clip_config(&self) -> Result<ClipConfig, ModelError> {
         self.checkpoint("text encoder")?.clip.clone().ok_or_else(|| self.lacks("text encoder"))
     }
@@ -165,6 +173,16 @@ impl ModelFile {
         self.part(|o| &o.vae, Opened::vae_config, |c| c.prefix.clone(), |p| &p.vae, Vae::load)
     }
 
+    /// Unloads unless a network of the file is at work. Returns whether it did.
+    fn unload_if_idle(&self) -> bool {
+        let Ok(mut slot) = self.opened.try_lock() else { return false };
+        let is_idle = slot.as_ref().is_some_and(|opened| opened.is_idle());
+        if is_idle {
+            *slot = None;
+        }
+        is_idle
+    }
+
     /// Drops the memory map and all packed weights; they come back on the next use.
     fn unload(&self) {
         *lock(&self.opened) = None;
@@ -175,13 +193,21 @@ impl ModelFile {
 pub struct ModelStore {
     placement: Placement,
     options: OpenOptions,
-    files: Mutex<HashMap<ModelSource, Arc<ModelFile>>>,
+    files: Arc<Mutex<HashMap<ModelSource, Arc<ModelFile>>>>,
 }
 
 impl ModelStore {
     /// An empty store.
     pub fn new(placement: Placement, options: OpenOptions) -> Self {
-        Self { placement, options, files: Mutex::default() }
+        let files = Arc::<Mutex<HashMap<ModelSource, Arc<ModelFile>>>>::default();
+        let known = Arc::downgrade(&files);
+        placement.diffusion.on_pressure(Arc::new(move || {
+            let Some(files) = known.upgrade() else { return false };
+            // The files may be locked further up this thread's own stack.
+            let Ok(files) = files.try_lock() else { return false };
+            files.values().map(|file| file.unload_if_idle()).fold(false, |any, freed| any | freed)
+        }));
+        Self { placement, options, files }
     }
 
     /// The backends that models run on.

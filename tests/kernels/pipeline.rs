@@ -36,7 +36,8 @@ fn cpu() -> Placement {
 
 /// An engine that writes below `folder`.
 fn engine(placement: Placement, folder: &Path) -> Arc<Engine> {
-    let folders = Folders::open(&FolderOptions { base: folder.to_owned(), ..FolderOptions::default() }).unwrap();
+    let folders =
+        Folders::open(&FolderOptions { base: folder.to_owned(), ..FolderOptions::default() }).unwrap();
     let services = Services {
         folders: Arc::new(folders),
         models: Arc::new(ModelStore::new(placement, OpenOptions::default())),

@@ -22,23 +22,39 @@ pub struct Shared {
     pub(super) weights: Arc<WeightMemory>,
     pub(super) uploader: Uploader,
     recorder: Recorder,
-    pub(super) pressure: Arc<Mutex<Option<PressureHook>>>,
+    pressure: Mutex<Option<PressureHook>>,
 }
 
 impl Shared {
     /// A device in use; at most `memory_limit` bytes of activations.
     pub fn new(gpu: Arc<Gpu>, memory_limit: Option<usize>) -> Arc<Self> {
-        let (usage, pressure) = (Arc::<Usage>::default(), Arc::<Mutex<_>>::default());
-        let pool = || Pool::new(gpu.clone(), usage.clone(), memory_limit, pressure.clone());
-        Arc::new(Self {
+        let usage = Arc::<Usage>::default();
+        let pool = || Pool::new(gpu.clone(), usage.clone(), memory_limit);
+        let shared = Arc::new(Self {
             pool: pool(),
             recorder: Recorder::new(gpu.clone(), pool()),
             weights: WeightMemory::new(gpu.clone(), usage.clone()),
             uploader: Uploader::new(),
+            pressure: Mutex::default(),
             gpu: gpu.clone(),
             usage,
-            pressure,
-        })
+        });
+        let relieved = Arc::downgrade(&shared);
+        gpu.set_relief(Arc::new(move || {
+            if let Some(shared) = relieved.upgrade() {
+                shared.relieve();
+            }
+        }));
+        shared
+    }
+
+    /// Lets go of cached memory, recordings and idle models.
+    fn relieve(&self) {
+        let hook = self.pressure.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let freed = hook.is_some_and(|hook| hook());
+        tracing::debug!(freed, "idle models were asked to go");
+        self.recorder.clear();
+        self.pool.trim();
     }
 
     /// The device.
@@ -53,7 +69,7 @@ impl Shared {
 
     /// Memory for a weight, or for its stored form while it is packed.
     pub(super) fn lend_weight(&self, bytes: usize) -> Result<buffer::DeviceBuffer, TensorError> {
-        self.weights.lend(bytes, &self.pressure, || self.trim())
+        self.weights.lend(bytes)
     }
 
     /// Memory for an activation.

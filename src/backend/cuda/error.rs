@@ -23,6 +23,9 @@ impl From<CudaError> for TensorError {
     fn from(error: CudaError) -> Self {
         match error {
             CudaError::Unsupported { op, reason } => Self::Unsupported { op, what: reason },
+            CudaError::Driver(DriverError::OutOfMemory { requested, in_use, .. }) => {
+                Self::OutOfMemory { bytes: requested, in_use }
+            }
             CudaError::Driver(error) => Self::Device(error.to_string()),
         }
     }

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::CudaError;
-use crate::driver::{DevicePtr, Driver, Launch, Stream};
+use crate::driver::{DevicePtr, Driver, DriverError, Launch, Stream};
 
 /// Names a kernel: the kernel file's stem and the function.
 #[derive(Clone, Debug)]
@@ -44,7 +44,11 @@ pub struct Gpu {
     driver: Arc<dyn Driver>,
     stream: Stream,
     workspace: Mutex<Workspace>,
+    relief: Mutex<Option<Relief>>,
 }
+
+/// Called when the device is full: lets go of what can be had again.
+pub type Relief = Arc<dyn Fn() + Send + Sync>;
 
 #[derive(Default)]
 struct Workspace {
@@ -58,7 +62,7 @@ impl Gpu {
     /// Takes a driver into use.
     pub fn new(driver: Arc<dyn Driver>) -> Result<Self, CudaError> {
         let stream = driver.create_stream()?;
-        Ok(Self { driver, stream, workspace: Mutex::default() })
+        Ok(Self { driver, stream, workspace: Mutex::default(), relief: Mutex::default() })
     }
 
     /// The driver.
@@ -98,13 +102,34 @@ impl Gpu {
         Ok(self.driver.launch(&launch, params)?)
     }
 
+    /// Whom to ask when the device is full.
+    pub fn set_relief(&self, relief: Relief) {
+        *self.relief.lock().unwrap_or_else(PoisonError::into_inner) = Some(relief);
+    }
+
+    /// Device memory; if the device is full, caches and idle models are let go, and it is asked once more.
+    pub fn allocate(&self, bytes: usize) -> Result<DevicePtr, DriverError> {
+        let ask = || self.driver.alloc(bytes, self.stream);
+        match ask() {
+            Err(DriverError::OutOfMemory { .. }) => {}
+            answer => return answer,
+        }
+        let relief = self.relief.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if let Some(relief) = relief {
+            relief();
+        }
+        self.driver.trim()?;
+        tracing::info!(bytes, "device memory is short: caches and idle models were let go");
+        ask()
+    }
+
     /// Scratch memory of at least `bytes`, the same for every launch: work on the
     /// stream is in order, so a launcher may use all of it until the kernels it
     /// queues are done. Its content is undefined.
     pub fn workspace(&self, bytes: usize) -> Result<DevicePtr, CudaError> {
         let mut workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
         if workspace.bytes < bytes {
-            let ptr = self.driver.alloc(bytes, self.stream)?;
+            let ptr = self.allocate(bytes)?;
             if !workspace.ptr.is_null() {
                 let old = workspace.ptr;
                 workspace.outgrown.push(old);

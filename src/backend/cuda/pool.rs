@@ -9,9 +9,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::{CudaError, Gpu};
-use crate::driver::{DevicePtr, DriverError};
+use crate::driver::DevicePtr;
 use crate::tensor::buffer::{DeviceBuffer, ReclaimDevice};
-use crate::tensor::{MemoryUse, PressureHook, TensorError};
+use crate::tensor::{MemoryUse, TensorError};
 
 /// Blocks are multiples of this, so that sizes that differ little share blocks.
 const GRAIN: usize = 512;
@@ -53,7 +53,6 @@ pub struct Pool {
     free: Mutex<BTreeMap<usize, Vec<DevicePtr>>>,
     /// Most bytes of activations, lent and cached.
     limit: Option<usize>,
-    pressure: Arc<Mutex<Option<PressureHook>>>,
     /// Nothing may be asked of the driver: a stream is being captured.
     is_frozen: AtomicBool,
     /// Something would have been asked since the pool was frozen.
@@ -62,14 +61,9 @@ pub struct Pool {
 
 impl Pool {
     /// An empty pool.
-    pub fn new(
-        gpu: Arc<Gpu>,
-        usage: Arc<Usage>,
-        limit: Option<usize>,
-        pressure: Arc<Mutex<Option<PressureHook>>>,
-    ) -> Arc<Self> {
+    pub fn new(gpu: Arc<Gpu>, usage: Arc<Usage>, limit: Option<usize>) -> Arc<Self> {
         let (is_frozen, was_short) = (AtomicBool::new(false), AtomicBool::new(false));
-        Arc::new(Self { gpu, usage, free: Mutex::default(), limit, pressure, is_frozen, was_short })
+        Arc::new(Self { gpu, usage, free: Mutex::default(), limit, is_frozen, was_short })
     }
 
     /// While frozen the pool lends what it has and fails otherwise. Returns
@@ -138,8 +132,7 @@ impl Pool {
                 self.trim();
             }
         }
-        let ptr = allocate(&self.gpu, bytes, &self.pressure, || self.trim())
-            .map_err(|error| out_of_memory(error, bytes, in_use()))?;
+        let ptr = self.gpu.allocate(bytes).map_err(CudaError::from)?;
         usage.allocations.fetch_add(1, Relaxed);
         Ok(ptr)
     }
@@ -185,16 +178,9 @@ impl WeightMemory {
     }
 
     /// Memory for a weight.
-    pub fn lend(
-        self: &Arc<Self>,
-        bytes: usize,
-        pressure: &Mutex<Option<PressureHook>>,
-        trim: impl Fn(),
-    ) -> Result<DeviceBuffer, TensorError> {
+    pub fn lend(self: &Arc<Self>, bytes: usize) -> Result<DeviceBuffer, TensorError> {
         let bytes = bytes.max(1);
-        let in_use = self.usage.weights.load(Relaxed);
-        let ptr = allocate(&self.gpu, bytes, pressure, trim)
-            .map_err(|error| out_of_memory(error, bytes, in_use))?;
+        let ptr = self.gpu.allocate(bytes).map_err(CudaError::from)?;
         self.usage.weights.fetch_add(bytes, Relaxed);
         let loan = self.usage.loans.fetch_add(1, Relaxed);
         Ok(DeviceBuffer::new(ptr.0, bytes, loan, self.clone()))
@@ -207,33 +193,5 @@ impl ReclaimDevice for WeightMemory {
         if let Err(error) = self.gpu.driver().free(DevicePtr(address), self.gpu.stream()) {
             tracing::warn!(%error, "device memory of a weight was not freed");
         }
-    }
-}
-
-/// Asks the driver; if the device is full, gives caches back, lets idle models
-/// go, and asks once more.
-fn allocate(
-    gpu: &Gpu,
-    bytes: usize,
-    pressure: &Mutex<Option<PressureHook>>,
-    trim: impl Fn(),
-) -> Result<DevicePtr, DriverError> {
-    let ask = || gpu.driver().alloc(bytes, gpu.stream());
-    match ask() {
-        Err(DriverError::OutOfMemory { .. }) => {}
-        answer => return answer,
-    }
-    trim();
-    let hook = pressure.lock().unwrap_or_else(PoisonError::into_inner).clone();
-    let freed = hook.is_some_and(|hook| hook());
-    gpu.driver().trim()?;
-    tracing::info!(bytes, freed, "device memory is short: caches and idle models were let go");
-    ask()
-}
-
-fn out_of_memory(error: DriverError, bytes: usize, in_use: usize) -> TensorError {
-    match error {
-        DriverError::OutOfMemory { .. } => TensorError::OutOfMemory { bytes, in_use },
-        error => TensorError::Device(error.to_string()),
     }
 }

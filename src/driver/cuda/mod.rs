@@ -322,7 +322,11 @@ impl Driver for CudaDriver {
     fn alloc(&self, bytes: usize, stream: Stream) -> Result<DevicePtr, DriverError> {
         let own = self.enter(stream)?;
         if self.instruments.is_failing() {
-            return Err(DriverError::OutOfMemory { requested: bytes, free: self.memory()?.free });
+            return Err(DriverError::OutOfMemory {
+                requested: bytes,
+                free: self.memory()?.free,
+                in_use: self.instruments.counts().bytes_in_use as usize,
+            });
         }
         // An allocation on a stream that records would become the graph's own memory.
         let is_capturing = self.is_capturing(stream);
@@ -343,9 +347,11 @@ impl Driver for CudaDriver {
                 self.instruments.allocated(bytes);
                 Ok(DevicePtr(ptr))
             }
-            Err(CUresult::CUDA_ERROR_OUT_OF_MEMORY) => {
-                Err(DriverError::OutOfMemory { requested: bytes, free: self.memory()?.free })
-            }
+            Err(CUresult::CUDA_ERROR_OUT_OF_MEMORY) => Err(DriverError::OutOfMemory {
+                requested: bytes,
+                free: self.memory()?.free,
+                in_use: self.instruments.counts().bytes_in_use as usize,
+            }),
             Err(other) => check("cuMemAllocFromPoolAsync", other).map(|()| DevicePtr::NULL),
         }
     }

@@ -4,7 +4,7 @@
 use super::context::error_of;
 use super::{Case, Context, Measured};
 use crate::backend::cuda::launch::attention::{Attention, Plan, TILES, attention, attention_as};
-use crate::backend::cuda::{CudaError, Element};
+use crate::backend::cuda::{CudaError, Element, Gpu};
 use crate::driver::DevicePtr;
 
 /// Multiply-adds that a reference may take; beyond it only some rows are compared.
@@ -12,27 +12,27 @@ const REFERENCE_BUDGET: usize = 300_000_000;
 
 /// One shape.
 #[derive(Clone, Copy)]
-struct Spec {
-    element: Element,
-    batch: usize,
-    key_batch: usize,
-    heads: usize,
-    dim: usize,
-    queries: usize,
-    keys: usize,
-    is_causal: bool,
+pub(super) struct Spec {
+    pub(super) element: Element,
+    pub(super) batch: usize,
+    pub(super) key_batch: usize,
+    pub(super) heads: usize,
+    pub(super) dim: usize,
+    pub(super) queries: usize,
+    pub(super) keys: usize,
+    pub(super) is_causal: bool,
     /// q, k and v are slices of one tensor of three times the width (k and v of one, if lengths differ).
-    is_fused: bool,
+    pub(super) is_fused: bool,
     /// Deviation of scores before the softmax.
-    spread: f32,
+    pub(super) spread: f32,
     /// Extra elements between rows, to leave the fast path.
-    odd: usize,
+    pub(super) odd: usize,
     /// Tile of [`TILES`] and number of splits, instead of the plan's choice.
-    forced: Option<(usize, usize)>,
+    pub(super) forced: Option<(usize, usize)>,
 }
 
 impl Spec {
-    fn new(element: Element, [batch, heads, dim, queries, keys]: [usize; 5]) -> Self {
+    pub(super) fn new(element: Element, [batch, heads, dim, queries, keys]: [usize; 5]) -> Self {
         Self {
             element,
             batch,
@@ -51,7 +51,7 @@ impl Spec {
 
     fn name(&self) -> String {
         let Self { element, batch, heads, dim, queries, keys, .. } = *self;
-        let mut name = format!("attention_{} b{batch} h{heads} d{dim} q{queries} k{keys}", element.suffix());
+        let mut name = format!("_{} b{batch} h{heads} d{dim} q{queries} k{keys}", element.suffix());
         if self.key_batch != batch {
             name += &format!(" of {} samples", self.key_batch);
         }
@@ -74,7 +74,7 @@ impl Spec {
         name
     }
 
-    fn flops(&self) -> f64 {
+    pub(super) fn flops(&self) -> f64 {
         4.0 * [self.batch, self.heads, self.queries, self.keys, self.dim]
             .iter()
             .map(|n| *n as f64)
@@ -99,7 +99,7 @@ pub(super) fn cases() -> Vec<Case> {
         real(&mut specs, element);
     }
     odd_layouts(&mut specs);
-    specs.into_iter().map(case).collect()
+    specs.into_iter().map(|spec| case(spec, "attention", launch)).collect()
 }
 
 fn dims(specs: &mut Vec<Spec>, element: Element) {
@@ -202,7 +202,17 @@ fn odd_layouts(specs: &mut Vec<Spec>) {
     specs.push(Spec::new(Element::F32, [1, 2, 64, 77, 77]));
 }
 
-fn case(spec: Spec) -> Case {
+/// What a case runs.
+pub(super) type LaunchFn = fn(&Gpu, &Attention, &Spec) -> Result<(), CudaError>;
+
+fn launch(gpu: &Gpu, op: &Attention, spec: &Spec) -> Result<(), CudaError> {
+    match spec.forced {
+        Some((tile, splits)) => attention_as(gpu, op, &Plan::tiled(TILES[tile], spec.keys, splits)),
+        None => attention(gpu, op),
+    }
+}
+
+pub(super) fn case(spec: Spec, kernel: &str, launch: LaunchFn) -> Case {
     let flops = spec.flops();
     // p is rounded to the element type, and so is the result. The errors of p are independent, so they add up
     // as the values do, to 0.4 roundings of a row's rms; the largest of 10^5 elements is five times that, and a
@@ -211,13 +221,13 @@ fn case(spec: Spec) -> Case {
     let tolerance = 6.0 * spec.element.rounding() + 4e-6 * f64::from(spec.spread.max(1.0));
     Case {
         family: "attention",
-        name: spec.name(),
+        name: kernel.to_owned() + &spec.name(),
         quick: flops < 2e7,
         needs_gpu: flops > 2e9,
         flops,
         bytes: spec.bytes(),
         tolerance,
-        run: Box::new(move |cx| run(cx, &spec)),
+        run: Box::new(move |cx| run(cx, &spec, launch)),
     }
 }
 
@@ -235,7 +245,7 @@ impl Operand {
     }
 }
 
-fn run(cx: &mut Context<'_>, spec: &Spec) -> Result<Measured, CudaError> {
+fn run(cx: &mut Context<'_>, spec: &Spec, launch: LaunchFn) -> Result<Measured, CudaError> {
     let width = spec.heads * spec.dim;
     let (q_rows, k_rows) = (spec.batch * spec.queries, spec.key_batch * spec.keys);
     let q_slices = if !spec.is_fused { 1 } else { 3 };
@@ -273,10 +283,7 @@ fn run(cx: &mut Context<'_>, spec: &Spec) -> Result<Measured, CudaError> {
         element: spec.element,
     };
     let gpu = cx.gpu;
-    let launch = || match spec.forced {
-        Some((tile, splits)) => attention_as(gpu, &op, &Plan::tiled(TILES[tile], spec.keys, splits)),
-        None => attention(gpu, &op),
-    };
+    let launch = || launch(gpu, &op, spec);
     launch()?;
     let q = Operand { values: q, pitch: pitches[0], offset: q_offset };
     let v =

@@ -6,6 +6,7 @@
 //! run under the SIMT layer in CI and on a GPU with `kiln check`.
 
 mod attention;
+mod attention_sm90;
 mod ceiling;
 mod context;
 mod conv;
@@ -68,6 +69,7 @@ pub fn cases() -> Vec<Case> {
     all.extend(embed::cases());
     all.extend(sampling::cases());
     all.extend(image::cases());
+    all.extend(attention_sm90::cases());
     all
 }
 

@@ -4,6 +4,7 @@
 //! what its kernels assume, chooses kernel and geometry, and queues the launch.
 
 pub mod attention;
+pub mod attention_sm90;
 pub mod ceiling;
 pub mod conv;
 pub mod copy;
