@@ -104,7 +104,7 @@ template <class S, bool kAny> struct Pixels {
             const uint32_t first = smem_u32(tile) + to;
 #pragma unroll
             for (int i = 0; i < S::kRowsA; i++)
-                cp_async_16(first + i * S::kPass * S::kRowBytes, from + pixel[i] * pitch, is_needed && pixel[i] >= 0 ? 16 : 0);
+                cp_async_16_line(first + i * S::kPass * S::kRowBytes, from + pixel[i] * pitch, is_needed && pixel[i] >= 0 ? 16 : 0);
         }
     }
 };

@@ -47,7 +47,7 @@ template <class S> struct Rows {
         const int64_t pass = S::kPass * (k < k1 ? pitch : pitch2);
         const uint32_t in = is_needed && k < end ? valid : 0;
 #pragma unroll
-        for (int i = 0; i < S::kRowsA; i++) cp_async_16(to + i * S::kPass * S::kRowBytes, from + i * pass, in >> i & 1 ? 16 : 0);
+        for (int i = 0; i < S::kRowsA; i++) cp_async_16_line(to + i * S::kPass * S::kRowBytes, from + i * pass, in >> i & 1 ? 16 : 0);
     }
     PTX void advance() { k += S::kK; }
 };

@@ -70,7 +70,7 @@ template <class S> struct Weights {
 #pragma unroll
         for (int i = 0; i < S::kRowsB; i++)
             if ((i + 1) * S::kPass <= S::kN || tid / S::kChunks + i * S::kPass < S::kN)
-                cp_async_16(to + i * S::kPass * S::kRowBytes, row + i * pass, in >> i & 1 ? 16 : 0);
+                cp_async_16_line(to + i * S::kPass * S::kRowBytes, row + i * pass, in >> i & 1 ? 16 : 0);
     }
     PTX void advance() { row += S::kK, left -= S::kK; }
 };
