@@ -88,9 +88,10 @@ template <class S, bool kAny> struct Pixels {
         return to_float(c < args.c1 ? static_cast<const T*>(args.x)[index * args.pitch + c]
                                     : static_cast<const T*>(args.x2)[index * args.pitch2 + c - args.c1]);
     }
-    PTX void load(unsigned char* tile) {
+    PTX void load(unsigned char* tile, bool is_needed) {
         const int tid = threadIdx.x, to = place<S>(tid / S::kChunks, tid % S::kChunks);
         if constexpr (kAny) {
+            if (!is_needed) return;
             for (int i = 0; i < S::kRowsA; i++) {
                 float v[8];
                 for (int q = 0; q < 8; q++) v[q] = at(pixel[i], channel + q);
@@ -103,9 +104,8 @@ template <class S, bool kAny> struct Pixels {
             const uint32_t first = smem_u32(tile) + to;
 #pragma unroll
             for (int i = 0; i < S::kRowsA; i++)
-                cp_async_16(first + i * S::kPass * S::kRowBytes, from + pixel[i] * pitch, pixel[i] >= 0 ? 16 : 0);
+                cp_async_16_line(first + i * S::kPass * S::kRowBytes, from + pixel[i] * pitch, is_needed && pixel[i] >= 0 ? 16 : 0);
         }
-        advance();
     }
 };
 

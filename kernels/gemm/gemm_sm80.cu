@@ -40,16 +40,16 @@ template <class S> struct Rows {
         valid = 0;
         for (int i = 0; i < S::kRowsA; i++) valid |= uint32_t(first + i * S::kPass < args.m) << i;
     }
-    PTX void load(unsigned char* tile) {
+    PTX void load(unsigned char* tile, bool is_needed) {
         const int tid = threadIdx.x;
         const uint32_t to = smem_u32(tile) + place<S>(tid / S::kChunks, tid % S::kChunks);
         const T* from = (k < k1 ? row : row2) + k;
         const int64_t pass = S::kPass * (k < k1 ? pitch : pitch2);
-        const uint32_t in = k < end ? valid : 0;
+        const uint32_t in = is_needed && k < end ? valid : 0;
 #pragma unroll
-        for (int i = 0; i < S::kRowsA; i++) cp_async_16(to + i * S::kPass * S::kRowBytes, from + i * pass, in >> i & 1 ? 16 : 0);
-        k += S::kK;
+        for (int i = 0; i < S::kRowsA; i++) cp_async_16_line(to + i * S::kPass * S::kRowBytes, from + i * pass, in >> i & 1 ? 16 : 0);
     }
+    PTX void advance() { k += S::kK; }
 };
 
 // The same element by element.
@@ -67,15 +67,16 @@ template <class S> struct AnyRows {
         return to_float(column < args.k1 ? static_cast<const T*>(args.x)[row * args.pitch + column]
                                          : static_cast<const T*>(args.x2)[row * args.pitch2 + column - args.k1]);
     }
-    PTX void load(unsigned char* tile) {
+    PTX void load(unsigned char* tile, bool is_needed) {
+        if (!is_needed) return;
         const int tid = threadIdx.x;
         for (int i = 0; i < S::kRowsA; i++) {
             float v[8];
             for (int q = 0; q < 8; q++) v[q] = at(first + i * S::kPass, k + q);
             store8(reinterpret_cast<T*>(tile + place<S>(tid / S::kChunks, tid % S::kChunks) + i * S::kPass * S::kRowBytes), v);
         }
-        k += S::kK;
     }
+    PTX void advance() { k += S::kK; }
 };
 
 template <class S, class A> __device__ __forceinline__ void run(const GemmArgs& args, A a) {

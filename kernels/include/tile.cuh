@@ -47,7 +47,8 @@ template <class S> struct alignas(128) Smem {
     };
 };
 
-// A thread's chunk of rows tid / kChunks, + kPass, ... of the weights [n][pitch], kK further with every load.
+// A thread's chunk of rows tid / kChunks, + kPass, ... of the weights [n][pitch]. load copies the present tile of K, or writes
+// zeros and reads nothing if it is not needed: a branch would keep the compiler from spreading the copies between products.
 template <class S> struct Weights {
     const typename S::T* row;
     int64_t pass;  // elements from one of the rows to the next
@@ -62,17 +63,16 @@ template <class S> struct Weights {
         valid = 0;
         for (int i = 0; i < S::kRowsB; i++) valid |= uint32_t(first + i * S::kPass < n) << i;
     }
-    PTX void load(uint32_t tile) {
+    PTX void load(uint32_t tile, bool is_needed) {
         const int tid = threadIdx.x;
         const uint32_t to = tile + place<S>(tid / S::kChunks, tid % S::kChunks);
-        const uint32_t in = left > 0 ? valid : 0;
+        const uint32_t in = is_needed && left > 0 ? valid : 0;
 #pragma unroll
         for (int i = 0; i < S::kRowsB; i++)
             if ((i + 1) * S::kPass <= S::kN || tid / S::kChunks + i * S::kPass < S::kN)
-                cp_async_16(to + i * S::kPass * S::kRowBytes, row + i * pass, in >> i & 1 ? 16 : 0);
-        row += S::kK;
-        left -= S::kK;
+                cp_async_16_line(to + i * S::kPass * S::kRowBytes, row + i * pass, in >> i & 1 ? 16 : 0);
     }
+    PTX void advance() { row += S::kK, left -= S::kK; }
 };
 
 template <class S> using Sums = float[S::kWM / 16][S::kWN / 8][4];
@@ -97,7 +97,7 @@ template <class S> PTX Part part_of_block(int tiles_m, int tiles_n, int k_tiles,
     return part;
 }
 
-// acc = the product over `tiles` (at least one) tiles of kK. A has load(tile) as Weights has, for the rows of A.
+// acc = the product over `tiles` (at least one) tiles of kK. A has load and advance as Weights has, for the rows of A.
 template <class S, class A> PTX void multiply(Sums<S>& acc, Smem<S>& smem, A& a, Weights<S>& b, int tiles) {
     using T = typename S::T;
     constexpr int kSteps = S::kK / 16, kPairs = S::kWN / 16, kRows = S::kWM / 16, kStage = S::kStageA + S::kStageB;
@@ -126,11 +126,10 @@ template <class S, class A> PTX void multiply(Sums<S>& acc, Smem<S>& smem, A& a,
 
 #pragma unroll 1
     for (int t = 0; t < S::kStages - 1; t++) {
-        if (t < tiles) {
-            a.load(smem.stages[t]);
-            b.load(ring + t * kStage + S::kStageA);
-        }
+        a.load(smem.stages[t], t < tiles);
+        b.load(ring + t * kStage + S::kStageA, t < tiles);
         cp_async_commit();
+        a.advance(), b.advance();
     }
     cp_async_wait<S::kStages - 2>();
     __syncthreads();
@@ -149,10 +148,8 @@ template <class S, class A> PTX void multiply(Sums<S>& acc, Smem<S>& smem, A& a,
                 // last tile the fragments fetched below are its own first ones, and unused.
                 cp_async_wait<S::kStages - 3>();
                 __syncthreads();
-                if (t + S::kStages - 1 < tiles) {
-                    a.load(smem.stages[refill]);
-                    b.load(ring + refill * kStage + S::kStageA);
-                }
+                a.load(smem.stages[refill], t + S::kStages - 1 < tiles);
+                b.load(ring + refill * kStage + S::kStageA, t + S::kStages - 1 < tiles);
                 cp_async_commit();
                 refill = stage;
                 stage = stage + 1 == S::kStages ? 0 : stage + 1;
@@ -172,6 +169,7 @@ template <class S, class A> PTX void multiply(Sums<S>& acc, Smem<S>& smem, A& a,
                 }
             }
         }
+        a.advance(), b.advance();
     }
     cp_async_wait<0>();
     __syncthreads();
