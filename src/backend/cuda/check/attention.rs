@@ -51,8 +51,7 @@ impl Spec {
 
     fn name(&self) -> String {
         let Self { element, batch, heads, dim, queries, keys, .. } = *self;
-        let mut name =
-            format!("attention_{} b{batch} h{heads} d{dim} q{queries} k{keys}", element.suffix());
+        let mut name = format!("attention_{} b{batch} h{heads} d{dim} q{queries} k{keys}", element.suffix());
         if self.key_batch != batch {
             name += &format!(" of {} samples", self.key_batch);
         }
@@ -76,7 +75,10 @@ impl Spec {
     }
 
     fn flops(&self) -> f64 {
-        4.0 * [self.batch, self.heads, self.queries, self.keys, self.dim].iter().map(|n| *n as f64).product::<f64>()
+        4.0 * [self.batch, self.heads, self.queries, self.keys, self.dim]
+            .iter()
+            .map(|n| *n as f64)
+            .product::<f64>()
     }
 
     fn bytes(&self) -> f64 {
@@ -109,9 +111,18 @@ fn dims(specs: &mut Vec<Spec>, element: Element) {
 
 fn lengths(specs: &mut Vec<Spec>, element: Element) {
     for dim in [40, 64, 80, 128, 160, 512] {
-        for [queries, keys] in
-            [[1, 1], [7, 7], [77, 1], [1, 154], [154, 63], [64, 64], [65, 65], [129, 128], [129, 1000], [200, 31]]
-        {
+        for [queries, keys] in [
+            [1, 1],
+            [7, 7],
+            [77, 1],
+            [1, 154],
+            [154, 63],
+            [64, 64],
+            [65, 65],
+            [129, 128],
+            [129, 1000],
+            [200, 31],
+        ] {
             specs.push(Spec::new(element, [1, 2, dim, queries, keys]));
         }
     }
@@ -268,11 +279,8 @@ fn run(cx: &mut Context<'_>, spec: &Spec) -> Result<Measured, CudaError> {
     };
     launch()?;
     let q = Operand { values: q, pitch: pitches[0], offset: q_offset };
-    let v = Operand {
-        values: if spec.is_fused { k.clone() } else { v },
-        pitch: pitches[2],
-        offset: v_offset,
-    };
+    let v =
+        Operand { values: if spec.is_fused { k.clone() } else { v }, pitch: pitches[2], offset: v_offset };
     let k = Operand { values: k, pitch: pitches[1], offset: 0 };
     let error = match cx.download(out)? {
         Some(bytes) => compare(spec, &op, &spec.element.decode(&bytes), [&q, &k, &v]),

@@ -94,18 +94,27 @@ const fn tile(rows: usize, keys: usize, dim: usize, resident: usize) -> Tile {
 }
 
 const fn spread(keys: usize, shared: usize) -> Tile {
-    Tile { rows: 64, keys, dim: 512, threads: 256, shared, resident: 1, rate: 140, module: "attention_sm80_d512" }
+    Tile {
+        rows: 64,
+        keys,
+        dim: 512,
+        threads: 256,
+        shared,
+        resident: 1,
+        rate: 140,
+        module: "attention_sm80_d512",
+    }
 }
 
 /// Every tiled kernel; the numbers are those of the instantiations in the kernel files.
 pub const TILES: [Tile; 15] = [
     tile(64, 64, 32, 4),
     tile(64, 64, 40, 4),
-    tile(64, 64, 64, 4),
+    tile(64, 64, 64, 3),
     tile(64, 64, 80, 3),
     tile(64, 32, 128, 3),
     tile(64, 32, 160, 2),
-    tile(64, 80, 40, 4),
+    tile(64, 80, 40, 3),
     tile(64, 80, 64, 3),
     tile(64, 80, 80, 3),
     tile(128, 64, 40, 3),
@@ -384,9 +393,7 @@ fn check(op: &Attention) -> Result<(), CudaError> {
         return wrong(format!("the scale must be positive and finite, not {}", op.scale));
     }
     let width = op.heads.saturating_mul(op.head_dim);
-    for (what, pitch) in
-        [("q", op.q_pitch), ("k", op.k_pitch), ("v", op.v_pitch), ("out", op.out_pitch)]
-    {
+    for (what, pitch) in [("q", op.q_pitch), ("k", op.k_pitch), ("v", op.v_pitch), ("out", op.out_pitch)] {
         if pitch < width || pitch > i32::MAX as usize {
             return wrong(format!("{what} has a pitch of {pitch}, its rows {width} elements"));
         }
@@ -396,4 +403,134 @@ fn check(op: &Attention) -> Result<(), CudaError> {
         return wrong(format!("an extent beyond 2^30: {op:?}"));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::driver::simt::{SimtDriver, SimtOptions};
+    use crate::driver::toolchain::{SimtVariant, build_simt};
+    use crate::driver::{DevicePtr, Driver};
+
+    const A100: Device = Device { multiprocessors: 108, shared_memory: 163 << 10 };
+    const RTX_4090: Device = Device { multiprocessors: 128, shared_memory: 99 << 10 };
+
+    fn op([batch, heads, head_dim, queries, keys]: [usize; 5]) -> Attention {
+        let pitch = heads * head_dim;
+        Attention {
+            q: DevicePtr(4096),
+            k: DevicePtr(4096),
+            v: DevicePtr(4096),
+            out: DevicePtr(4096),
+            q_pitch: pitch,
+            k_pitch: pitch,
+            v_pitch: pitch,
+            out_pitch: pitch,
+            batch,
+            key_batch: batch,
+            queries,
+            keys,
+            heads,
+            head_dim,
+            is_causal: false,
+            scale: 1.0,
+            element: Element::F16,
+        }
+    }
+
+    /// Rows, keys and splits of the plan.
+    fn planned(shape: [usize; 5], device: &Device) -> (usize, usize, usize) {
+        match plan(&op(shape), device) {
+            Plan::Tiled { tile, splits, .. } => (tile.rows, tile.keys, splits),
+            Plan::Rows => (1, 1, 1),
+        }
+    }
+
+    #[test]
+    fn real_shapes_get_the_tiles_made_for_them() {
+        // Self attention of large levels: wide tiles, unsplit.
+        assert_eq!(planned([2, 8, 40, 4096, 4096], &A100), (128, 64, 1));
+        assert_eq!(planned([2, 10, 64, 4096, 4096], &A100), (128, 64, 1));
+        // Prompts: one tile holds all 77 tokens.
+        for dim in [40, 64, 80] {
+            assert_eq!(planned([2, 8, dim, 4096, 77], &A100), (64, 80, 1), "head dim {dim}");
+        }
+        // The VAE: 64 blocks would leave 44 multiprocessors idle.
+        let (rows, keys, splits) = planned([1, 1, 512, 4096, 4096], &A100);
+        assert_eq!((rows, keys), (64, 128));
+        assert!((2..=8).contains(&splits), "{splits} splits");
+        let (_, keys, _) = planned([1, 1, 512, 4096, 4096], &RTX_4090);
+        assert_eq!(keys, 64, "99 KiB of shared memory");
+    }
+
+    #[test]
+    fn odd_operands_get_the_plain_kernel() {
+        assert_eq!(plan(&op([1, 2, 12, 8, 8]), &A100), Plan::Rows);
+        assert_eq!(plan(&op([1, 2, 640, 8, 8]), &A100), Plan::Rows);
+        assert_eq!(plan(&Attention { element: Element::F32, ..op([1, 2, 64, 8, 8]) }, &A100), Plan::Rows);
+        assert_eq!(plan(&Attention { q: DevicePtr(4098), ..op([1, 2, 64, 8, 8]) }, &A100), Plan::Rows);
+        assert_eq!(plan(&Attention { k_pitch: 130, ..op([1, 2, 64, 8, 8]) }, &A100), Plan::Rows);
+    }
+
+    #[test]
+    fn every_plan_covers_all_keys_within_the_device() {
+        for device in [A100, RTX_4090] {
+            for dim in (8..=512).step_by(8) {
+                for (queries, keys) in [(1, 1), (64, 64), (77, 77), (1000, 154), (4096, 4096), (16384, 16384)]
+                {
+                    let shape = [1, 2, dim, queries, keys];
+                    let Plan::Tiled { tile, splits, split_keys } = plan(&op(shape), &device) else {
+                        panic!("{shape:?} has no tile");
+                    };
+                    assert!(tile.dim >= dim && tile.shared <= device.shared_memory);
+                    assert!(splits <= MAX_SPLITS && split_keys % tile.keys == 0);
+                    assert!(splits * split_keys >= keys, "{shape:?}: keys are left out");
+                    assert!((splits - 1) * split_keys < keys, "{shape:?}: a part is empty");
+                    let partial = partial_bytes(&op(shape), splits).unwrap();
+                    assert!(splits == 1 || partial <= MAX_PARTIAL, "{shape:?}: {partial} bytes");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn wrong_operands_are_refused() {
+        let good = op([4, 2, 64, 8, 8]);
+        assert!(check(&good).is_ok());
+        for bad in [
+            Attention { key_batch: 3, ..good },
+            Attention { key_batch: 0, ..good },
+            Attention { keys: 0, ..good },
+            Attention { q_pitch: 120, ..good },
+            Attention { scale: 0.0, ..good },
+            Attention { scale: f32::NAN, ..good },
+        ] {
+            assert!(matches!(check(&bad), Err(CudaError::Unsupported { .. })), "{bad:?}");
+        }
+    }
+
+    /// `ldmatrix` of every tile at its full head dim reads without bank conflicts.
+    #[test]
+    fn shared_memory_has_no_bank_conflicts() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let library =
+            build_simt(&root.join("kernels"), &[], &root.join("target/simt-objects"), SimtVariant::Fast)
+                .unwrap();
+        let driver = Arc::new(SimtDriver::open(&library, SimtOptions::default()).unwrap());
+        let gpu = Gpu::new(driver.clone()).unwrap();
+        for tile in TILES {
+            let shape = [1, 1, tile.dim, 2 * tile.rows, 2 * tile.keys];
+            let elements = tile.dim * shape[3].max(shape[4]);
+            let memory = driver.alloc(elements * 4, gpu.stream()).unwrap();
+            driver.fill(memory, 0, elements * 4, gpu.stream()).unwrap();
+            let out = memory.offset(elements * 2);
+            let op = Attention { q: memory, k: memory, v: memory, out, ..op(shape) };
+            attention_as(&gpu, &op, &Plan::tiled(tile, op.keys, 1)).unwrap();
+            assert_eq!(driver.last_bank_conflicts(), 0, "{tile:?}");
+            driver.free(memory, gpu.stream()).unwrap();
+        }
+    }
 }
