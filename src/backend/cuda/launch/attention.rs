@@ -93,7 +93,7 @@ const fn tile(rows: usize, keys: usize, dim: usize, resident: usize) -> Tile {
     Tile { rows, keys, dim, threads: 128, shared, resident, rate, module: "attention_sm80" }
 }
 
-const fn spread(keys: usize, shared: usize) -> Tile {
+const fn spread(keys: usize, shared: usize, rate: usize) -> Tile {
     Tile {
         rows: 64,
         keys,
@@ -101,7 +101,7 @@ const fn spread(keys: usize, shared: usize) -> Tile {
         threads: 256,
         shared,
         resident: 1,
-        rate: 140,
+        rate,
         module: "attention_sm80_d512",
     }
 }
@@ -121,8 +121,8 @@ pub const TILES: [Tile; 15] = [
     tile(128, 64, 64, 2),
     tile(128, 64, 80, 2),
     tile(128, 32, 128, 2),
-    spread(64, 99_328),
-    spread(128, 148_480),
+    spread(64, 99_328, 100),
+    spread(128, 148_480, 130),
 ];
 
 impl Tile {
@@ -196,17 +196,18 @@ fn partial_bytes(op: &Attention, splits: usize) -> Option<usize> {
 }
 
 /// Clock cycles of a plan, roughly: multiplications at the rate of an A100, in whole rounds of blocks, and the
-/// traffic of partial results. Only the order of such estimates matters.
+/// traffic of queries, result and partial results. Only the order of such estimates matters.
 fn estimate(op: &Attention, device: &Device, plan: &Plan) -> u64 {
     const PRODUCTS_PER_CLOCK: usize = 1024;
     const BYTES_PER_CLOCK: usize = 1000;
-    const BLOCK_START: usize = 1500;
+    const BLOCK_START: usize = 500;
     const LAUNCH: usize = 5000;
     let Plan::Tiled { tile, splits, split_keys } = *plan else { return u64::MAX };
+    let multiprocessors = device.multiprocessors.max(1);
     let blocks = op.queries.div_ceil(tile.rows) * op.heads * op.batch * splits;
-    let per_sm = blocks.div_ceil(device.multiprocessors.max(1));
+    let per_sm = blocks.div_ceil(multiprocessors);
     let by_memory = (device.shared_memory + 1024) / (tile.shared + 1024);
-    let resident = per_sm.min(tile.resident).min(by_memory.max(1));
+    let resident = per_sm.min(tile.resident).min(by_memory.max(1)).max(1);
     // Few warps do not hide each other's latencies.
     let busy = match resident * tile.threads / 32 {
         0..=4 => 55,
@@ -215,7 +216,10 @@ fn estimate(op: &Attention, device: &Device, plan: &Plan) -> u64 {
     };
     let keys = split_keys.min(op.keys.next_multiple_of(tile.keys));
     let products = tile.rows * keys * 2 * tile.dim;
-    let block = products * 100 / tile.rate / PRODUCTS_PER_CLOCK + BLOCK_START;
+    let row_bytes = tile.rows * op.head_dim * 2 * op.element.size();
+    let block = products * 100 / tile.rate / PRODUCTS_PER_CLOCK
+        + row_bytes * multiprocessors / BYTES_PER_CLOCK
+        + BLOCK_START / resident;
     let mut clocks = per_sm * block * 100 / busy;
     if splits > 1 {
         clocks += LAUNCH + 2 * partial_bytes(op, splits).unwrap_or(usize::MAX / 4) / BYTES_PER_CLOCK;
