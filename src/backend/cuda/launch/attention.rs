@@ -94,16 +94,7 @@ const fn tile(rows: usize, keys: usize, dim: usize, resident: usize) -> Tile {
 }
 
 const fn spread(keys: usize, shared: usize, rate: usize) -> Tile {
-    Tile {
-        rows: 64,
-        keys,
-        dim: 512,
-        threads: 256,
-        shared,
-        resident: 1,
-        rate,
-        module: "attention_sm80_d512",
-    }
+    Tile { rows: 64, keys, dim: 512, threads: 256, shared, resident: 1, rate, module: "attention_sm80_d512" }
 }
 
 /// Every tiled kernel; the numbers are those of the instantiations in the kernel files.
