@@ -21,7 +21,7 @@ struct Spec {
     queries: usize,
     keys: usize,
     is_causal: bool,
-    /// q, k and v are slices of one tensor of three times the width (k and v of one, if lengths differ).
+    /// q is the last slice of a tensor of three times the width; k and v are the slices of one of twice the width.
     is_fused: bool,
     /// Deviation of scores before the softmax.
     spread: f32,
@@ -238,8 +238,7 @@ impl Operand {
 fn run(cx: &mut Context<'_>, spec: &Spec) -> Result<Measured, CudaError> {
     let width = spec.heads * spec.dim;
     let (q_rows, k_rows) = (spec.batch * spec.queries, spec.key_batch * spec.keys);
-    let q_slices = if !spec.is_fused { 1 } else { 3 };
-    let k_slices = if spec.is_fused { 2 } else { 1 };
+    let (q_slices, k_slices) = if spec.is_fused { (3, 2) } else { (1, 1) };
     let pitches = [q_slices, k_slices, k_slices].map(|n| n * width + spec.odd);
     // Scores times 1/sqrt(dim) deviate by `spread`.
     let deviation = spec.spread.sqrt();

@@ -362,12 +362,14 @@ fn combine(gpu: &Gpu, op: &Attention, args: &Args) -> Result<(), CudaError> {
 fn rows(gpu: &Gpu, op: &Attention) -> Result<(), CudaError> {
     const WARPS: usize = 4;
     let name = format!("attention_rows_{}", op.element.suffix());
+    // One query row a warp, which keeps it and the row of the result in shared memory.
+    let shared = WARPS * 2 * op.head_dim * size_of::<f32>();
+    let most = gpu.driver().device().shared_memory as usize;
+    if shared > most {
+        return Err(unsupported(format!("{} columns a head need {shared} bytes of {most}", op.head_dim)));
+    }
     let blocks = (op.batch * op.heads * op.queries).div_ceil(WARPS);
-    let geometry = Geometry {
-        // One query row a warp; the scores' row of queries waits in shared memory.
-        shared: (WARPS * 2 * op.head_dim * size_of::<f32>()) as u32,
-        ..Geometry::line(blocks, (WARPS * 32) as u32)
-    };
+    let geometry = Geometry { shared: shared as u32, ..Geometry::line(blocks, (WARPS * 32) as u32) };
     gpu.launch(&Kernel { module: "attention_rows", name: &name }, &geometry, &[bytes_of(&Args::new(op))])
 }
 
