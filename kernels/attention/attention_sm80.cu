@@ -54,7 +54,7 @@ template <class S> struct Rows {
 
 template <class S> PTX void query_fragment(uint32_t (&f)[4], uint32_t tile, int m, int d) {
     const int lane = threadIdx.x % 32;
-    ldmatrix_x4(f, tile + m * 16 * S::kChunks * 16 + piece<S::kChunks>(lane % 16, d * 2 + lane / 16));
+    ldmatrix_x4(f, tile + m * 16 * S::kChunks * 16 + piece<S::kChunks>(lane % 16, d * 2, lane / 16));
 }
 
 template <class S> PTX void load_query(Query<S>& q, uint32_t tile) {
@@ -89,7 +89,7 @@ template <class S> PTX void scores(float (&s)[S::kRowTiles][S::kKeys / 8][4], co
                 query_fragment<S>(fq[m], q.tile, m, d);
             }
         }
-        const uint32_t row = keys + piece<S::kChunks>(lane % 8 + lane / 16 * 8, d * 2 + lane / 8 % 2);
+        const uint32_t row = keys + piece<S::kChunks>(lane % 8 + lane / 16 * 8, d * 2, lane / 8 % 2);
 #pragma unroll
         for (int j = 0; j < S::kKeys / 16; j++) {
             uint32_t fk[4];
@@ -194,7 +194,7 @@ template <class S> PTX void values(float (&acc)[S::kRowTiles][S::kChunks][4], co
 #pragma unroll
         for (int n = 0; n + 1 < S::kChunks; n += 2) {
             uint32_t fv[4];
-            ldmatrix_x4_trans(fv, rows + piece<S::kChunks>(lane % 16, n + lane / 16));
+            ldmatrix_x4_trans(fv, rows + piece<S::kChunks>(lane % 16, n, lane / 16));
 #pragma unroll
             for (int m = 0; m < S::kRowTiles; m++) {
                 mma_m16n8k16<T>(acc[m][n], p[m][j], fv[0], fv[1]);
@@ -371,12 +371,12 @@ template <class T> PTX void combine(const CombineArgs& args) {
 // attention_sm80_<query rows>x<keys>_d<head dim>
 ATTENTION(attention_sm80_64x64_d32, 32, 1, 64, 4)
 ATTENTION(attention_sm80_64x64_d40, 40, 1, 64, 4)
-ATTENTION(attention_sm80_64x64_d64, 64, 1, 64, 4)
+ATTENTION(attention_sm80_64x64_d64, 64, 1, 64, 3)
 ATTENTION(attention_sm80_64x64_d80, 80, 1, 64, 3)
 ATTENTION(attention_sm80_64x32_d128, 128, 1, 32, 3)
 ATTENTION(attention_sm80_64x32_d160, 160, 1, 32, 2)
 // Prompts come in multiples of 77 tokens.
-ATTENTION(attention_sm80_64x80_d40, 40, 1, 80, 4)
+ATTENTION(attention_sm80_64x80_d40, 40, 1, 80, 3)
 ATTENTION(attention_sm80_64x80_d64, 64, 1, 80, 3)
 ATTENTION(attention_sm80_64x80_d80, 80, 1, 80, 3)
 ATTENTION(attention_sm80_128x64_d40, 40, 2, 64, 3)

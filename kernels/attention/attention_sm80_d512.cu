@@ -81,11 +81,11 @@ template <class S> PTX void wide_scores(typename S::Scores& s, uint32_t q, uint3
         uint32_t fq[2][4];
 #pragma unroll
         for (int m = 0; m < 2; m++)
-            ldmatrix_x4(fq[m], q + piece<S::kChunks>(warp / 4 * 32 + m * 16 + lane % 16, column / 8 + d * 2 + lane / 16));
+            ldmatrix_x4(fq[m], q + column * 2 + piece<S::kChunks>(warp / 4 * 32 + m * 16 + lane % 16, d * 2, lane / 16));
 #pragma unroll
         for (int j = 0; j < S::kWarpKeys / 16; j++) {
             uint32_t fk[4];
-            ldmatrix_x4(fk, keys + piece<8>(warp % 4 * S::kWarpKeys + j * 16 + lane % 8 + lane / 16 * 8, d * 2 + lane / 8 % 2));
+            ldmatrix_x4(fk, keys + piece<8>(warp % 4 * S::kWarpKeys + j * 16 + lane % 8 + lane / 16 * 8, d * 2, lane / 8 % 2));
 #pragma unroll
             for (int m = 0; m < 2; m++) {
                 mma_m16n8k16<typename S::T>(s[m][2 * j], fq[m], fk[0], fk[1]);

@@ -31,12 +31,17 @@ struct Args {
 // A tile in shared memory is [rows][kChunks] pieces of 16 bytes. The swizzle sends eight rows (aligned) of one column
 // to eight different bank groups, which is what ldmatrix wants: with g = gcd(kChunks, 8), rows of the unswizzled tile
 // repeat their bank group every 8/g rows, and the piece index is xor-ed with the number of the repetition.
-template <int kChunks> PTX int swizzle(int row) {
-    constexpr int g = kChunks % 8 == 0 ? 8 : kChunks % 4 == 0 ? 4 : kChunks % 2 == 0 ? 2 : 1;
-    return row / (8 / g) % g;
-}
+template <int kChunks> constexpr int kGroup = kChunks % 8 == 0 ? 8 : kChunks % 4 == 0 ? 4 : kChunks % 2 == 0 ? 2 : 1;
+template <int kChunks> PTX int swizzle(int row) { return row / (8 / kGroup<kChunks>) % kGroup<kChunks>; }
 template <int kChunks> PTX uint32_t piece(int row, int chunk) {  // byte offset
     return (row * kChunks + (chunk ^ swizzle<kChunks>(row))) * 16;
+}
+// The piece of column chunk + odd, where the constant `chunk` is even and a lane's `odd` is 0 or 1: keeps the lane's part of
+// the offset apart from the constant one, so that few registers hold the addresses of many steps.
+template <int kChunks> PTX uint32_t piece(int row, int chunk, int odd) {
+    constexpr int g = kGroup<kChunks>;
+    const int constant = g == 1 ? chunk : chunk / g * g;
+    return (row * kChunks + ((chunk - constant + odd) ^ swizzle<kChunks>(row))) * 16 + constant * 16;
 }
 
 // Queues the copy of kRows rows of kChunks pieces from `src`; rows from `left` and columns from `columns` on are zeros.

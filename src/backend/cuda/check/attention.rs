@@ -12,17 +12,17 @@ const REFERENCE_BUDGET: usize = 300_000_000;
 
 /// One shape.
 #[derive(Clone, Copy)]
-pub(super) struct Spec {
-    pub(super) element: Element,
-    pub(super) batch: usize,
-    pub(super) key_batch: usize,
-    pub(super) heads: usize,
-    pub(super) dim: usize,
-    pub(super) queries: usize,
-    pub(super) keys: usize,
-    pub(super) is_causal: bool,
-    /// q, k and v are slices of one tensor of three times the width (k and v of one, if lengths differ).
-    pub(super) is_fused: bool,
+struct Spec {
+    element: Element,
+    batch: usize,
+    key_batch: usize,
+    heads: usize,
+    dim: usize,
+    queries: usize,
+    keys: usize,
+    is_causal: bool,
+    /// q is the last slice of a tensor of three times the width; k and v are the slices of one of twice the width.
+    is_fused: bool,
     /// Deviation of scores before the softmax.
     pub(super) spread: f32,
     /// Extra elements between rows, to leave the fast path.
@@ -51,7 +51,7 @@ impl Spec {
 
     fn name(&self) -> String {
         let Self { element, batch, heads, dim, queries, keys, .. } = *self;
-        let mut name = format!("_{} b{batch} h{heads} d{dim} q{queries} k{keys}", element.suffix());
+        let mut name = format!("attention_{} b{batch} h{heads} d{dim} q{queries} k{keys}", element.suffix());
         if self.key_batch != batch {
             name += &format!(" of {} samples", self.key_batch);
         }
@@ -74,7 +74,7 @@ impl Spec {
         name
     }
 
-    pub(super) fn flops(&self) -> f64 {
+    fn flops(&self) -> f64 {
         4.0 * [self.batch, self.heads, self.queries, self.keys, self.dim]
             .iter()
             .map(|n| *n as f64)
@@ -248,8 +248,7 @@ impl Operand {
 fn run(cx: &mut Context<'_>, spec: &Spec, launch: LaunchFn) -> Result<Measured, CudaError> {
     let width = spec.heads * spec.dim;
     let (q_rows, k_rows) = (spec.batch * spec.queries, spec.key_batch * spec.keys);
-    let q_slices = if !spec.is_fused { 1 } else { 3 };
-    let k_slices = if spec.is_fused { 2 } else { 1 };
+    let (q_slices, k_slices) = if spec.is_fused { (3, 2) } else { (1, 1) };
     let pitches = [q_slices, k_slices, k_slices].map(|n| n * width + spec.odd);
     // Scores times 1/sqrt(dim) deviate by `spread`.
     let deviation = spec.spread.sqrt();

@@ -93,36 +93,27 @@ const fn tile(rows: usize, keys: usize, dim: usize, resident: usize) -> Tile {
     Tile { rows, keys, dim, threads: 128, shared, resident, rate, module: "attention_sm80" }
 }
 
-const fn spread(keys: usize, shared: usize) -> Tile {
-    Tile {
-        rows: 64,
-        keys,
-        dim: 512,
-        threads: 256,
-        shared,
-        resident: 1,
-        rate: 140,
-        module: "attention_sm80_d512",
-    }
+const fn spread(keys: usize, shared: usize, rate: usize) -> Tile {
+    Tile { rows: 64, keys, dim: 512, threads: 256, shared, resident: 1, rate, module: "attention_sm80_d512" }
 }
 
 /// Every tiled kernel; the numbers are those of the instantiations in the kernel files.
 pub const TILES: [Tile; 15] = [
     tile(64, 64, 32, 4),
     tile(64, 64, 40, 4),
-    tile(64, 64, 64, 4),
+    tile(64, 64, 64, 3),
     tile(64, 64, 80, 3),
     tile(64, 32, 128, 3),
     tile(64, 32, 160, 2),
-    tile(64, 80, 40, 4),
+    tile(64, 80, 40, 3),
     tile(64, 80, 64, 3),
     tile(64, 80, 80, 3),
     tile(128, 64, 40, 3),
     tile(128, 64, 64, 2),
     tile(128, 64, 80, 2),
     tile(128, 32, 128, 2),
-    spread(64, 99_328),
-    spread(128, 148_480),
+    spread(64, 99_328, 100),
+    spread(128, 148_480, 130),
 ];
 
 impl Tile {
@@ -196,17 +187,18 @@ fn partial_bytes(op: &Attention, splits: usize) -> Option<usize> {
 }
 
 /// Clock cycles of a plan, roughly: multiplications at the rate of an A100, in whole rounds of blocks, and the
-/// traffic of partial results. Only the order of such estimates matters.
+/// traffic of queries, result and partial results. Only the order of such estimates matters.
 fn estimate(op: &Attention, device: &Device, plan: &Plan) -> u64 {
     const PRODUCTS_PER_CLOCK: usize = 1024;
     const BYTES_PER_CLOCK: usize = 1000;
-    const BLOCK_START: usize = 1500;
+    const BLOCK_START: usize = 500;
     const LAUNCH: usize = 5000;
     let Plan::Tiled { tile, splits, split_keys } = *plan else { return u64::MAX };
+    let multiprocessors = device.multiprocessors.max(1);
     let blocks = op.queries.div_ceil(tile.rows) * op.heads * op.batch * splits;
-    let per_sm = blocks.div_ceil(device.multiprocessors.max(1));
+    let per_sm = blocks.div_ceil(multiprocessors);
     let by_memory = (device.shared_memory + 1024) / (tile.shared + 1024);
-    let resident = per_sm.min(tile.resident).min(by_memory.max(1));
+    let resident = per_sm.min(tile.resident).min(by_memory.max(1)).max(1);
     // Few warps do not hide each other's latencies.
     let busy = match resident * tile.threads / 32 {
         0..=4 => 55,
@@ -215,7 +207,10 @@ fn estimate(op: &Attention, device: &Device, plan: &Plan) -> u64 {
     };
     let keys = split_keys.min(op.keys.next_multiple_of(tile.keys));
     let products = tile.rows * keys * 2 * tile.dim;
-    let block = products * 100 / tile.rate / PRODUCTS_PER_CLOCK + BLOCK_START;
+    let row_bytes = tile.rows * op.head_dim * 2 * op.element.size();
+    let block = products * 100 / tile.rate / PRODUCTS_PER_CLOCK
+        + row_bytes * multiprocessors / BYTES_PER_CLOCK
+        + BLOCK_START / resident;
     let mut clocks = per_sm * block * 100 / busy;
     if splits > 1 {
         clocks += LAUNCH + 2 * partial_bytes(op, splits).unwrap_or(usize::MAX / 4) / BYTES_PER_CLOCK;
@@ -367,12 +362,14 @@ fn combine(gpu: &Gpu, op: &Attention, args: &Args) -> Result<(), CudaError> {
 fn rows(gpu: &Gpu, op: &Attention) -> Result<(), CudaError> {
     const WARPS: usize = 4;
     let name = format!("attention_rows_{}", op.element.suffix());
+    // One query row a warp, which keeps it and the row of the result in shared memory.
+    let shared = WARPS * 2 * op.head_dim * size_of::<f32>();
+    let most = gpu.driver().device().shared_memory as usize;
+    if shared > most {
+        return Err(unsupported(format!("{} columns a head need {shared} bytes of {most}", op.head_dim)));
+    }
     let blocks = (op.batch * op.heads * op.queries).div_ceil(WARPS);
-    let geometry = Geometry {
-        // One query row a warp; the scores' row of queries waits in shared memory.
-        shared: (WARPS * 2 * op.head_dim * size_of::<f32>()) as u32,
-        ..Geometry::line(blocks, (WARPS * 32) as u32)
-    };
+    let geometry = Geometry { shared: shared as u32, ..Geometry::line(blocks, (WARPS * 32) as u32) };
     gpu.launch(&Kernel { module: "attention_rows", name: &name }, &geometry, &[bytes_of(&Args::new(op))])
 }
 
@@ -403,4 +400,134 @@ fn check(op: &Attention) -> Result<(), CudaError> {
         return wrong(format!("an extent beyond 2^30: {op:?}"));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::driver::simt::{SimtDriver, SimtOptions};
+    use crate::driver::toolchain::{SimtVariant, build_simt};
+    use crate::driver::{DevicePtr, Driver};
+
+    const A100: Device = Device { multiprocessors: 108, shared_memory: 163 << 10 };
+    const RTX_4090: Device = Device { multiprocessors: 128, shared_memory: 99 << 10 };
+
+    fn op([batch, heads, head_dim, queries, keys]: [usize; 5]) -> Attention {
+        let pitch = heads * head_dim;
+        Attention {
+            q: DevicePtr(4096),
+            k: DevicePtr(4096),
+            v: DevicePtr(4096),
+            out: DevicePtr(4096),
+            q_pitch: pitch,
+            k_pitch: pitch,
+            v_pitch: pitch,
+            out_pitch: pitch,
+            batch,
+            key_batch: batch,
+            queries,
+            keys,
+            heads,
+            head_dim,
+            is_causal: false,
+            scale: 1.0,
+            element: Element::F16,
+        }
+    }
+
+    /// Rows, keys and splits of the plan.
+    fn planned(shape: [usize; 5], device: &Device) -> (usize, usize, usize) {
+        match plan(&op(shape), device) {
+            Plan::Tiled { tile, splits, .. } => (tile.rows, tile.keys, splits),
+            Plan::Rows => (1, 1, 1),
+        }
+    }
+
+    #[test]
+    fn real_shapes_get_the_tiles_made_for_them() {
+        // Self attention of large levels: wide tiles, unsplit.
+        assert_eq!(planned([2, 8, 40, 4096, 4096], &A100), (128, 64, 1));
+        assert_eq!(planned([2, 10, 64, 4096, 4096], &A100), (128, 64, 1));
+        // Prompts: one tile holds all 77 tokens.
+        for dim in [40, 64, 80] {
+            assert_eq!(planned([2, 8, dim, 4096, 77], &A100), (64, 80, 1), "head dim {dim}");
+        }
+        // The VAE: 64 blocks would leave 44 multiprocessors idle.
+        let (rows, keys, splits) = planned([1, 1, 512, 4096, 4096], &A100);
+        assert_eq!((rows, keys), (64, 128));
+        assert!((2..=8).contains(&splits), "{splits} splits");
+        let (_, keys, _) = planned([1, 1, 512, 4096, 4096], &RTX_4090);
+        assert_eq!(keys, 64, "99 KiB of shared memory");
+    }
+
+    #[test]
+    fn odd_operands_get_the_plain_kernel() {
+        assert_eq!(plan(&op([1, 2, 12, 8, 8]), &A100), Plan::Rows);
+        assert_eq!(plan(&op([1, 2, 640, 8, 8]), &A100), Plan::Rows);
+        assert_eq!(plan(&Attention { element: Element::F32, ..op([1, 2, 64, 8, 8]) }, &A100), Plan::Rows);
+        assert_eq!(plan(&Attention { q: DevicePtr(4098), ..op([1, 2, 64, 8, 8]) }, &A100), Plan::Rows);
+        assert_eq!(plan(&Attention { k_pitch: 130, ..op([1, 2, 64, 8, 8]) }, &A100), Plan::Rows);
+    }
+
+    #[test]
+    fn every_plan_covers_all_keys_within_the_device() {
+        for device in [A100, RTX_4090] {
+            for dim in (8..=512).step_by(8) {
+                for (queries, keys) in [(1, 1), (64, 64), (77, 77), (1000, 154), (4096, 4096), (16384, 16384)]
+                {
+                    let shape = [1, 2, dim, queries, keys];
+                    let Plan::Tiled { tile, splits, split_keys } = plan(&op(shape), &device) else {
+                        panic!("{shape:?} has no tile");
+                    };
+                    assert!(tile.dim >= dim && tile.shared <= device.shared_memory);
+                    assert!(splits <= MAX_SPLITS && split_keys % tile.keys == 0);
+                    assert!(splits * split_keys >= keys, "{shape:?}: keys are left out");
+                    assert!((splits - 1) * split_keys < keys, "{shape:?}: a part is empty");
+                    let partial = partial_bytes(&op(shape), splits).unwrap();
+                    assert!(splits == 1 || partial <= MAX_PARTIAL, "{shape:?}: {partial} bytes");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn wrong_operands_are_refused() {
+        let good = op([4, 2, 64, 8, 8]);
+        assert!(check(&good).is_ok());
+        for bad in [
+            Attention { key_batch: 3, ..good },
+            Attention { key_batch: 0, ..good },
+            Attention { keys: 0, ..good },
+            Attention { q_pitch: 120, ..good },
+            Attention { scale: 0.0, ..good },
+            Attention { scale: f32::NAN, ..good },
+        ] {
+            assert!(matches!(check(&bad), Err(CudaError::Unsupported { .. })), "{bad:?}");
+        }
+    }
+
+    /// `ldmatrix` of every tile at its full head dim reads without bank conflicts.
+    #[test]
+    fn shared_memory_has_no_bank_conflicts() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let library =
+            build_simt(&root.join("kernels"), &[], &root.join("target/simt-objects"), SimtVariant::Fast)
+                .unwrap();
+        let driver = Arc::new(SimtDriver::open(&library, SimtOptions::default()).unwrap());
+        let gpu = Gpu::new(driver.clone()).unwrap();
+        for tile in TILES {
+            let shape = [1, 1, tile.dim, 2 * tile.rows, 2 * tile.keys];
+            let elements = tile.dim * shape[3].max(shape[4]);
+            let memory = driver.alloc(elements * 4, gpu.stream()).unwrap();
+            driver.fill(memory, 0, elements * 4, gpu.stream()).unwrap();
+            let out = memory.offset(elements * 2);
+            let op = Attention { q: memory, k: memory, v: memory, out, ..op(shape) };
+            attention_as(&gpu, &op, &Plan::tiled(tile, op.keys, 1)).unwrap();
+            assert_eq!(driver.last_bank_conflicts(), 0, "{tile:?}");
+            driver.free(memory, gpu.stream()).unwrap();
+        }
+    }
 }
