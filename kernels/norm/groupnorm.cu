@@ -22,7 +22,7 @@
 
 constexpr int kThreads = 512, kWarps = kThreads / 32, kMaxChannels = 4096;
 // Loads of a thread under way: as many as leave room for two blocks on a multiprocessor.
-constexpr int kInFlight = 4, kApplyInFlight = 3;
+constexpr int kInFlight = 3;
 
 struct GroupNormArgs {
     const void* x;       // [samples][pixels][c1]
@@ -215,13 +215,13 @@ template <class T, int V> PTX void groupnorm_apply(const GroupNormArgs& args) {
         const int step = at.lanes * column.pitch, step_out = at.lanes * channels;  // at most kMaxChannels
         const T* p = column.p + size_t(first + lane) * column.pitch;
         T* out = static_cast<T*>(args.out) + (size_t(blockIdx.y) * args.pixels + first + lane) * channels + c;
-        for (int i = 0; i < mine; i += kApplyInFlight, p += kApplyInFlight * step, out += kApplyInFlight * step_out) {
-            Packed<T, V> loaded[kApplyInFlight];
+        for (int i = 0; i < mine; i += kInFlight, p += kInFlight * step, out += kInFlight * step_out) {
+            Packed<T, V> loaded[kInFlight];
 #pragma unroll
-            for (int j = 0; j < kApplyInFlight; j++)
+            for (int j = 0; j < kInFlight; j++)
                 if (i + j < mine) loaded[j] = Packed<T, V>::load(p + j * step);
 #pragma unroll
-            for (int j = 0; j < kApplyInFlight; j++) {
+            for (int j = 0; j < kInFlight; j++) {
                 if (i + j >= mine) break;
                 float v[V];
                 loaded[j].unpack(v);
