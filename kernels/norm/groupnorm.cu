@@ -20,7 +20,9 @@
 #include "moments.cuh"
 #include "vector.cuh"
 
-constexpr int kThreads = 512, kWarps = kThreads / 32, kMaxChannels = 4096, kInFlight = 4;
+constexpr int kThreads = 512, kWarps = kThreads / 32, kMaxChannels = 4096;
+// Loads of a thread under way: as many as leave room for two blocks on a multiprocessor.
+constexpr int kInFlight = 3;
 
 struct GroupNormArgs {
     const void* x;       // [samples][pixels][c1]
@@ -57,24 +59,20 @@ template <class T> struct Column {
     }
 };
 
-template <class T, int V> PTX void tally(Tally<V>& sums, const T* p, size_t step, int count) {
-    float v[V];
-    load_vec(v, p);
-    sums.start(v);
-    int i = 0;
-    for (; i + kInFlight <= count; i += kInFlight, p += kInFlight * step) {
+template <class T, int V> PTX void tally(Tally<V>& sums, const T* p, int step, int count) {
+    for (int i = 0; i < count; i += kInFlight, p += kInFlight * step) {
         Packed<T, V> loaded[kInFlight];
 #pragma unroll
-        for (int j = 0; j < kInFlight; j++) loaded[j] = Packed<T, V>::load(p + j * step);
+        for (int j = 0; j < kInFlight; j++)
+            if (i + j < count) loaded[j] = Packed<T, V>::load(p + j * step);
 #pragma unroll
         for (int j = 0; j < kInFlight; j++) {
+            if (i + j >= count) break;
+            float v[V];
             loaded[j].unpack(v);
+            if (j == 0 && i == 0) sums.start(v);
             sums.add(v);
         }
-    }
-    for (; i < count; i++, p += step) {
-        load_vec(v, p);
-        sums.add(v);
     }
 }
 
@@ -129,7 +127,7 @@ template <class T, int V> PTX void groupnorm_stats(const GroupNormArgs& args) {
         const int lane = t / at.width, mine = at.pixels_of(lane, count);
         const Column<T> column(args, t % at.width * V);
         Tally<V> sums;
-        if (mine) tally(sums, column.p + size_t(first + lane) * column.pitch, size_t(at.lanes) * column.pitch, mine);
+        if (mine) tally(sums, column.p + size_t(first + lane) * column.pitch, at.lanes * column.pitch, mine);
         put_entries(s, at, t, sums, mine);
     }
     __syncthreads();
@@ -162,24 +160,27 @@ PTX float2 finish(const GroupNormArgs& args, float mean, float m2, int size) {
     return make_float2(mean, rsqrtf(m2 / (float(args.pixels) * size) + args.eps));
 }
 
-// What a thread does to its channels c .. c+V.
+// What a thread does to its channels c .. c+V: (x - center) * factor + shift. One center for all of them saves seven
+// registers; it is their first group's mean, so that far from zero nothing cancels unless the groups' means differ, too.
 template <int V> struct Affine {
-    float mean[V], factor[V], shift[V];
+    float center, factor[V], shift[V];
     // `stats` is of the groups from `group` on.
     PTX Affine(const GroupNormArgs& args, const float2* stats, int c, int group, int size) {
         int g = c / size, left = size - c % size;
+        center = stats[g - group].x;
 #pragma unroll
         for (int i = 0; i < V; i++) {
             if (left == 0) g++, left = size;
             left--;
             const float2 m = stats[g - group];
-            mean[i] = m.x, factor[i] = m.y * args.scale[c + i], shift[i] = args.shift[c + i];
+            factor[i] = m.y * args.scale[c + i];
+            shift[i] = args.shift[c + i] - (m.x - center) * factor[i];
         }
     }
     PTX void operator()(float (&v)[V], bool with_silu) const {
 #pragma unroll
         for (int i = 0; i < V; i++) {
-            v[i] = (v[i] - mean[i]) * factor[i] + shift[i];
+            v[i] = (v[i] - center) * factor[i] + shift[i];
             if (with_silu) v[i] = silu(v[i]);
         }
     }
@@ -211,26 +212,22 @@ template <class T, int V> PTX void groupnorm_apply(const GroupNormArgs& args) {
         if (!mine) continue;
         const Affine<V> affine(args, s.stats, c, 0, size);
         const Column<T> column(args, c);
-        const size_t step = size_t(at.lanes) * column.pitch, step_out = size_t(at.lanes) * channels;
+        const int step = at.lanes * column.pitch, step_out = at.lanes * channels;  // at most kMaxChannels
         const T* p = column.p + size_t(first + lane) * column.pitch;
         T* out = static_cast<T*>(args.out) + (size_t(blockIdx.y) * args.pixels + first + lane) * channels + c;
-        float v[V];
-        int i = 0;
-        for (; i + kInFlight <= mine; i += kInFlight, p += kInFlight * step, out += kInFlight * step_out) {
+        for (int i = 0; i < mine; i += kInFlight, p += kInFlight * step, out += kInFlight * step_out) {
             Packed<T, V> loaded[kInFlight];
 #pragma unroll
-            for (int j = 0; j < kInFlight; j++) loaded[j] = Packed<T, V>::load(p + j * step);
+            for (int j = 0; j < kInFlight; j++)
+                if (i + j < mine) loaded[j] = Packed<T, V>::load(p + j * step);
 #pragma unroll
             for (int j = 0; j < kInFlight; j++) {
+                if (i + j >= mine) break;
+                float v[V];
                 loaded[j].unpack(v);
                 affine(v, args.silu);
                 store_vec(out + j * step_out, v);
             }
-        }
-        for (; i < mine; i++, p += step, out += step_out) {
-            load_vec(v, p);
-            affine(v, args.silu);
-            store_vec(out, v);
         }
     }
 }
@@ -264,7 +261,7 @@ template <class T> PTX void groupnorm_fused(const GroupNormArgs& args) {
     for (int t = threadIdx.x; t < at.active(); t += kThreads) {
         const int lane = t / at.width, mine = at.pixels_of(lane, args.pixels);
         Tally<V> sums;
-        if (mine) tally(sums, data + lane * args.slab + t % at.width * V, size_t(at.lanes) * args.slab, mine);
+        if (mine) tally(sums, data + lane * args.slab + t % at.width * V, at.lanes * args.slab, mine);
         put_entries(s.stats, at, t, sums, mine);
     }
     __syncthreads();
@@ -284,7 +281,7 @@ template <class T> PTX void groupnorm_fused(const GroupNormArgs& args) {
 }
 
 #define GROUPNORM(op, call, T, suffix)                                                                                          \
-    extern "C" __global__ __launch_bounds__(kThreads) void op##_##suffix(const __grid_constant__ GroupNormArgs args) { call(args); } \
+    extern "C" __global__ __launch_bounds__(kThreads, sizeof(T) == 4 ? 1 : 2) void op##_##suffix(const __grid_constant__ GroupNormArgs args) { call(args); } \
     SIMT_KERNEL(op##_##suffix)
 #define GROUPNORM_ALL(T, suffix)                                       \
     GROUPNORM(groupnorm_stats, (groupnorm_stats<T, 8>), T, suffix)        \

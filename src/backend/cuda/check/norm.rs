@@ -53,6 +53,10 @@ fn small_maps() -> Vec<Map> {
         map(1, 9, 4095, 0, 3),
         map(1, 4096, 128, 0, 32),
         map(1, 2500, 8, 0, 1),
+        // Long spans: a thread's second and third round.
+        map(1, 97, 2056, 0, 8),
+        map(1, 100, 1023, 0, 31),
+        map(3, 50, 4096, 0, 64),
     ]
 }
 

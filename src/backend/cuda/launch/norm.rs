@@ -104,7 +104,7 @@ fn plan(shape: &GroupNormShape, multiprocessors: usize) -> GroupNormPlan {
     let even = (shape.pixels * shape.samples).div_ceil(2 * multiprocessors.max(1));
     GroupNormPlan::TwoPass {
         run: even.max(6 * lanes).min(shape.pixels),
-        span: even.max(4 * lanes).min(shape.pixels),
+        span: even.max(3 * lanes).min(shape.pixels),
     }
 }
 
@@ -329,7 +329,7 @@ mod tests {
     fn small_maps_take_one_pass() {
         assert_eq!(plan(&shape(2, 256, 1280), 132), GroupNormPlan::Fused { slab: 40 });
         assert_eq!(plan(&shape(2, 256, 2560), 132), GroupNormPlan::Fused { slab: 80 });
-        assert_eq!(plan(&shape(2, 1024, 640), 132), GroupNormPlan::TwoPass { run: 36, span: 24 });
+        assert_eq!(plan(&shape(2, 1024, 640), 132), GroupNormPlan::TwoPass { run: 36, span: 18 });
     }
 
     #[test]
