@@ -262,7 +262,7 @@ void tma_load(void* dst, const void* map, uint32_t rank, const int* at_element, 
     Filling f = start(m, dst, map, bar, false, rank, at);
     uint32_t i[5] = {};
     for (bool more = true; more;) {
-        int64_t coordinate[5];
+        int64_t coordinate[5] = {};
         for (uint32_t d = 0; d < rank; d++) coordinate[d] = int64_t(at_element[d]) + i[d];
         f.row(coordinate);
         more = false;

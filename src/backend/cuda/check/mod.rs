@@ -7,6 +7,7 @@
 
 mod context;
 mod elementwise;
+mod gemm_sm90;
 
 pub use context::{Buffer, Context, Options};
 
@@ -49,6 +50,7 @@ pub struct Measured {
 pub fn cases() -> Vec<Case> {
     let mut all = Vec::new();
     all.extend(elementwise::cases());
+    all.extend(gemm_sm90::cases());
     all
 }
 

@@ -4,3 +4,7 @@
 //! what its kernels assume, chooses kernel and geometry, and queues the launch.
 
 pub mod elementwise;
+pub mod epilogue;
+pub mod gemm;
+pub mod gemm_sm90;
+mod hopper;
