@@ -33,7 +33,7 @@ PTX int partial_pitch(const EpilogueArgs& e) { return (e.columns + 7) / 8 * 8; }
 
 // bias[column .. column + 8), zeros behind the last column.
 PTX void load_bias(float (&b)[8], const EpilogueArgs& e, int column) {
-    if (e.bias && column + 8 <= e.columns) load8(b, e.bias + column);
+    if (e.bias && e.flags & kEpilogueVector && column + 8 <= e.columns) load8(b, e.bias + column);
     else
         for (int i = 0; i < 8; i++) b[i] = e.bias && column + i < e.columns ? e.bias[column + i] : 0.0f;
 }

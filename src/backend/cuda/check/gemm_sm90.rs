@@ -4,11 +4,11 @@ use super::context::error_of;
 use super::elementwise::act;
 use super::{Case, Context, Measured};
 use crate::backend::cuda::launch::elementwise::Act;
-use crate::backend::cuda::launch::epilogue::Epilogue;
+use crate::backend::cuda::launch::epilogue::{Epilogue, Rows};
 use crate::backend::cuda::launch::gemm::Gemm;
-use crate::backend::cuda::launch::gemm_sm90::gemm;
+use crate::backend::cuda::launch::gemm_sm90::{gemm, gemm_by};
+use crate::backend::cuda::launch::hopper::Cut;
 use crate::backend::cuda::{CudaError, Element};
-use crate::driver::DevicePtr;
 
 /// What the epilogue of a case does.
 #[derive(Clone, Copy, Debug, Default)]
@@ -100,7 +100,7 @@ impl Finished {
         if let Some(bytes) = cx.download(self.out)? {
             let values = self.element.decode(&bytes);
             intact = true;
-            for row in values.chunks(self.epilogue.out_pitch) {
+            for row in values.chunks(self.epilogue.out.pitch) {
                 got.extend_from_slice(&row[..self.width]);
                 intact &= row[self.width..].iter().all(|v| v.is_nan());
             }
@@ -142,22 +142,18 @@ pub(super) fn finish(
         }
     }
     let out = cx.output((rows * pitch - op.gap) * out_element.size())?;
-    let mut upload = |set: bool, values: &[f32], element: Element| -> Result<DevicePtr, CudaError> {
-        if set { Ok(cx.upload(values, element)?.ptr) } else { Ok(DevicePtr::NULL) }
+    let mut upload = |set: bool, values: &[f32], element: Element| -> Result<Option<Rows>, CudaError> {
+        if set { Ok(Some(Rows::new(cx.upload(values, element)?.ptr, pitch))) } else { Ok(None) }
     };
     let epilogue = Epilogue {
-        out: out.ptr,
-        out_pitch: pitch,
-        out_float: op.out_float,
-        bias: upload(op.bias, &bias, Element::F32)?,
+        bias: upload(op.bias, &bias, Element::F32)?.unwrap_or_default().ptr,
         time_bias: upload(samples > 0, &time, element)?,
-        time_pitch: pitch,
-        rows_per_sample: op.time_rows,
         act: op.act,
         geglu: op.geglu,
         scale: op.scale,
         residual: upload(op.residual, &residual, element)?,
-        residual_pitch: pitch,
+        out: Rows::new(out.ptr, pitch),
+        out_f32: op.out_float,
     };
     Ok(Finished { epilogue, out, want, width, element: out_element })
 }
@@ -185,20 +181,29 @@ pub(super) fn cases() -> Vec<Case> {
             (Shape(128, 1280, 1280, 0), Finish::RESIDUAL),
             (Shape(128, 320, 2048, 0), Finish::GEGLU),
         ] {
-            cases.push(case(shape, op, element));
+            cases.push(case(shape, op, None, element));
+        }
+        for (width, splits) in [(128, 3), (160, 1), (160, 2), (256, 1), (256, 4)] {
+            let op = Finish { scale: 1.5, residual: true, ..Finish::GEGLU };
+            cases.push(case(Shape(150, 480, 264, 0), op, Some(Cut { width, splits }), element));
         }
         let mut bits = 0x0123_4567_89ab_cdef_u64;
-        for _ in 0..16 {
+        for i in 0..24 {
             bits = bits.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             let op = Finish::random(bits >> 20);
             let number = |shift: u32, range: usize| (bits >> shift) as usize % range;
             let columns = 64 + number(24, 40) * 16;
             let second = if number(50, 3) == 0 { 8 + 8 * number(52, 20) } else { 0 };
-            let shape = Shape(64 + number(33, 300), columns, 8 + 8 * number(42, 60), second);
-            cases.push(case(shape, op, element));
+            let rows = 64 + number(33, 300);
+            let rows = if op.time_rows > 0 { rows.next_multiple_of(op.time_rows) } else { rows };
+            let shape = Shape(rows, columns, 8 + 8 * number(42, 60), second);
+            // Widths and splits in turn, whatever the launcher would choose.
+            let steps = shape.2.div_ceil(64) + shape.3.div_ceil(64);
+            let cut = Cut { width: [128, 160, 256][i % 3], splits: (1 + i / 3 % 4).min(steps) };
+            cases.push(case(shape, op, Some(cut), element));
         }
         for (shape, op) in REAL {
-            cases.push(case(*shape, *op, element));
+            cases.push(case(*shape, *op, None, element));
         }
     }
     cases
@@ -225,19 +230,20 @@ const REAL: &[(Shape, Finish)] = &[
     (Shape(4096, 4096, 4096, 0), Finish::PLAIN),
 ];
 
-fn case(shape: Shape, op: Finish, element: Element) -> Case {
+fn case(shape: Shape, op: Finish, cut: Option<Cut>, element: Element) -> Case {
     let Shape(rows, columns, k, k2) = shape;
     let flops = 2.0 * rows as f64 * columns as f64 * (k + k2) as f64;
+    let forced = cut.map_or(String::new(), |cut| format!(" by {}/{}", cut.width, cut.splits));
     let concat = if k2 > 0 { format!("+{k2}") } else { String::new() };
     Case {
         family: "gemm_sm90",
-        name: format!("gemm_sm90_{} {rows}x{columns}x{k}{concat}{}", element.suffix(), op.label()),
+        name: format!("gemm_sm90_{} {rows}x{columns}x{k}{concat}{}{forced}", element.suffix(), op.label()),
         quick: flops < 6e7,
         needs_gpu: flops > 1.1e9,
         flops,
         bytes: ((rows * (k + k2) + columns * (k + k2) + rows * columns) * element.size()) as f64,
         tolerance: tolerance(element, &op),
-        run: Box::new(move |cx| run(cx, shape, &op, element)),
+        run: Box::new(move |cx| run(cx, shape, &op, cut, element)),
     }
 }
 
@@ -261,7 +267,13 @@ pub(super) fn product(a: &[f32], b: &[f32], k: usize) -> Vec<f64> {
     out
 }
 
-fn run(cx: &mut Context<'_>, shape: Shape, op: &Finish, element: Element) -> Result<Measured, CudaError> {
+fn run(
+    cx: &mut Context<'_>,
+    shape: Shape,
+    op: &Finish,
+    cut: Option<Cut>,
+    element: Element,
+) -> Result<Measured, CudaError> {
     let Shape(rows, columns, k, k2) = shape;
     let depth = k + k2;
     let (x_pitch, x2_pitch) = (k + op.gap, if k2 > 0 { k2 + op.gap } else { 0 });
@@ -275,19 +287,20 @@ fn run(cx: &mut Context<'_>, shape: Shape, op: &Finish, element: Element) -> Res
     }
     let finished = finish(cx, &product(&a, &w, depth), columns, op, element)?;
     let gpu = cx.gpu;
-    let op = Gemm {
-        x: cx.upload(&x, element)?.ptr,
-        x_pitch,
-        k,
-        x2: if k2 > 0 { cx.upload(&x2, element)?.ptr } else { DevicePtr::NULL },
-        x2_pitch,
-        k2,
+    let gemm_op = Gemm {
+        x: Rows::new(cx.upload(&x, element)?.ptr, x_pitch),
+        x2: if k2 > 0 { Some(Rows::new(cx.upload(&x2, element)?.ptr, x2_pitch)) } else { None },
         w: cx.upload(&w, element)?.ptr,
-        w_pitch: depth,
-        rows,
-        columns,
+        m: rows,
+        n: columns,
+        k1: k,
+        k2,
+        rows_per_sample: op.time_rows,
         element,
         epilogue: finished.epilogue,
     };
-    finished.measure(cx, || gemm(gpu, &op))
+    finished.measure(cx, || match cut {
+        Some(cut) => gemm_by(gpu, &gemm_op, cut),
+        None => gemm(gpu, &gemm_op),
+    })
 }

@@ -1,9 +1,10 @@
 //! What the two sm_90a product kernels share (`kernels/include/hopper_tile.cuh`): how a product is cut into
 //! tiles, and the tensor maps of its operands.
 
-use bytemuck::{Pod, Zeroable};
+use bytemuck::{Pod, Zeroable, bytes_of};
 
-use super::super::{CudaError, Element, Gpu};
+use super::super::{CudaError, Element, Geometry, Gpu, Kernel};
+use super::epilogue::{Epilogue, EpilogueArgs, Rows};
 use crate::driver::{DevicePtr, MapElement, Swizzle, TensorMap, TensorMapDesc};
 
 /// Rows of a tile.
@@ -12,6 +13,8 @@ pub(super) const ROWS: usize = 128;
 pub(super) const DEPTH: usize = 64;
 /// Threads of a block: a producer warpgroup and two consumers.
 pub(super) const THREADS: u32 = 384;
+/// Threads of a block that adds partial sums.
+const REDUCE_THREADS: usize = 256;
 /// Columns of the tiles that there are kernels for.
 const WIDTHS: [usize; 3] = [128, 160, 256];
 /// Bytes a cycle that a multiprocessor gets from the L2 cache while all of them ask.
@@ -32,13 +35,31 @@ pub(super) struct Tiles {
     pub splits: i32,
 }
 
-/// How a product is computed.
+/// How a product is cut up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Plan {
-    /// Columns of a tile.
+pub struct Cut {
+    /// Columns of a tile: 128, 160 or 256.
     pub width: usize,
     /// Parts of K.
     pub splits: usize,
+}
+
+/// A product to cut up.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Product {
+    /// Rows of tiles.
+    pub tiles_m: usize,
+    /// Columns.
+    pub columns: usize,
+    /// Steps of [`DEPTH`] over all of K.
+    pub steps: usize,
+}
+
+/// How a product is computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Plan {
+    /// Tiles and splits.
+    pub cut: Cut,
     /// Blocks.
     pub blocks: usize,
     /// For the kernel.
@@ -46,54 +67,63 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    /// Bytes of dynamic shared memory: `sizeof(hopper::Smem)`.
-    pub fn shared(&self) -> u32 {
-        let stages = if self.width > 160 { 4 } else { 6 };
-        let bytes = stages * ((ROWS + self.width) * DEPTH * 2 + 16);
-        bytes.next_multiple_of(1024) as u32
+    /// A product cut up as the caller says.
+    pub fn new(product: &Product, cut: Cut, multiprocessors: usize) -> Result<Self, CudaError> {
+        let Product { tiles_m, columns, steps } = *product;
+        if !WIDTHS.contains(&cut.width) || cut.splits == 0 || cut.splits > steps {
+            let reason = format!("{cut:?} of {product:?}: widths are {WIDTHS:?}, splits at most the steps");
+            return Err(CudaError::Unsupported { op: "sm_90a product", reason });
+        }
+        let tiles_n = columns.div_ceil(cut.width);
+        let units = tiles_m * tiles_n * cut.splits;
+        if units > i32::MAX as usize / 2 || steps > i32::MAX as usize / 64 {
+            let reason = format!("{units} tiles of {steps} steps are more than 32-bit indices reach");
+            return Err(CudaError::Unsupported { op: "sm_90a product", reason });
+        }
+        let tiles = Tiles {
+            steps: steps as i32,
+            tiles_m: tiles_m as i32,
+            tiles_n: tiles_n as i32,
+            band: band(tiles_m, cut.width, multiprocessors) as i32,
+            splits: cut.splits as i32,
+        };
+        Ok(Self { cut, blocks: units.min(multiprocessors), tiles })
+    }
+
+    /// Launch geometry; the shared memory is `sizeof(hopper::Smem)`.
+    pub fn geometry(&self) -> Geometry {
+        let stages = if self.cut.width > 160 { 4 } else { 6 };
+        let bytes = stages * ((ROWS + self.cut.width) * DEPTH * 2 + 16);
+        let shared = bytes.next_multiple_of(1024) as u32;
+        Geometry { grid: [self.blocks as u32, 1, 1], threads: THREADS, shared, cluster: 1 }
     }
 }
 
-/// Plans a product of `tiles_m` tile rows and `columns` columns over `steps` steps of K.
+/// The best way to cut up a product.
 ///
 /// Estimates every width and split in cycles and takes the least: a step costs what the tensor cores need for it or what the
 /// L2 cache needs to deliver it, tiles come in waves of as many as there are multiprocessors, and a split product writes and
 /// reads its partial sums and launches once more.
-pub(super) fn plan(tiles_m: usize, columns: usize, steps: usize, multiprocessors: usize) -> Plan {
-    let mut best: Option<(usize, Plan)> = None;
+pub(super) fn best_cut(product: &Product, multiprocessors: usize) -> Cut {
+    let mut best = (usize::MAX, Cut { width: WIDTHS[0], splits: 1 });
     for width in WIDTHS {
-        let tiles_n = columns.div_ceil(width);
-        let tiles = tiles_m * tiles_n;
+        let tiles = product.tiles_m * product.columns.div_ceil(width);
         // 4096 floating-point operations a cycle and multiprocessor.
         let arithmetic = ROWS * width * DEPTH * 2 / 4096;
         let step = arithmetic.max((ROWS + width) * DEPTH * 2 / L2_BYTES_PER_CYCLE);
-        for splits in 1..=(steps / 4).clamp(1, 16) {
+        for splits in 1..=(product.steps / 4).clamp(1, 16) {
             let waves = (tiles * splits).div_ceil(multiprocessors);
-            let mut cycles = waves * (steps.div_ceil(splits) * step + width * CYCLES_PER_COLUMN);
+            let mut cycles = waves * (product.steps.div_ceil(splits) * step + width * CYCLES_PER_COLUMN);
             if splits > 1 {
                 let partial = tiles * ROWS * width * 4 * splits;
                 cycles += CYCLES_OF_LAUNCH + 2 * partial / (L2_BYTES_PER_CYCLE * multiprocessors);
             }
-            if best.is_some_and(|(least, _)| least <= cycles) {
-                continue;
+            if cycles < best.0 {
+                best = (cycles, Cut { width, splits });
             }
-            let tiles = Tiles {
-                steps: steps as i32,
-                tiles_m: tiles_m as i32,
-                tiles_n: tiles_n as i32,
-                band: band(tiles_m, width, multiprocessors) as i32,
-                splits: splits as i32,
-            };
-            let blocks = (tiles_m * tiles_n * splits).min(multiprocessors);
-            best = Some((cycles, Plan { width, splits, blocks, tiles }));
         }
     }
-    best.map(|(_, plan)| plan).unwrap_or(Plan {
-        width: WIDTHS[0],
-        splits: 1,
-        blocks: 0,
-        tiles: Tiles { steps: 0, tiles_m: 0, tiles_n: 0, band: 1, splits: 1 },
-    })
+    best.1
 }
 
 /// Tile rows to walk together: the tiles under way at one time then cover about a square of the product, which needs the
@@ -112,27 +142,19 @@ pub(super) fn map_element(element: Element) -> MapElement {
     }
 }
 
-/// A matrix in memory.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Matrix {
-    pub base: DevicePtr,
-    pub columns: usize,
-    pub rows: usize,
-    /// Elements from one row to the next.
-    pub pitch: usize,
-}
-
-/// Map of boxes of `box_rows` rows by one step of a matrix.
+/// Map of boxes of `box_rows` rows by one step of K of a matrix of `extent` rows and columns.
 pub(super) fn matrix_map(
     gpu: &Gpu,
-    matrix: &Matrix,
+    matrix: Rows,
+    extent: [usize; 2],
     box_rows: usize,
     element: Element,
 ) -> Result<TensorMap, CudaError> {
+    let [rows, columns] = extent;
     Ok(gpu.driver().tensor_map(&TensorMapDesc {
-        base: matrix.base,
+        base: matrix.ptr,
         element: map_element(element),
-        extents: vec![matrix.columns as u64, matrix.rows as u64],
+        extents: vec![columns as u64, rows as u64],
         strides: vec![(matrix.pitch * element.size()) as u64],
         box_extents: vec![DEPTH as u32, box_rows as u32],
         swizzle: Swizzle::B128,
@@ -140,41 +162,86 @@ pub(super) fn matrix_map(
     })?)
 }
 
-/// Whether copies in pieces of 16 bytes can take this address and these element counts.
-pub(super) fn in_vectors(ptr: DevicePtr, counts: &[usize]) -> bool {
-    ptr.0.is_multiple_of(16) && counts.iter().all(|count| count.is_multiple_of(8))
+/// Whether a product of `columns` columns can be stored eight columns at a time, and its epilogue's operands read so.
+pub(super) fn epilogue_in_vectors(epilogue: &Epilogue, columns: usize) -> bool {
+    columns.is_multiple_of(if epilogue.geglu { 16 } else { 8 })
+        && epilogue.bias.0.is_multiple_of(16)
+        && epilogue.out.is_vector()
+        && epilogue.residual.is_none_or(|rows| rows.is_vector())
+        && epilogue.time_bias.is_none_or(|rows| rows.is_vector())
+}
+
+/// Memory for the partial sums of a split product; null if it is not split.
+pub(super) fn partial_memory(
+    gpu: &Gpu,
+    plan: &Plan,
+    rows: usize,
+    columns: usize,
+) -> Result<DevicePtr, CudaError> {
+    match plan.cut.splits {
+        1 => Ok(DevicePtr::NULL),
+        splits => gpu.workspace(splits * rows * columns * size_of::<f32>()),
+    }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct ReduceArgs {
+    epilogue: EpilogueArgs,
+    splits: i32,
+    unused: i32,
+}
+
+/// Adds the partial sums of a split product of `rows` rows that has `columns` columns after its epilogue.
+pub(super) fn reduce(
+    gpu: &Gpu,
+    epilogue: &EpilogueArgs,
+    plan: &Plan,
+    extent: [usize; 2],
+    element: Element,
+) -> Result<(), CudaError> {
+    if plan.cut.splits == 1 {
+        return Ok(());
+    }
+    let [rows, columns] = extent;
+    let args = ReduceArgs { epilogue: *epilogue, splits: plan.cut.splits as i32, unused: 0 };
+    let name = format!("gemm_sm90_reduce_{}", element.suffix());
+    let geometry = Geometry::line((rows * (columns / 8)).div_ceil(REDUCE_THREADS), REDUCE_THREADS as u32);
+    gpu.launch(&Kernel { module: "gemm_sm90", name: &name }, &geometry, &[bytes_of(&args)])
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn cut(tiles_m: usize, columns: usize, steps: usize) -> (usize, usize) {
+        let cut = best_cut(&Product { tiles_m, columns, steps }, 132);
+        (cut.width, cut.splits)
+    }
+
     #[test]
     fn widths_of_the_unets_fill_the_machine() {
         // SDXL 2048 x 1280: 16 x 8 tiles of 160 on 132 multiprocessors, nothing to split.
-        let sdxl = plan(16, 1280, 20, 132);
-        assert_eq!((sdxl.width, sdxl.splits, sdxl.blocks), (160, 1, 128));
+        assert_eq!(cut(16, 1280, 20), (160, 1));
         // Feed-forward 2048 x 10240: five waves of wide tiles.
-        assert_eq!((plan(16, 10240, 20, 132).width, plan(16, 10240, 20, 132).splits), (256, 1));
+        assert_eq!(cut(16, 10240, 20), (256, 1));
         // SD1.5 512 x 1280 over K = 11520: 32 tiles alone would leave three quarters idle.
-        let deep = plan(4, 1280, 180, 132);
-        assert_eq!((deep.width, deep.splits, deep.blocks), (160, 4, 128));
+        assert_eq!(cut(4, 1280, 180), (160, 4));
     }
 
     #[test]
     fn splits_leave_every_part_some_steps() {
         for steps in 1..40 {
-            let plan = plan(1, 128, steps, 132);
-            assert!(plan.splits <= steps.div_ceil(4), "{steps} steps in {} parts", plan.splits);
+            assert!(cut(1, 128, steps).1 <= steps.div_ceil(4), "{steps} steps");
         }
     }
 
     #[test]
     fn shared_memory_fits() {
         for (width, bytes) in [(128, 197_632), (160, 222_208), (256, 197_632)] {
-            let plan = Plan { width, ..plan(1, 128, 1, 1) };
-            assert_eq!(plan.shared(), bytes);
-            assert!(bytes <= 227 * 1024);
+            let product = Product { tiles_m: 1, columns: 128, steps: 1 };
+            let plan = Plan::new(&product, Cut { width, splits: 1 }, 1).map(|plan| plan.geometry().shared);
+            assert!(matches!(plan, Ok(shared) if shared == bytes && bytes <= 227 * 1024));
         }
     }
 }

@@ -3,8 +3,10 @@
 //! A launcher takes a descriptor of plain device addresses and extents, checks
 //! what its kernels assume, chooses kernel and geometry, and queues the launch.
 
+pub mod conv;
 pub mod elementwise;
 pub mod epilogue;
 pub mod gemm;
 pub mod gemm_sm90;
-mod hopper;
+pub mod hopper;
+pub mod plan;
