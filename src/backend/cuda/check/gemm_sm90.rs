@@ -56,7 +56,7 @@ impl Finish {
         }
     }
 
-    fn label(&self) -> String {
+    pub fn label(&self) -> String {
         let mut text = String::new();
         let mut add = |set: bool, word: &str| {
             if set {

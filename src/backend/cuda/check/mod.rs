@@ -6,6 +6,7 @@
 //! run under the SIMT layer in CI and on a GPU with `kiln check`.
 
 mod context;
+mod conv_sm90;
 mod elementwise;
 mod gemm_sm90;
 
@@ -51,6 +52,7 @@ pub fn cases() -> Vec<Case> {
     let mut all = Vec::new();
     all.extend(elementwise::cases());
     all.extend(gemm_sm90::cases());
+    all.extend(conv_sm90::cases());
     all
 }
 

@@ -4,6 +4,7 @@
 //! what its kernels assume, chooses kernel and geometry, and queues the launch.
 
 pub mod conv;
+pub mod conv_sm90;
 pub mod elementwise;
 pub mod epilogue;
 pub mod gemm;
