@@ -83,6 +83,8 @@ void warp_collective(const char* op, unsigned mask, void* arg, Act act, Loc at);
 void warpgroup_collective(const char* op, void* arg, Act act, Loc at);
 void barrier_sync(int id, int threads, Loc at);  // threads 0: the whole block
 void barrier_arrive(int id, int threads, Loc at);
+void cluster_sync(Loc at);  // all threads of the cluster
+unsigned cluster_rank();
 void warp_fence(unsigned mask, Loc at);  // __syncwarp
 
 void* smem_base();
