@@ -22,6 +22,7 @@ struct ConvSm90Args {
     int32_t box_w, box_h;      // boxes: log2 of the pixels along width and height; the rest of 128 are images
     int32_t boxes_w, boxes_h;  // in a row and a column of an image
     int32_t doubling;
+    int32_t unused;
 };
 
 namespace {
@@ -61,16 +62,15 @@ PTX int row_of(const ConvSm90Args& a, const Origin& o, int r) {
     return (image * 2 * a.height + 2 * y + o.phase_y) * 2 * a.width + 2 * x + o.phase_x;
 }
 
-struct LoadConv {
+template <class T, int N> struct LoadConv {
     const ConvSm90Args& args;
     const TensorMap *x, *x2, *w;
-    int columns;
     Origin origin{};
     int column = 0;
 
-    PTX void begin(const hopper::Unit& unit) { origin = origin_of(args, unit.tile_m), column = unit.tile_n * columns; }
+    PTX void begin(const hopper::Unit& unit) { origin = origin_of(args, unit.tile_m), column = unit.tile_n * N; }
     // Behind the last channel of x the copy brings zeros, so what it brings of w there does not matter.
-    PTX void operator()(int step, void* a, void* b, uint64_t* bar) const {
+    PTX void operator()(int step, T* a, T* b, uint64_t* bar) const {
         const int tap = step / args.tap_steps, part = step - tap * args.tap_steps, r = tap / args.kernel_w, s = tap - r * args.kernel_w;
         const bool second = part >= args.c1_steps;
         const TensorMap* map = second ? x2 : x;
@@ -81,13 +81,13 @@ struct LoadConv {
             tma_load_im2col_4d(a, map, c, origin.x * args.stride - args.corner_x, origin.y * args.stride - args.corner_y, origin.image,
                                dx + args.corner_x, dy + args.corner_y, bar);
         else tma_load_4d(a, map, c, origin.x + dx, origin.y + dy, origin.image, bar);
-        tma_load_2d(b, w, tap * args.cp + (second ? args.c1 + c : c), column, bar);
+        hopper::load_b<T, N>(args.tiles, w, tap * args.cp + (second ? args.c1 + c : c), column, b, bar);
     }
 };
 
 template <class T, int N> PTX void conv(const ConvSm90Args& args, const TensorMap* x, const TensorMap* x2, const TensorMap* w) {
     if (threadIdx.x == 0) tma_prefetch_map(x), tma_prefetch_map(w);
-    LoadConv load{args, x, x2, w, N};
+    LoadConv<T, N> load{args, x, x2, w};
     hopper::run<T, N>(args.epilogue, args.tiles, load, [&args](const hopper::Unit& unit) {
         const Origin origin = origin_of(args, unit.tile_m);
         return [&args, origin](int r) { return row_of(args, origin, r); };
@@ -95,7 +95,7 @@ template <class T, int N> PTX void conv(const ConvSm90Args& args, const TensorMa
 }
 }  // namespace
 
-// maps: x and x2 as C, W, H, N in boxes of 64 channels x 128 pixels, tiled or im2col; w as [cout][taps * cp] in boxes of 64 x N
+// maps: x and x2 as C, W, H, N in boxes of 64 channels x 128 pixels, tiled or im2col; w as [cout][taps * cp] in boxes of 64 x N / cluster
 #define CONV_SM90(T, N, name)                                                                                                     \
     extern "C" __global__ __launch_bounds__(hopper::kThreads, 1) void name(                                                       \
         const __grid_constant__ ConvSm90Args args, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap x2,     \

@@ -8,27 +8,27 @@ struct GemmSm90Args {
     HopperTiles tiles;
     int32_t k1;        // columns of x; those of x2 follow
     int32_t k1_steps;  // of kK, the last one may be partly behind x
-    int32_t unused;
 };
 
 namespace {
-struct LoadGemm {
+template <class T, int N> struct LoadGemm {
+    const HopperTiles& tiles;
     const TensorMap *x, *x2, *w;
-    int k1, k1_steps, columns, row = 0, column = 0;
+    int k1, k1_steps, row = 0, column = 0;
 
-    PTX void begin(const hopper::Unit& unit) { row = unit.tile_m * hopper::kM, column = unit.tile_n * columns; }
+    PTX void begin(const hopper::Unit& unit) { row = unit.tile_m * hopper::kM, column = unit.tile_n * N; }
     // Behind the end of x the copy brings zeros, so what it brings of w there does not matter.
-    PTX void operator()(int step, void* a, void* b, uint64_t* bar) const {
+    PTX void operator()(int step, T* a, T* b, uint64_t* bar) const {
         const bool second = step >= k1_steps;
         const int k = (second ? step - k1_steps : step) * hopper::kK;
         tma_load_2d(a, second ? x2 : x, k, row, bar);
-        tma_load_2d(b, w, second ? k1 + k : k, column, bar);
+        hopper::load_b<T, N>(tiles, w, second ? k1 + k : k, column, b, bar);
     }
 };
 
 template <class T, int N> PTX void gemm(const GemmSm90Args& args, const TensorMap* x, const TensorMap* x2, const TensorMap* w) {
     if (threadIdx.x == 0) tma_prefetch_map(x), tma_prefetch_map(w);
-    LoadGemm load{x, x2, w, args.k1, args.k1_steps, N};
+    LoadGemm<T, N> load{args.tiles, x, x2, w, args.k1, args.k1_steps};
     const int rows = args.epilogue.rows;
     hopper::run<T, N>(args.epilogue, args.tiles, load, [rows](const hopper::Unit& unit) {
         const int first = unit.tile_m * hopper::kM;
@@ -37,7 +37,7 @@ template <class T, int N> PTX void gemm(const GemmSm90Args& args, const TensorMa
 }
 }  // namespace
 
-// maps: boxes of 64 x 128 of x and x2, 64 x N of w, all with the 128-byte swizzle
+// maps: boxes of 64 x 128 of x and x2, 64 x N / cluster of w, all with the 128-byte swizzle
 #define GEMM_SM90(T, N, name)                                                                                                     \
     extern "C" __global__ __launch_bounds__(hopper::kThreads, 1) void name(                                                       \
         const __grid_constant__ GemmSm90Args args, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap x2,     \

@@ -3,8 +3,12 @@
 // A block computes 128 x kN tiles of a product A * B^T whose operands both run along K. One producer thread fills a ring of
 // stages by TMA (128-byte swizzle, 64 of K a stage); two consumer warpgroups of 64 rows each run wgmma on them with both
 // operands in shared memory. full[i]: stage i has its bytes; empty[i]: all eight consumer warps are done with it. The grid is
-// persistent: blocks take every gridDim.x-th unit (a tile, or with split-K a part of its K), and while the consumers write
-// one tile out the producer already fills the ring for the next.
+// persistent: blocks take unit after unit (a tile, or with split-K a part of its K), and while the consumers write one tile
+// out the producer already fills the ring for the next.
+//
+// The L2 cache delivers about 30 bytes a cycle to each multiprocessor, less than a tile of its own asks for (a 128 x 160 tile
+// 36 KB in 640 cycles). So two blocks form a cluster where there are two tiles above each other: each loads its rows of A and
+// half of the B that both need, for both (multicast). Then empty[i] also waits for the neighbour's consumers.
 //
 // Widths: 160 divides 320, 640 and 1280, the widths of the UNets, and leaves the fewest idle multiprocessors there; 256 and
 // 128 are for the rest. wgmma reads 2 KB of A and kN * 32 bytes of B for 64 x kN x 16: 80 to 96 of the 128 bytes a cycle
@@ -19,8 +23,9 @@
 struct HopperTiles {  // how the product is cut up; the twin is launch/hopper.rs
     int32_t steps;    // of kK, over all of K
     int32_t tiles_m, tiles_n;
-    int32_t band;     // tile rows that are walked together, column by column, so that their operands stay in the L2 cache
+    int32_t band;     // rows of clusters that are walked together, column by column, so that their operands stay in the L2 cache
     int32_t splits;   // parts of K, each to its own partial sums; 1: none
+    int32_t cluster;  // blocks of a cluster, 1 or 2: tiles above each other, of which the last may be behind the product
 };
 
 namespace hopper {
@@ -39,20 +44,40 @@ struct Unit {  // of work
     int tile_m, tile_n, split, first, last;  // steps first to last - 1
 };
 
-PTX int unit_count(const HopperTiles& t) { return t.tiles_m * t.tiles_n * t.splits; }
+// The units of a cluster: for (Walk w(t); w.more(); w.next()) ... w.unit() is this block's.
+struct Walk {
+    const HopperTiles& t;
+    int index, rows;  // rows of clusters
 
-PTX Unit unit_at(const HopperTiles& t, int index) {
-    const int tiles = t.tiles_m * t.tiles_n, split = index / tiles, tile = index - split * tiles;
-    const int in_band = t.band * t.tiles_n, first = tile / in_band * t.band, rows = min(t.band, t.tiles_m - first), place = tile % in_band;
-    return {first + place % rows, place / rows, split, int(int64_t(t.steps) * split / t.splits), int(int64_t(t.steps) * (split + 1) / t.splits)};
-}
+    PTX explicit Walk(const HopperTiles& tiles) : t(tiles), index(blockIdx.x / tiles.cluster), rows((tiles.tiles_m + tiles.cluster - 1) / tiles.cluster) {}
+    PTX bool more() const { return index < rows * t.tiles_n * t.splits; }
+    PTX void next() { index += gridDim.x / t.cluster; }
+    PTX Unit unit() const {
+        const int count = rows * t.tiles_n, split = index / count, tile = index - split * count;
+        const int in_band = t.band * t.tiles_n, first = tile / in_band * t.band, high = min(t.band, rows - first), place = tile % in_band;
+        const int rank = t.cluster > 1 ? int(cluster_rank()) : 0;
+        return {(first + place % high) * t.cluster + rank, place / high, split, int(int64_t(t.steps) * split / t.splits),
+                int(int64_t(t.steps) * (split + 1) / t.splits)};
+    }
+};
 
-template <class S> PTX void start_ring(S& s) {
+template <class S> PTX void start_ring(S& s, const HopperTiles& t) {
     if (threadIdx.x == 0) {
-        for (int i = 0; i < S::kStages; i++) mbarrier_init(&s.full[i], 1), mbarrier_init(&s.empty[i], kConsumerWarps);
+        for (int i = 0; i < S::kStages; i++) mbarrier_init(&s.full[i], 1), mbarrier_init(&s.empty[i], kConsumerWarps * t.cluster);
         fence_mbarrier_init();
     }
-    __syncthreads();
+    if (t.cluster > 1) cluster_sync();
+    else __syncthreads();
+}
+
+// The B of a stage: N rows of w from row `row` on, columns from k on. In a cluster this block brings half of them, to both.
+template <class T, int N> PTX void load_b(const HopperTiles& t, const TensorMap* w, int k, int row, T* b, uint64_t* bar) {
+    if (t.cluster == 1) {
+        tma_load_2d(b, w, k, row, bar);
+    } else {
+        const int half = int(cluster_rank()) * (N / 2);
+        tma_load_2d_multicast(b + half * kK, w, k, row + half, bar, 3);
+    }
 }
 
 struct Place {  // in the ring
@@ -66,8 +91,8 @@ struct Place {  // in the ring
 // One thread: load.begin(unit) before a unit, load(step, a, b, bar) for every step of it, which must bring kStageBytes.
 template <class S, class Load> PTX void produce(S& s, const HopperTiles& t, Load& load) {
     Place at;
-    for (int index = blockIdx.x; index < unit_count(t); index += gridDim.x) {
-        const Unit unit = unit_at(t, index);
+    for (Walk walk(t); walk.more(); walk.next()) {
+        const Unit unit = walk.unit();
         load.begin(unit);
         for (int step = unit.first; step < unit.last; step++) {
             mbarrier_wait(&s.empty[at.stage], at.phase ^ 1);  // the first round passes at once
@@ -78,9 +103,16 @@ template <class S, class Load> PTX void produce(S& s, const HopperTiles& t, Load
     }
 }
 
+// A consumer warp is done with a stage: all producers that fill it must know.
+PTX void give_back(uint64_t* empty, int cluster, int lane) {
+    if (cluster == 1) {
+        if (lane == 0) mbarrier_arrive(empty);
+    } else if (lane < cluster) mbarrier_arrive_at(empty, lane);
+}
+
 // The product of one unit in `acc`, fragments as wgmma leaves them. At most one step's products are under way while the
 // next step's are queued; only then is the stage before given back.
-template <class T, int N> PTX void multiply(Smem<T, N>& s, const Unit& unit, Place& at, float (&acc)[N / 2]) {
+template <class T, int N> PTX void multiply(Smem<T, N>& s, const Unit& unit, int cluster, Place& at, float (&acc)[N / 2]) {
     using S = Smem<T, N>;
     const int group = __shfl_sync(~0u, int(threadIdx.x) / 128 - 1, 0), lane = threadIdx.x % 32;  // known to be the same in a warp
     int before = 0;
@@ -93,12 +125,12 @@ template <class T, int N> PTX void multiply(Smem<T, N>& s, const Unit& unit, Pla
             wgmma_m64k16<T, N>(acc, a + 2 * i, b + 2 * i, step > unit.first || i > 0);  // 16 of K: 32 bytes, counted in 16
         wgmma_commit();
         wgmma_wait<1>();
-        if (step > unit.first && lane == 0) mbarrier_arrive(&s.empty[before]);
+        if (step > unit.first) give_back(&s.empty[before], cluster, lane);
         before = at.stage;
         at.template advance<S>();
     }
     wgmma_wait<0>();
-    if (lane == 0) mbarrier_arrive(&s.empty[before]);
+    give_back(&s.empty[before], cluster, lane);
 }
 
 // ---- from fragments to rows -------------------------------------------------------------------------------------------
@@ -209,20 +241,22 @@ template <class T, int N, class Rows> PTX void write_tile(const EpilogueArgs& e,
 // row_of(unit) makes the `rows` of write_tile.
 template <class T, int N, class Load, class RowOf> PTX void run(const EpilogueArgs& e, const HopperTiles& t, Load& load, const RowOf& row_of) {
     auto& s = dynamic_smem<Smem<T, N>>();
-    start_ring(s);
+    start_ring(s, t);
     if (threadIdx.x < 128) {
         setmaxnreg_dec<40>();
         if (threadIdx.x == 0) produce(s, t, load);
+        __syncwarp();
     } else {
         setmaxnreg_inc<232>();
         Place at;
-        for (int index = blockIdx.x; index < unit_count(t); index += gridDim.x) {
-            const Unit unit = unit_at(t, index);
+        for (Walk walk(t); walk.more(); walk.next()) {
+            const Unit unit = walk.unit();
             float acc[N / 2];
-            multiply<T, N>(s, unit, at, acc);
+            multiply<T, N>(s, unit, t.cluster, at, acc);
             write_tile<T, N>(e, unit, acc, row_of(unit));
         }
     }
+    if (t.cluster > 1) cluster_sync();  // the neighbour may still write here
 }
 
 // Split-K: adds the partial sums in order and finishes; eight columns of out a thread.

@@ -130,7 +130,7 @@ pub(super) fn cases() -> Vec<Case> {
             cases.push(case(*shape, *op, None, element));
             // Widths, splits and im2col mode, whatever the launcher would choose.
             let steps = shape.kernel[0] * shape.kernel[1];
-            let cut = Cut { width: [160, 256, 128][i % 3], splits: (1 + i % 4).min(steps) };
+            let cut = Cut { width: [160, 256, 128][i % 3], splits: (1 + i % 4).min(steps), cluster: 1 + i / 2 % 2 };
             if shape.kernel != [1, 1] || shape.stride != 1 {
                 cases.push(case(*shape, *op, Some(cut), element));
             }
@@ -171,7 +171,7 @@ fn case(shape: Shape, op: Finish, cut: Option<Cut>, element: Element) -> Case {
     let flops = 2.0 * problem.m as f64 * problem.n as f64 * problem.k as f64;
     let concat = if c2 > 0 { format!("+{c2}") } else { String::new() };
     let double = if upsample { " doubled" } else { "" };
-    let forced = cut.map_or(String::new(), |cut| format!(" im2col by {}/{}", cut.width, cut.splits));
+    let forced = cut.map_or(String::new(), |cut| format!(" im2col by {}/{} x{}", cut.width, cut.splits, cut.cluster));
     let name = format!(
         "conv_sm90_{} {batch}x{height}x{width} {c1}{concat}->{cout} {}x{} s{stride}{double}{}{forced}",
         element.suffix(),

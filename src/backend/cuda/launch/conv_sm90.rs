@@ -49,6 +49,7 @@ struct ConvArgs {
     boxes_w: i32,
     boxes_h: i32,
     doubling: i32,
+    unused: i32,
 }
 
 /// How the 128 pixels of a tile are found.
@@ -146,7 +147,7 @@ pub fn conv_by(gpu: &Gpu, op: &Conv, pixels: Pixels, cut: Cut) -> Result<(), Cud
         None => map_x,
     };
     let depth = op.kernel[0] * op.kernel[1] * (op.c1 + op.c2);
-    let map_w = matrix_map(gpu, Rows::new(op.w, depth), [op.cout, depth], cut.width, op.element)?;
+    let map_w = matrix_map(gpu, Rows::new(op.w, depth), [op.cout, depth], plan.box_rows(), op.element)?;
     let mut args = arguments(op, pixels, &plan)?;
     let rows = op.problem().m;
     args.epilogue.partial = partial_memory(gpu, &plan, rows, op.cout)?;
@@ -200,6 +201,7 @@ fn arguments(op: &Conv, pixels: Pixels, plan: &Plan) -> Result<ConvArgs, CudaErr
         boxes_w: extent("boxes", width.div_ceil(1 << box_w))?,
         boxes_h: extent("boxes", height.div_ceil(1 << box_h))?,
         doubling: i32::from(op.upsample),
+        unused: 0,
     })
 }
 

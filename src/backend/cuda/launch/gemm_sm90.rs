@@ -25,7 +25,6 @@ struct GemmArgs {
     tiles: Tiles,
     k1: i32,
     k1_steps: i32,
-    unused: i32,
 }
 
 /// Whether the Hopper kernels take this layer and are the better choice for it.
@@ -64,14 +63,13 @@ pub fn gemm_by(gpu: &Gpu, op: &Gemm, cut: Cut) -> Result<(), CudaError> {
         None => map_x,
     };
     let k = op.k1 + op.k2;
-    let map_w = matrix_map(gpu, Rows::new(op.w, k), [op.n, k], cut.width, op.element)?;
+    let map_w = matrix_map(gpu, Rows::new(op.w, k), [op.n, k], plan.box_rows(), op.element)?;
     let whole = epilogue::Product { op: OP, rows: op.m, columns: op.n, rows_per_sample: op.rows_per_sample };
     let mut args = GemmArgs {
         epilogue: EpilogueArgs::new(&op.epilogue, &whole)?,
         tiles: plan.tiles,
         k1: epilogue::int(OP, "columns of x", op.k1)?,
         k1_steps: op.k1.div_ceil(DEPTH) as i32,
-        unused: 0,
     };
     args.epilogue.partial = partial_memory(gpu, &plan, op.m, op.n)?;
     let name = format!("gemm_sm90_128x{}_{}", cut.width, op.element.suffix());

@@ -15,6 +15,8 @@ pub(super) const DEPTH: usize = 64;
 pub(super) const THREADS: u32 = 384;
 /// Threads of a block that adds partial sums.
 const REDUCE_THREADS: usize = 256;
+/// Most blocks of a cluster.
+const CLUSTER: usize = 2;
 /// Columns of the tiles that there are kernels for.
 const WIDTHS: [usize; 3] = [128, 160, 256];
 /// Bytes a cycle that a multiprocessor gets from the L2 cache while all of them ask.
@@ -33,6 +35,7 @@ pub(super) struct Tiles {
     pub tiles_n: i32,
     pub band: i32,
     pub splits: i32,
+    pub cluster: i32,
 }
 
 /// How a product is cut up.
@@ -42,6 +45,8 @@ pub struct Cut {
     pub width: usize,
     /// Parts of K.
     pub splits: usize,
+    /// Tiles above each other that share their right operand: 1 or 2.
+    pub cluster: usize,
 }
 
 /// A product to cut up.
@@ -70,12 +75,16 @@ impl Plan {
     /// A product cut up as the caller says.
     pub fn new(product: &Product, cut: Cut, multiprocessors: usize) -> Result<Self, CudaError> {
         let Product { tiles_m, columns, steps } = *product;
-        if !WIDTHS.contains(&cut.width) || cut.splits == 0 || cut.splits > steps {
-            let reason = format!("{cut:?} of {product:?}: widths are {WIDTHS:?}, splits at most the steps");
+        if !WIDTHS.contains(&cut.width)
+            || !(1..=steps).contains(&cut.splits)
+            || !(1..=CLUSTER).contains(&cut.cluster)
+        {
+            let reason = format!("{cut:?} of {product:?}: widths {WIDTHS:?}, 1 to {steps} splits, cluster 1 or 2");
             return Err(CudaError::Unsupported { op: "sm_90a product", reason });
         }
         let tiles_n = columns.div_ceil(cut.width);
-        let units = tiles_m * tiles_n * cut.splits;
+        let rows = tiles_m.div_ceil(cut.cluster);
+        let units = rows * tiles_n * cut.splits;
         if units > i32::MAX as usize / 2 || steps > i32::MAX as usize / 64 {
             let reason = format!("{units} tiles of {steps} steps are more than 32-bit indices reach");
             return Err(CudaError::Unsupported { op: "sm_90a product", reason });
@@ -84,10 +93,12 @@ impl Plan {
             steps: steps as i32,
             tiles_m: tiles_m as i32,
             tiles_n: tiles_n as i32,
-            band: band(tiles_m, cut.width, multiprocessors) as i32,
+            band: band(rows, &cut, multiprocessors) as i32,
             splits: cut.splits as i32,
+            cluster: cut.cluster as i32,
         };
-        Ok(Self { cut, blocks: units.min(multiprocessors), tiles })
+        let clusters = units.min((multiprocessors / cut.cluster).max(1));
+        Ok(Self { cut, blocks: clusters * cut.cluster, tiles })
     }
 
     /// Launch geometry; the shared memory is `sizeof(hopper::Smem)`.
@@ -95,42 +106,49 @@ impl Plan {
         let stages = if self.cut.width > 160 { 4 } else { 6 };
         let bytes = stages * ((ROWS + self.cut.width) * DEPTH * 2 + 16);
         let shared = bytes.next_multiple_of(1024) as u32;
-        Geometry { grid: [self.blocks as u32, 1, 1], threads: THREADS, shared, cluster: 1 }
+        Geometry { grid: [self.blocks as u32, 1, 1], threads: THREADS, shared, cluster: self.cut.cluster as u32 }
+    }
+
+    /// Rows of a box of the right operand.
+    pub fn box_rows(&self) -> usize {
+        self.cut.width / self.cut.cluster
     }
 }
 
 /// The best way to cut up a product.
 ///
 /// Estimates every width and split in cycles and takes the least: a step costs what the tensor cores need for it or what the
-/// L2 cache needs to deliver it, tiles come in waves of as many as there are multiprocessors, and a split product writes and
+/// L2 cache needs to deliver it (a cluster asks only once for what its tiles share), tiles come in waves of as many as there are multiprocessors, and a split product writes and
 /// reads its partial sums and launches once more.
 pub(super) fn best_cut(product: &Product, multiprocessors: usize) -> Cut {
-    let mut best = (usize::MAX, Cut { width: WIDTHS[0], splits: 1 });
-    for width in WIDTHS {
-        let tiles = product.tiles_m * product.columns.div_ceil(width);
+    let mut best = (usize::MAX, Cut { width: WIDTHS[0], splits: 1, cluster: 1 });
+    let clusters = if product.tiles_m > 1 && multiprocessors > 1 { CLUSTER } else { 1 };
+    for (width, cluster) in WIDTHS.into_iter().flat_map(|w| (1..=clusters).map(move |c| (w, c))) {
+        let rows = product.tiles_m.div_ceil(cluster);
+        let tiles = rows * cluster * product.columns.div_ceil(width);
         // 4096 floating-point operations a cycle and multiprocessor.
         let arithmetic = ROWS * width * DEPTH * 2 / 4096;
-        let step = arithmetic.max((ROWS + width) * DEPTH * 2 / L2_BYTES_PER_CYCLE);
+        let step = arithmetic.max((ROWS + width / cluster) * DEPTH * 2 / L2_BYTES_PER_CYCLE);
         for splits in 1..=(product.steps / 4).clamp(1, 16) {
-            let waves = (tiles * splits).div_ceil(multiprocessors);
+            let waves = (tiles / cluster * splits).div_ceil(multiprocessors / cluster);
             let mut cycles = waves * (product.steps.div_ceil(splits) * step + width * CYCLES_PER_COLUMN);
             if splits > 1 {
                 let partial = tiles * ROWS * width * 4 * splits;
                 cycles += CYCLES_OF_LAUNCH + 2 * partial / (L2_BYTES_PER_CYCLE * multiprocessors);
             }
             if cycles < best.0 {
-                best = (cycles, Cut { width, splits });
+                best = (cycles, Cut { width, splits, cluster });
             }
         }
     }
     best.1
 }
 
-/// Tile rows to walk together: the tiles under way at one time then cover about a square of the product, which needs the
-/// fewest different rows of both operands.
-fn band(tiles_m: usize, width: usize, multiprocessors: usize) -> usize {
-    let square = (multiprocessors * width) as f64 / ROWS as f64;
-    (square.sqrt().round() as usize).clamp(1, tiles_m.max(1))
+/// Rows of clusters to walk together: the tiles under way at one time then cover about a square of the product, which needs
+/// the fewest different rows of both operands.
+fn band(rows: usize, cut: &Cut, multiprocessors: usize) -> usize {
+    let square = (multiprocessors * cut.width) as f64 / ROWS as f64;
+    ((square.sqrt() / cut.cluster as f64).round() as usize).clamp(1, rows.max(1))
 }
 
 /// Element type of a tensor map; only half-sized ones have kernels here.
@@ -214,19 +232,19 @@ pub(super) fn reduce(
 mod tests {
     use super::*;
 
-    fn cut(tiles_m: usize, columns: usize, steps: usize) -> (usize, usize) {
+    fn cut(tiles_m: usize, columns: usize, steps: usize) -> (usize, usize, usize) {
         let cut = best_cut(&Product { tiles_m, columns, steps }, 132);
-        (cut.width, cut.splits)
+        (cut.width, cut.splits, cut.cluster)
     }
 
     #[test]
     fn widths_of_the_unets_fill_the_machine() {
         // SDXL 2048 x 1280: 16 x 8 tiles of 160 on 132 multiprocessors, nothing to split.
-        assert_eq!(cut(16, 1280, 20), (160, 1));
+        assert_eq!(cut(16, 1280, 20), (160, 1, 2));
         // Feed-forward 2048 x 10240: five waves of wide tiles.
-        assert_eq!(cut(16, 10240, 20), (256, 1));
+        assert_eq!(cut(16, 10240, 20), (256, 1, 2));
         // SD1.5 512 x 1280 over K = 11520: 32 tiles alone would leave three quarters idle.
-        assert_eq!(cut(4, 1280, 180), (160, 4));
+        assert_eq!(cut(4, 1280, 180), (160, 4, 2));
     }
 
     #[test]
@@ -240,7 +258,7 @@ mod tests {
     fn shared_memory_fits() {
         for (width, bytes) in [(128, 197_632), (160, 222_208), (256, 197_632)] {
             let product = Product { tiles_m: 1, columns: 128, steps: 1 };
-            let plan = Plan::new(&product, Cut { width, splits: 1 }, 1).map(|plan| plan.geometry().shared);
+            let plan = Plan::new(&product, Cut { width, splits: 1, cluster: 1 }, 1).map(|plan| plan.geometry().shared);
             assert!(matches!(plan, Ok(shared) if shared == bytes && bytes <= 227 * 1024));
         }
     }
