@@ -12,7 +12,7 @@
 //
 // Widths: 160 divides 320, 640 and 1280, the widths of the UNets, and leaves the fewest idle multiprocessors there; 256 and
 // 128 are for the rest. wgmma reads 2 KB of A and kN * 32 bytes of B for 64 x kN x 16: 80 to 96 of the 128 bytes a cycle
-// that shared memory delivers. 232 registers a consumer thread: 128 sums at most, addresses and the epilogue.
+// that shared memory delivers. 224 registers a consumer thread: 128 sums at most, addresses and the epilogue.
 //
 // Fragments to rows: a quad of lanes holds 2 columns each of every 8; two exchanges among the four give each lane all 8
 // columns of one block of 8 in 4, so that loads and stores are 16 bytes a lane and 64 contiguous bytes a quad.
@@ -155,83 +155,122 @@ PTX void gather8(float (&out)[8], const float (&v)[4][2]) {
     }
 }
 
-// out columns `column` to column + 8 of row `row`; v is the product with its bias. Vectors only: see launch/gemm_sm90.rs.
-template <class T> PTX void finish8(const EpilogueArgs& e, int row, int column, float (&v)[8]) {
-    const size_t at = size_t(row) * e.out_pitch + column;
+// What no kernel writes while this one runs: the compiler may load it early, ahead of stores.
+PTX void add8_constant(float (&v)[8], const float* bias) {
+    const float4 a = __ldg(reinterpret_cast<const float4*>(bias)), b = __ldg(reinterpret_cast<const float4*>(bias + 4));
+    v[0] += a.x, v[1] += a.y, v[2] += a.z, v[3] += a.w, v[4] += b.x, v[5] += b.y, v[6] += b.z, v[7] += b.w;
+}
+template <class T> PTX void add8(float (&v)[8], const uint4& packed) {
+    float r[8];
+    unpack2<T>(r[0], r[1], packed.x), unpack2<T>(r[2], r[3], packed.y), unpack2<T>(r[4], r[5], packed.z), unpack2<T>(r[6], r[7], packed.w);
+#pragma unroll
+    for (int i = 0; i < 8; i++) v[i] += r[i];
+}
+PTX void add8(float (&v)[8], const float* sums) {
+    float r[8];
+    load8(r, sums);
+#pragma unroll
+    for (int i = 0; i < 8; i++) v[i] += r[i];
+}
+
+// Out columns `column` to column + 8 of row `row`; v is the product with its bias, `residual` what is to be added.
+template <class T> PTX void finish8(const EpilogueArgs& e, int row, int column, float (&v)[8], const uint4& residual) {
 #pragma unroll
     for (int i = 0; i < 8; i++) v[i] *= e.scale;
-    if (e.residual) {
-        float r[8];
-        load8(r, static_cast<const T*>(e.residual) + size_t(row) * e.residual_pitch + column);
-#pragma unroll
-        for (int i = 0; i < 8; i++) v[i] += r[i];
-    }
+    if (e.residual) add8<T>(v, residual);
+    const size_t at = size_t(row) * e.out_pitch + column;
     if (e.flags & kEpilogueFloat) store8(static_cast<float*>(e.out) + at, v);
     else store8(static_cast<T*>(e.out) + at, v);
 }
-PTX void add8(float (&v)[8], const float* bias) {
-    float b[8];
-    load8(b, bias);
-#pragma unroll
-    for (int i = 0; i < 8; i++) v[i] += b[i];
+template <class T> PTX uint4 residual8(const EpilogueArgs& e, int row, int column) {
+    if (!e.residual) return make_uint4(0, 0, 0, 0);
+    return *reinterpret_cast<const uint4*>(static_cast<const T*>(e.residual) + size_t(row) * e.residual_pitch + column);
 }
 // The same for the sums themselves: bias, time bias, activation.
-template <class T> PTX void activate_and_finish8(const EpilogueArgs& e, int row, int column, float (&v)[8], const T* time_bias) {
-    if (e.bias) add8(v, e.bias + column);
-    if (time_bias) {
-        float b[8];
-        load8(b, time_bias + column);
-#pragma unroll
-        for (int i = 0; i < 8; i++) v[i] += b[i];
+template <class T> PTX void activate_and_finish8(const EpilogueArgs& e, int row, int column, float (&v)[8], const uint4& residual) {
+    if (e.bias) add8_constant(v, e.bias + column);
+    if (e.time_bias) {
+        const T* time_bias = static_cast<const T*>(e.time_bias) + size_t(row / e.rows_per_sample) * e.time_pitch;
+        add8<T>(v, __ldg(reinterpret_cast<const uint4*>(time_bias + column)));
     }
     epilogue::activate8(v, e.act);
-    finish8<T>(e, row, column, v);
+    finish8<T>(e, row, column, v, residual);
 }
 
-// Writes a tile: rows(r) is the row of the product that row r of the tile holds, or -1.
+// Value times gate of one row half of the product's blocks of eight columns 2 * block and 2 * block + 1, with their bias.
+template <int N> PTX void geglu2(float (&out)[2], const EpilogueArgs& e, const float (&acc)[N / 2], int block, int half, int column) {
+    float2 value = make_float2(0.0f, 0.0f), gate = value;
+    if (e.bias && column < e.columns) {
+        value = __ldg(reinterpret_cast<const float2*>(e.bias + column));
+        gate = __ldg(reinterpret_cast<const float2*>(e.bias + column + 8));
+    }
+    const int at = 8 * block + 2 * half;
+    out[0] = (acc[at] + value.x) * gelu(acc[at + 4] + gate.x);
+    out[1] = (acc[at + 1] + value.y) * gelu(acc[at + 5] + gate.y);
+}
+
+template <int N> PTX void gather8(float (&out)[8], const float (&acc)[N / 2], int block, int half) {
+    float v[4][2];
+#pragma unroll
+    for (int b = 0; b < 4; b++) v[b][0] = acc[4 * (block + b) + 2 * half], v[b][1] = acc[4 * (block + b) + 2 * half + 1];
+    gather8(out, v);
+}
+
+// Stores the sums of a row half of a tile as they are.
+template <class T, int N> PTX void write_partial(const EpilogueArgs& e, const Unit& unit, const float (&acc)[N / 2], int half, int row) {
+    const int quad = threadIdx.x % 4;
+    float* out = e.partial + (size_t(unit.split) * e.rows + max(row, 0)) * epilogue::partial_pitch(e);
+#pragma unroll
+    for (int j = 0; j < N / 8; j += 4) {
+        float v[8];
+        gather8<N>(v, acc, j, half);
+        const int column = unit.tile_n * N + (j + quad) * 8;
+        if (row >= 0 && column < e.columns) store8(out + column, v);
+    }
+}
+
+// Writes a tile: rows(r) is the row of the product that row r of the tile holds, or -1. A residual is loaded many vectors at a
+// time and before the first store: it may lie where out lies, so the compiler cannot move loads ahead of stores itself.
 template <class T, int N, class Rows> PTX void write_tile(const EpilogueArgs& e, const Unit& unit, const float (&acc)[N / 2], const Rows& rows) {
-    const int lane = threadIdx.x % 32, quad = lane % 4, column0 = unit.tile_n * N;
+    const int quad = threadIdx.x % 4, warp_row = (threadIdx.x - 128) / 32 * 16 + threadIdx.x % 32 / 4;
+    const int row[2] = {rows(warp_row), rows(warp_row + 8)};
+    const bool geglu = e.flags & kEpilogueGeglu;
+    const int columns = geglu ? e.columns / 2 : e.columns, column0 = (geglu ? unit.tile_n * (N / 2) : unit.tile_n * N) + quad * 8;
+    constexpr int kGroups = N / 32, kHalvesAhead = N > 160 ? 1 : 2;  // as registers allow
+    uint4 residual[2][kGroups];
 #pragma unroll
-    for (int half = 0; half < 2; half++) {  // row lane/4, then row lane/4 + 8 of the warp's sixteen
-        const int row = rows((threadIdx.x - 128) / 32 * 16 + lane / 4 + 8 * half);
+    for (int half = 0; half < 2; half++) {
         if (e.partial) {
-            float* out = e.partial + (size_t(unit.split) * e.rows + max(row, 0)) * e.columns;
+            write_partial<T, N>(e, unit, acc, half, row[half]);
+            continue;
+        }
 #pragma unroll
-            for (int j = 0; j < N / 8; j += 4) {
-                float v[8];
-                gather8(v, {{acc[4 * j + 2 * half], acc[4 * j + 2 * half + 1]}, {acc[4 * j + 4 + 2 * half], acc[4 * j + 5 + 2 * half]},
-                            {acc[4 * j + 8 + 2 * half], acc[4 * j + 9 + 2 * half]}, {acc[4 * j + 12 + 2 * half], acc[4 * j + 13 + 2 * half]}});
-                const int column = column0 + (j + quad) * 8;
-                if (row >= 0 && column < e.columns) store8(out + column, v);
+        for (int h = 0; h < 2; h++) {
+            if (kHalvesAhead == 2 ? half == 1 : h != half) continue;
+#pragma unroll
+            for (int g = 0; g < kGroups; g++) {
+                residual[h][g] = make_uint4(0, 0, 0, 0);
+                if (row[h] >= 0 && column0 + 32 * g < columns && (!geglu || g * 4 + quad < N / 16)) residual[h][g] = residual8<T>(e, row[h], column0 + 32 * g);
             }
-        } else if (e.flags & kEpilogueGeglu) {
+        }
+        if (geglu) {
 #pragma unroll
-            for (int j = 0; j < N / 16; j += 4) {  // blocks of eight out columns: product blocks 2j (values) and 2j + 1 (gates)
-                float pairs[4][2], v[8];
+            for (int j = 0; j < N / 16; j += 4) {  // blocks of eight columns of out
+                float pairs[4][2] = {}, v[8];
 #pragma unroll
                 for (int b = 0; b < 4; b++)
-#pragma unroll
-                    for (int i = 0; i < 2; i++) {
-                        pairs[b][i] = 0.0f;
-                        if (j + b >= N / 16) continue;
-                        const int from = 8 * (j + b) + 2 * half + i, column = column0 + 16 * (j + b) + 2 * quad + i;
-                        const bool biased = e.bias && column < e.columns;
-                        const float value = acc[from] + (biased ? e.bias[column] : 0.0f), gate = acc[from + 4] + (biased ? e.bias[column + 8] : 0.0f);
-                        pairs[b][i] = value * gelu(gate);
-                    }
+                    if (j + b < N / 16) geglu2<N>(pairs[b], e, acc, j + b, half, unit.tile_n * N + 16 * (j + b) + 2 * quad);
                 gather8(v, pairs);
-                const int column = column0 / 2 + (j + quad) * 8;
-                if (row >= 0 && j + quad < N / 16 && column < e.columns / 2) finish8<T>(e, row, column, v);
+                const int column = column0 + j * 8;
+                if (row[half] >= 0 && j + quad < N / 16 && column < columns) finish8<T>(e, row[half], column, v, residual[half][j / 4]);
             }
         } else {
-            const T* time_bias = e.time_bias ? static_cast<const T*>(e.time_bias) + size_t(max(row, 0) / e.rows_per_sample) * e.time_pitch : nullptr;
 #pragma unroll
             for (int j = 0; j < N / 8; j += 4) {
                 float v[8];
-                gather8(v, {{acc[4 * j + 2 * half], acc[4 * j + 2 * half + 1]}, {acc[4 * j + 4 + 2 * half], acc[4 * j + 5 + 2 * half]},
-                            {acc[4 * j + 8 + 2 * half], acc[4 * j + 9 + 2 * half]}, {acc[4 * j + 12 + 2 * half], acc[4 * j + 13 + 2 * half]}});
-                const int column = column0 + (j + quad) * 8;
-                if (row >= 0 && column < e.columns) activate_and_finish8<T>(e, row, column, v, time_bias);
+                gather8<N>(v, acc, j, half);
+                const int column = column0 + j * 8;
+                if (row[half] >= 0 && column < columns) activate_and_finish8<T>(e, row[half], column, v, residual[half][j / 4]);
             }
         }
     }
@@ -243,11 +282,11 @@ template <class T, int N, class Load, class RowOf> PTX void run(const EpilogueAr
     auto& s = dynamic_smem<Smem<T, N>>();
     start_ring(s, t);
     if (threadIdx.x < 128) {
-        setmaxnreg_dec<40>();
+        setmaxnreg_dec<56>();
         if (threadIdx.x == 0) produce(s, t, load);
         __syncwarp();
     } else {
-        setmaxnreg_inc<232>();
+        setmaxnreg_inc<224>();
         Place at;
         for (Walk walk(t); walk.more(); walk.next()) {
             const Unit unit = walk.unit();
@@ -266,21 +305,23 @@ template <class T> PTX void reduce(const EpilogueArgs& e, int splits) {
     const int64_t index = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
     if (index >= int64_t(e.rows) * blocks) return;
     const int row = int(index / blocks), column = int(index % blocks) * 8;
+    const uint4 residual = residual8<T>(e, row, column);
     float v[8] = {}, gate[8] = {};
-    const float* from = e.partial + size_t(row) * e.columns + (geglu ? 2 * column : column);
-    for (int s = 0; s < splits; s++, from += size_t(e.rows) * e.columns) {
+    const size_t pitch = epilogue::partial_pitch(e);
+    const float* from = e.partial + row * pitch + (geglu ? 2 * column : column);
+#pragma unroll 4
+    for (int s = 0; s < splits; s++, from += e.rows * pitch) {
         add8(v, from);
         if (geglu) add8(gate, from + 8);
     }
     if (!geglu) {
-        const T* time_bias = e.time_bias ? static_cast<const T*>(e.time_bias) + size_t(row / e.rows_per_sample) * e.time_pitch : nullptr;
-        activate_and_finish8<T>(e, row, column, v, time_bias);
+        activate_and_finish8<T>(e, row, column, v, residual);
         return;
     }
-    if (e.bias) add8(v, e.bias + 2 * column), add8(gate, e.bias + 2 * column + 8);
+    if (e.bias) add8_constant(v, e.bias + 2 * column), add8_constant(gate, e.bias + 2 * column + 8);
 #pragma unroll
     for (int i = 0; i < 8; i++) v[i] *= gelu(gate[i]);
-    finish8<T>(e, row, column, v);
+    finish8<T>(e, row, column, v, residual);
 }
 
 }  // namespace hopper

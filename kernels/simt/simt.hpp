@@ -143,6 +143,7 @@ unsigned vote(const char* op, unsigned mask, bool predicate, Loc at);  // the ba
 inline void __syncthreads(SIMT_LOC1) { simt::barrier_sync(0, 0, at); }
 inline void __syncwarp(unsigned mask = ~0u SIMT_LOC) { simt::warp_fence(mask, at); }
 inline void __threadfence() {}
+template <class T> T __ldg(const T* p) { return *p; }
 // Source lane per PTX shfl.sync: segments of `width` lanes; an out-of-segment source yields the own value.
 template <class T> T __shfl_sync(unsigned mask, T v, int src, int width = 32 SIMT_LOC) {
     unsigned l = simt::self->lane;
