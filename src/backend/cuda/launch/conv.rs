@@ -101,10 +101,8 @@ impl Conv {
 
     /// The linear layer that this is, if it is one.
     pub fn as_gemm(&self) -> Option<Gemm> {
-        let is_linear = self.kernel == [1, 1]
-            && self.stride == 1
-            && self.padding == Padding::default()
-            && !self.upsample;
+        let is_linear =
+            self.kernel == [1, 1] && self.stride == 1 && self.padding == Padding::default() && !self.upsample;
         is_linear.then(|| Gemm {
             x: self.x,
             x2: self.x2,

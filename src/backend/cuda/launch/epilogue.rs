@@ -117,7 +117,9 @@ impl EpilogueArgs {
         let Product { rows, columns, rows_per_sample, .. } = *product;
         if epilogue.geglu {
             if columns % 16 != 0 {
-                return Err(unsupported(format!("GEGLU of {columns} columns; blocks of 8 need a multiple of 16")));
+                return Err(unsupported(format!(
+                    "GEGLU of {columns} columns; blocks of 8 need a multiple of 16"
+                )));
             }
             if epilogue.act != Act::None || epilogue.time_bias.is_some() {
                 return Err(unsupported("GEGLU with an activation or a time bias".into()));
@@ -133,7 +135,10 @@ impl EpilogueArgs {
             if let Some(matrix) = matrix
                 && matrix.pitch < width
             {
-                return Err(unsupported(format!("{name} has a pitch of {} for {width} columns", matrix.pitch)));
+                return Err(unsupported(format!(
+                    "{name} has a pitch of {} for {width} columns",
+                    matrix.pitch
+                )));
             }
         }
         let optional = |matrix: Option<Rows>| matrix.unwrap_or_default();

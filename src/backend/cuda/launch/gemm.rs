@@ -146,8 +146,7 @@ fn launch_few(gpu: &Gpu, op: &Gemm, args: &GemmArgs) -> Result<(), CudaError> {
         return Err(CudaError::Unsupported { op: OP, reason });
     }
     let name = format!("gemm_sm80_few_{}", op.element.suffix());
-    let geometry =
-        Geometry { shared: FEW_SHARED, ..Geometry::line(op.n.div_ceil(FEW_COLUMNS), FEW_THREADS) };
+    let geometry = Geometry { shared: FEW_SHARED, ..Geometry::line(op.n.div_ceil(FEW_COLUMNS), FEW_THREADS) };
     gpu.launch(&Kernel { module: MODULE, name: &name }, &geometry, &[bytes_of(args)])
 }
 

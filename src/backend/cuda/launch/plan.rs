@@ -14,8 +14,8 @@ pub enum Tile {
     T128x160,
     /// 128 rows, 128 columns.
     T128x128,
-    /// 128 rows, 64 columns.
-    T128x64,
+    /// 128 rows, 80 columns.
+    T128x80,
     /// 64 rows, 64 columns.
     T64x64,
     /// 64 rows, 64 columns, operands of any alignment.
@@ -42,14 +42,14 @@ pub struct TileShape {
 
 impl Tile {
     /// All that take aligned operands.
-    pub const ALIGNED: [Self; 4] = [Self::T128x160, Self::T128x128, Self::T128x64, Self::T64x64];
+    pub const ALIGNED: [Self; 4] = [Self::T128x160, Self::T128x128, Self::T128x80, Self::T64x64];
 
     /// What it is made of.
     pub fn shape(self) -> TileShape {
         let (m, n, k, cycles, name) = match self {
             Self::T128x160 => (128, 160, 32, 640.0, "128x160"),
             Self::T128x128 => (128, 128, 32, 512.0, "128x128"),
-            Self::T128x64 => (128, 64, 32, 307.0, "128x64"),
+            Self::T128x80 => (128, 80, 32, 333.0, "128x80"),
             Self::T64x64 => (64, 64, 64, 205.0, "64x64"),
             Self::Any => (64, 64, 64, 1000.0, "any"),
         };
@@ -72,7 +72,7 @@ const STORE_RATE: f64 = 16.0;
 const SECOND_KERNEL: f64 = 2500.0;
 const PARTIAL_RATE: f64 = 30.0;
 /// A block alone on its multiprocessor has nobody to work while it waits.
-const ALONE: f64 = 1.15;
+const ALONE: f64 = 1.08;
 
 /// Shape of a product: `m` x `n` over `k`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -209,9 +209,9 @@ mod tests {
         (1, 8192, 4, 2880),
     ];
 
-    /// Microseconds at 790 TFLOP/s and 4.3 TB/s: of the arithmetic alone, and of the plan's waves of
-    /// whole tiles with the traffic of its partial sums.
-    fn floor_and_waves(problem: &Problem, sms: usize) -> (f64, f64) {
+    /// Microseconds at 790 TFLOP/s and 4.3 TB/s: of the operator itself, of the plan's waves of whole tiles, and
+    /// of the traffic of its partial sums.
+    fn floor_and_waves(problem: &Problem, sms: usize) -> [f64; 3] {
         let Problem { m, n, k } = *problem;
         let bytes = (m * k + n * k + m * n) as f64 * 2.0 / 4.3e6;
         let plan = plan(problem, sms, true);
@@ -220,35 +220,43 @@ mod tests {
         let waves = (tiles_m * tiles_n * plan.splits).div_ceil(sms) * sms;
         let flop = (shape.m * shape.n * plan.k_tiles_per_split(problem) * shape.k * 2 * waves) as f64;
         let partial = 2.0 * plan.partial_bytes(problem) as f64 / 4.3e6;
-        ((2.0 * (m * n * k) as f64 / 790e6).max(bytes), (flop / 790e6).max(bytes) + partial)
+        [(2.0 * (m * n * k) as f64 / 790e6).max(bytes), (flop / 790e6).max(bytes), partial]
     }
 
     #[test]
     fn sd15_at_batch_one_fills_four_fifths_of_132_multiprocessors() {
-        let (mut floor, mut waves, mut unsplit) = (0.0, 0.0, 0.0);
+        let (mut floor, mut filled, mut waves, mut unsplit) = (0.0, 0.0, 0.0, 0.0);
         for (calls, m, n, k) in SD15 {
             let problem = Problem { m, n, k };
-            let (least, real) = floor_and_waves(&problem, 132);
+            let [least, whole, partial] = floor_and_waves(&problem, 132);
             floor += calls as f64 * least;
-            waves += calls as f64 * real;
+            filled += calls as f64 * whole;
+            waves += calls as f64 * (whole + partial);
             let tiles = m.div_ceil(128) * n.div_ceil(128);
             unsplit += calls as f64 * (tiles.div_ceil(132) * 132 * 128 * 128 * k * 2) as f64 / 790e6;
         }
-        // 1.8 ms are the floor; whole tiles of 128x128 without splits would fill half of the machine.
+        // 1.8 ms are the floor; whole tiles of 128x128 without splits would fill half of the machine. Partial
+        // sums count as if they went through memory, though most of them stay in L2.
         assert!((1700.0..1900.0).contains(&floor), "floor {floor} us");
-        assert!(floor / waves >= 0.80, "{floor} of {waves} us");
+        assert!(floor / filled >= 0.95, "{floor} of {filled} us");
+        assert!(floor / waves >= 0.82, "{floor} of {waves} us");
         assert!(floor / unsplit < 0.65, "{floor} of {unsplit} us");
     }
 
     #[test]
     fn every_split_has_work_and_all_of_k_is_covered() {
-        for (_, m, n, k) in SD15.into_iter().chain([(1, 2, 1280, 1280), (1, 77, 768, 3072), (1, 1, 1, 1), (1, 5, 9, 129)]) {
+        for (_, m, n, k) in
+            SD15.into_iter().chain([(1, 2, 1280, 1280), (1, 77, 768, 3072), (1, 1, 1, 1), (1, 5, 9, 129)])
+        {
             let problem = Problem { m, n, k };
             for sms in [1, 8, 46, 108, 132, 148] {
                 for is_aligned in [true, false] {
                     let plan = plan(&problem, sms, is_aligned);
                     let (k_tiles, per) = (k.div_ceil(plan.tile.shape().k), plan.k_tiles_per_split(&problem));
-                    assert!((plan.splits - 1) * per < k_tiles && k_tiles <= plan.splits * per, "{problem:?} {plan:?}");
+                    assert!(
+                        (plan.splits - 1) * per < k_tiles && k_tiles <= plan.splits * per,
+                        "{problem:?} {plan:?}"
+                    );
                     assert!(plan.splits <= MAX_SPLITS);
                     assert_eq!(plan.tile == Tile::Any, !is_aligned);
                 }
@@ -261,8 +269,10 @@ mod tests {
         let of = |m, n, k| plan(&Problem { m, n, k }, 132, true);
         assert_eq!(of(8192, 5120, 640).splits, 1);
         assert_eq!(of(262_144, 128, 1152), Plan { tile: Tile::T128x128, splits: 1 });
-        assert_eq!(of(8192, 320, 2880), Plan { tile: Tile::T128x160, splits: 1 });
+        assert_eq!(of(8192, 5120, 320).tile, Tile::T128x160);
+        assert_eq!(of(8192, 320, 2880).splits, 1);
         assert!(of(128, 1280, 11520).splits >= 6);
-        assert!(of(2048, 640, 5760).splits >= 2);
+        assert_eq!(of(2048, 640, 5760), Plan { tile: Tile::T128x80, splits: 1 });
+        assert!(of(512, 1280, 11520).splits >= 4);
     }
 }
