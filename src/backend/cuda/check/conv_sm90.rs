@@ -91,11 +91,46 @@ const SMALL: &[(Shape, Finish)] = &[
     (doubled(square(2, [5, 7], 72, 64)), TIME),
     (doubled(square(1, [16, 16], 16, 64)), Finish::BIAS),
     (concat(doubled(square(1, [6, 10], 32, 64)), 24), Finish::BIAS),
-    (Shape { kernel: [1, 1], padding: Padding { top: 0, bottom: 0, left: 0, right: 0 }, ..square(1, [12, 10], 136, 128) }, Finish::RESIDUAL),
-    (Shape { kernel: [1, 1], padding: Padding { top: 0, bottom: 0, left: 0, right: 0 }, ..halved(square(2, [16, 16], 64, 64)) }, Finish::BIAS),
-    (Shape { kernel: [5, 3], padding: Padding { top: 2, bottom: 1, left: 0, right: 2 }, ..square(2, [11, 10], 48, 64) }, Finish::BIAS),
-    (Shape { kernel: [3, 3], padding: Padding { top: 0, bottom: 0, left: 0, right: 0 }, ..square(2, [18, 10], 48, 64) }, Finish::BIAS),
-    (Shape { kernel: [7, 7], padding: Padding { top: 3, bottom: 3, left: 3, right: 3 }, ..square(1, [8, 16], 16, 64) }, SILU),
+    (
+        Shape {
+            kernel: [1, 1],
+            padding: Padding { top: 0, bottom: 0, left: 0, right: 0 },
+            ..square(1, [12, 10], 136, 128)
+        },
+        Finish::RESIDUAL,
+    ),
+    (
+        Shape {
+            kernel: [1, 1],
+            padding: Padding { top: 0, bottom: 0, left: 0, right: 0 },
+            ..halved(square(2, [16, 16], 64, 64))
+        },
+        Finish::BIAS,
+    ),
+    (
+        Shape {
+            kernel: [5, 3],
+            padding: Padding { top: 2, bottom: 1, left: 0, right: 2 },
+            ..square(2, [11, 10], 48, 64)
+        },
+        Finish::BIAS,
+    ),
+    (
+        Shape {
+            kernel: [3, 3],
+            padding: Padding { top: 0, bottom: 0, left: 0, right: 0 },
+            ..square(2, [18, 10], 48, 64)
+        },
+        Finish::BIAS,
+    ),
+    (
+        Shape {
+            kernel: [7, 7],
+            padding: Padding { top: 3, bottom: 3, left: 3, right: 3 },
+            ..square(1, [8, 16], 16, 64)
+        },
+        SILU,
+    ),
 ];
 
 /// Layers of the UNets of SD1.5 at 512² and SDXL at 1024², two samples, and of the decoder of latents.
@@ -133,7 +168,8 @@ pub(super) fn cases() -> Vec<Case> {
             cases.push(case(*shape, *op, None, element));
             // Widths, splits and im2col mode, whatever the launcher would choose.
             let steps = shape.kernel[0] * shape.kernel[1];
-            let cut = Cut { width: [160, 256, 128][i % 3], splits: (1 + i % 4).min(steps), cluster: 1 + i / 2 % 2 };
+            let cut =
+                Cut { width: [160, 256, 128][i % 3], splits: (1 + i % 4).min(steps), cluster: 1 + i / 2 % 2 };
             if shape.kernel != [1, 1] || shape.stride != 1 {
                 cases.push(case(*shape, *op, Some(cut), element));
             }
@@ -174,7 +210,8 @@ fn case(shape: Shape, op: Finish, cut: Option<Cut>, element: Element) -> Case {
     let flops = 2.0 * problem.m as f64 * problem.n as f64 * problem.k as f64;
     let concat = if c2 > 0 { format!("+{c2}") } else { String::new() };
     let double = if upsample { " doubled" } else { "" };
-    let forced = cut.map_or(String::new(), |cut| format!(" im2col by {}/{} x{}", cut.width, cut.splits, cut.cluster));
+    let forced =
+        cut.map_or(String::new(), |cut| format!(" im2col by {}/{} x{}", cut.width, cut.splits, cut.cluster));
     let name = format!(
         "conv_sm90_{} {batch}x{height}x{width} {c1}{concat}->{cout} {}x{} s{stride}{double}{}{forced}",
         element.suffix(),

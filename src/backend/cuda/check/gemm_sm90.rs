@@ -122,8 +122,7 @@ pub(super) fn finish(
     let width = if op.geglu { columns / 2 } else { columns };
     let pitch = width + op.gap;
     let bias = if op.bias { cx.values(columns, 0.5, Element::F32) } else { vec![0.0; columns] };
-    let residual =
-        if op.residual { cx.values(rows * pitch, 1.0, element) } else { vec![0.0; rows * pitch] };
+    let residual = if op.residual { cx.values(rows * pitch, 1.0, element) } else { vec![0.0; rows * pitch] };
     let samples = if op.time_rows > 0 { rows.div_ceil(op.time_rows) } else { 0 };
     let time = cx.values(samples * pitch, 0.5, element);
     let out_element = if op.out_float { Element::F32 } else { element };
@@ -185,7 +184,12 @@ pub(super) fn cases() -> Vec<Case> {
         }
         for (width, splits) in [(128, 3), (160, 1), (160, 2), (256, 1), (256, 4)] {
             let op = Finish { scale: 1.5, residual: true, ..Finish::GEGLU };
-            cases.push(case(Shape(150, 480, 264, 0), op, Some(Cut { width, splits, cluster: 1 + width / 160 % 2 }), element));
+            cases.push(case(
+                Shape(150, 480, 264, 0),
+                op,
+                Some(Cut { width, splits, cluster: 1 + width / 160 % 2 }),
+                element,
+            ));
         }
         let mut bits = 0x0123_4567_89ab_cdef_u64;
         for i in 0..24 {
@@ -199,7 +203,8 @@ pub(super) fn cases() -> Vec<Case> {
             let shape = Shape(rows, columns, 8 + 8 * number(42, 60), second);
             // Widths and splits in turn, whatever the launcher would choose.
             let steps = shape.2.div_ceil(64) + shape.3.div_ceil(64);
-            let cut = Cut { width: [128, 160, 256][i % 3], splits: (1 + i / 3 % 4).min(steps), cluster: 1 + i % 2 };
+            let cut =
+                Cut { width: [128, 160, 256][i % 3], splits: (1 + i / 3 % 4).min(steps), cluster: 1 + i % 2 };
             cases.push(case(shape, op, Some(cut), element));
         }
         for (shape, op) in REAL {
@@ -233,7 +238,8 @@ const REAL: &[(Shape, Finish)] = &[
 fn case(shape: Shape, op: Finish, cut: Option<Cut>, element: Element) -> Case {
     let Shape(rows, columns, k, k2) = shape;
     let flops = 2.0 * rows as f64 * columns as f64 * (k + k2) as f64;
-    let forced = cut.map_or(String::new(), |cut| format!(" by {}/{} x{}", cut.width, cut.splits, cut.cluster));
+    let forced =
+        cut.map_or(String::new(), |cut| format!(" by {}/{} x{}", cut.width, cut.splits, cut.cluster));
     let concat = if k2 > 0 { format!("+{k2}") } else { String::new() };
     Case {
         family: "gemm_sm90",

@@ -79,7 +79,8 @@ impl Plan {
             || !(1..=steps).contains(&cut.splits)
             || !(1..=CLUSTER).contains(&cut.cluster)
         {
-            let reason = format!("{cut:?} of {product:?}: widths {WIDTHS:?}, 1 to {steps} splits, cluster 1 or 2");
+            let reason =
+                format!("{cut:?} of {product:?}: widths {WIDTHS:?}, 1 to {steps} splits, cluster 1 or 2");
             return Err(CudaError::Unsupported { op: "sm_90a product", reason });
         }
         let tiles_n = columns.div_ceil(cut.width);
@@ -106,7 +107,12 @@ impl Plan {
         let stages = if self.cut.width > 160 { 4 } else { 6 };
         let bytes = stages * ((ROWS + self.cut.width) * DEPTH * 2 + 16);
         let shared = bytes.next_multiple_of(1024) as u32;
-        Geometry { grid: [self.blocks as u32, 1, 1], threads: THREADS, shared, cluster: self.cut.cluster as u32 }
+        Geometry {
+            grid: [self.blocks as u32, 1, 1],
+            threads: THREADS,
+            shared,
+            cluster: self.cut.cluster as u32,
+        }
     }
 
     /// Rows of a box of the right operand.
@@ -243,8 +249,13 @@ mod tests {
         assert_eq!(cut(16, 1280, 20), (160, 1, 2));
         // Feed-forward 2048 x 10240: five waves of wide tiles.
         assert_eq!(cut(16, 10240, 20), (256, 1, 2));
-        // SD1.5 512 x 1280 over K = 11520: 32 tiles alone would leave three quarters idle.
-        assert_eq!(cut(4, 1280, 180), (160, 4, 2));
+        // SD1.5 512 x 1280 over K = 11520, and half of that again over 5760: few tiles, so they are split until most
+        // multiprocessors have one part each.
+        for product in [(4, 1280, 180), (16, 640, 90), (1, 1280, 180)] {
+            let (width, splits, _) = cut(product.0, product.1, product.2);
+            let units = product.0 * product.1.div_ceil(width) * splits;
+            assert!((112..=132).contains(&units), "{product:?}: {units} parts");
+        }
     }
 
     #[test]
@@ -258,7 +269,8 @@ mod tests {
     fn shared_memory_fits() {
         for (width, bytes) in [(128, 197_632), (160, 222_208), (256, 197_632)] {
             let product = Product { tiles_m: 1, columns: 128, steps: 1 };
-            let plan = Plan::new(&product, Cut { width, splits: 1, cluster: 1 }, 1).map(|plan| plan.geometry().shared);
+            let plan = Plan::new(&product, Cut { width, splits: 1, cluster: 1 }, 1)
+                .map(|plan| plan.geometry().shared);
             assert!(matches!(plan, Ok(shared) if shared == bytes && bytes <= 227 * 1024));
         }
     }
