@@ -78,7 +78,7 @@ template <class T, int N> struct LoadConv {
         int dx = s - args.pad_left, dy = r - args.pad_top;
         if (args.doubling) dx = (dx + origin.phase_x) >> 1, dy = (dy + origin.phase_y) >> 1;
         if (args.im2col)
-            tma_load_im2col_4d(a, map, c, origin.x * args.stride - args.corner_x, origin.y * args.stride - args.corner_y, origin.image,
+            tma_load_im2col_4d(a, map, {c, origin.x * args.stride - args.corner_x, origin.y * args.stride - args.corner_y, origin.image},
                                dx + args.corner_x, dy + args.corner_y, bar);
         else tma_load_4d(a, map, c, origin.x + dx, origin.y + dy, origin.image, bar);
         hopper::load_b<T, N>(args.tiles, w, tap * args.cp + (second ? args.c1 + c : c), column, b, bar);

@@ -224,7 +224,7 @@ fn case(shape: Shape, op: Finish, cut: Option<Cut>, element: Element) -> Case {
         family: "conv_sm90",
         name,
         quick: flops < 6e7,
-        needs_gpu: flops > 1.3e9,
+        needs_gpu: flops > 2e9,
         flops,
         bytes: (values * element.size()) as f64,
         tolerance: tolerance(element, &op),

@@ -245,7 +245,7 @@ fn case(shape: Shape, op: Finish, cut: Option<Cut>, element: Element) -> Case {
         family: "gemm_sm90",
         name: format!("gemm_sm90_{} {rows}x{columns}x{k}{concat}{}{forced}", element.suffix(), op.label()),
         quick: flops < 6e7,
-        needs_gpu: flops > 1.1e9,
+        needs_gpu: flops > 2e9,
         flops,
         bytes: ((rows * (k + k2) + columns * (k + k2) + rows * columns) * element.size()) as f64,
         tolerance: tolerance(element, &op),
