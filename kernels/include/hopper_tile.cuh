@@ -66,6 +66,7 @@ template <class S> PTX void start_ring(S& s, const HopperTiles& t) {
         for (int i = 0; i < S::kStages; i++) mbarrier_init(&s.full[i], 1), mbarrier_init(&s.empty[i], kConsumerWarps * t.cluster);
         fence_mbarrier_init();
     }
+    __syncwarp();  // the barrier of a cluster is for whole warps
     if (t.cluster > 1) cluster_sync();
     else __syncthreads();
 }
@@ -284,7 +285,6 @@ template <class T, int N, class Load, class RowOf> PTX void run(const EpilogueAr
     if (threadIdx.x < 128) {
         setmaxnreg_dec<56>();
         if (threadIdx.x == 0) produce(s, t, load);
-        __syncwarp();
     } else {
         setmaxnreg_inc<224>();
         Place at;
@@ -295,6 +295,7 @@ template <class T, int N, class Load, class RowOf> PTX void run(const EpilogueAr
             write_tile<T, N>(e, unit, acc, row_of(unit));
         }
     }
+    __syncwarp();
     if (t.cluster > 1) cluster_sync();  // the neighbour may still write here
 }
 
