@@ -3,6 +3,7 @@
 // Asynchronous instructions are emulated by the worst behaviour the ISA allows: the destination is destroyed when
 // the copy is issued and holds the data only once the kernel has waited for it. Code that reads too early, or that
 // reuses a buffer too soon, sees NaNs in every run instead of rarely on a GPU.
+#include "ptx_emu.hpp"
 #include "runtime.hpp"
 #include "simt.h"
 
@@ -182,14 +183,18 @@ void mma_m16n8k8(float* d, uint32_t a0, uint32_t a1, uint32_t b0, bool bf16, Loc
 // ---- "Parallel Synchronization: mbarrier" ------------------------------------------------------------------------------
 // A phase completes when the pending arrivals and the tx-count are both zero; then the arrivals are set up again.
 namespace {
-MBarrier& mbarrier(uint64_t* bar, Loc at) {
-    smem_at(simt::smem_u32(bar, at), 8, at);
-    Block& b = block();
+MBarrier& mbarrier_of(Block& b, uint64_t* bar, Loc at) {
     auto it = b.mbarriers.find(bar);
     if (it == b.mbarriers.end()) fault(at, "mbarrier used before mbarrier.init");
     if (*bar != kMBarrierCookie) fault(at, "mbarrier was overwritten by an ordinary store");
     return it->second;
 }
+MBarrier& mbarrier(uint64_t* bar, Loc at) {
+    smem_at(simt::smem_u32(bar, at), 8, at);
+    return mbarrier_of(block(), bar, at);
+}
+// What `p` is in the shared memory of another block of the cluster ("mapa").
+template <class T> T* in_block(Block& b, T* p) { return reinterpret_cast<T*>(b.smem + (reinterpret_cast<uint8_t*>(p) - block().smem)); }
 void settle(MBarrier& m) {
     if (m.pending || m.tx) return;
     m.phase++;
@@ -219,6 +224,16 @@ void mbarrier_arrive(uint64_t* bar, unsigned tx_bytes, Loc at) {
     if (!m.pending--) fault(at, "mbarrier: more than the expected %u arrivals in one phase", m.count);
     settle(m);
 }
+void mbarrier_arrive_at(uint64_t* bar, unsigned rank, Loc at) {
+    smem_at(simt::smem_u32(bar, at), 8, at);
+    if (rank >= block().cluster.size()) fault(at, "mbarrier: rank %u in a cluster of %zu blocks", rank, block().cluster.size());
+    Block& target = *block().cluster[rank];
+    if (!target.live) fault(at, "mbarrier: the block of rank %u has exited", rank);
+    MBarrier& m = mbarrier_of(target, in_block(target, bar), at);
+    check::release(m.clock);
+    if (!m.pending--) fault(at, "mbarrier: more than the expected %u arrivals in one phase", m.count);
+    settle(m);
+}
 void mbarrier_wait(uint64_t* bar, unsigned parity, Loc at) {
     MBarrier& m = mbarrier(bar, at);
     if ((m.phase & 1) == (parity & 1)) {  // the phase of this parity is the current, incomplete one
@@ -231,7 +246,7 @@ void mbarrier_wait(uint64_t* bar, unsigned parity, Loc at) {
 void fence_proxy_async() {
     if (!check::on) return;
     Fiber* f = me();
-    f->proxy_clock = f->clock[f->linear]++;
+    f->proxy_clock = f->clock[f->slot]++;
 }
 
 // ---- "cp.async.bulk.tensor", tiled and im2col mode; "Swizzling modes" --------------------------------------------------
@@ -272,7 +287,7 @@ struct Filling {
             if (first * map.elem % 16) fault(at, "cp.async.bulk.tensor: only multiples of 16 bytes are emulated along the innermost dimension");
             if (from) check_global(from, 16, "cp.async.bulk.tensor", at);
             const uint32_t place = swizzled(to, map.swizzle);
-            memset(smem_access(place, 16, check::Issue, at), kPoison, 16);
+            smem_at(place, 16, at);
             if (check::on && from) check::access(from, 16, check::Read, check::site(at));
             bulk.chunks.push_back({place, from});
         }
@@ -283,22 +298,43 @@ Filling start(Map& m, void* dst, const void* map, uint64_t* bar, bool im2col, ui
     if (m.magic != kTensorMap) fault(at, "cp.async.bulk.tensor: not a tensor map");
     if (m.rank != rank || bool(m.im2col) != im2col)
         fault(at, "cp.async.bulk.tensor: a %uD %s copy with a map of %uD %s", rank, im2col ? "im2col" : "tiled", m.rank, m.im2col ? "im2col" : "tiled");
-    if (!mbarrier(bar, at).fenced) fault(at, "cp.async.bulk.tensor: its mbarrier was not made visible by fence.mbarrier_init");
+    mbarrier(bar, at);
     const uint32_t addr = simt::smem_u32(dst, at), align = m.swizzle ? 8 * m.swizzle : 128;
     if (addr % align) fault(at, "cp.async.bulk.tensor: destination %#x is not %u-byte aligned", addr, align);
-    return {m, addr, {{}, bar, at, {}, me()->linear}, at};
+    return {m, addr, {{}, bar, at, {}, nullptr}, at};
 }
-void issue(Filling& f) {
+// Bit r of `ranks`: into the shared memory of the cluster's block r, at the same place, completing on its mbarrier at the same place.
+void issue(Filling& f, unsigned ranks, Loc at) {
+    uint64_t* bar = f.bulk.bar;
+    if (!ranks || ranks >> block().cluster.size()) fault(at, "cp.async.bulk.tensor: ranks %#x in a cluster of %zu blocks", ranks, block().cluster.size());
+    std::vector<Block*> targets;
+    for (Block* target : block().cluster)
+        if (ranks >> target->rank & 1) targets.push_back(target);
+    for (Block* target : targets) {
+        if (!target->live) fault(at, "cp.async.bulk.tensor: the block of rank %u has exited", target->rank);
+        if (!mbarrier_of(*target, in_block(*target, bar), at).fenced) fault(at, "cp.async.bulk.tensor: its mbarrier was not made visible by fence.mbarrier_init");
+        for (auto [place, from] : f.bulk.chunks) {
+            if (check::on) check::access(target->smem + place, 16, check::Issue, check::site(at));
+            memset(target->smem + place, kPoison, 16);
+        }
+    }
     check::release(f.bulk.clock);
-    block().bulk.push_back(std::move(f.bulk));
+    for (Block* target : targets) {
+        f.bulk.bar = in_block(*target, bar), f.bulk.target = target;
+        target->bulk.push_back(f.bulk);
+    }
 }
+unsigned own_rank() { return 1u << block().rank; }
 }  // namespace
 void tma_load(void* dst, const void* map, uint32_t rank, const int* at_element, uint64_t* bar, Loc at) {
+    tma_load_multicast(dst, map, rank, at_element, bar, own_rank(), at);
+}
+void tma_load_multicast(void* dst, const void* map, uint32_t rank, const int* at_element, uint64_t* bar, unsigned ranks, Loc at) {
     Map m;
     Filling f = start(m, dst, map, bar, false, rank, at);
     uint32_t i[5] = {};
     for (bool more = true; more;) {
-        int64_t coordinate[5];
+        int64_t coordinate[5] = {};
         for (uint32_t d = 0; d < rank; d++) coordinate[d] = int64_t(at_element[d]) + i[d];
         f.row(coordinate);
         more = false;
@@ -307,7 +343,7 @@ void tma_load(void* dst, const void* map, uint32_t rank, const int* at_element, 
             if (!more) i[d] = 0;
         }
     }
-    issue(f);
+    issue(f, ranks, at);
 }
 // "im2col mode": pixels are taken along W, then H, then N, within the bounding box; the offsets move what is read, not the walk.
 void tma_load_im2col(void* dst, const void* map, const int* at_element, const int* offsets, uint64_t* bar, Loc at) {
@@ -330,17 +366,18 @@ void tma_load_im2col(void* dst, const void* map, const int* at_element, const in
             if (d == 1) place[2]++;
         }
     }
-    issue(f);
+    issue(f, own_rank(), at);
 }
 }  // namespace ptx
 
 void simt::deliver(Bulk& b) {
     for (auto [to, from] : b.chunks) {
-        uint8_t* p = ptx::smem_access(to, 16, check::AsyncWrite, b.at);
+        uint8_t* p = b.target->smem + to;
+        if (check::on) check::access(p, 16, check::AsyncWrite, check::site(b.at));
         if (from) memcpy(p, from, 16);
         else memset(p, 0, 16);
     }
-    MBarrier& m = ptx::mbarrier(b.bar, b.at);
+    MBarrier& m = ptx::mbarrier_of(*b.target, b.bar, b.at);
     if (check::on) check::join(m.clock, b.clock);
     m.tx -= 16 * b.chunks.size();
     ptx::settle(m);
@@ -514,7 +551,7 @@ void wgmma_wait(int keep, Loc at) {
         Fiber** f = &block().fibers[me()->linear / 128 * 128];  // the wait orders the group's operand reads before what follows
         Clock all;
         for (int t = 0; t < 128; t++) check::join(all, f[t]->clock);
-        for (int t = 0; t < 128; t++) f[t]->clock = all, f[t]->clock[f[t]->linear]++;
+        for (int t = 0; t < 128; t++) f[t]->clock = all, f[t]->clock[f[t]->slot]++;
     }, at);
 }
 }  // namespace ptx

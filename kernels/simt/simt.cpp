@@ -82,7 +82,7 @@ uint64_t next_random(Block& b) {  // xorshift64
     return b.rng;
 }
 
-[[noreturn]] void deadlock(Block& b) {
+std::string who_waits(Block& b) {
     std::string text;
     for (int i = 0; i < b.threads;) {  // ranges of threads that wait at the same place
         Fiber* f = b.fibers[i];
@@ -106,29 +106,50 @@ uint64_t next_random(Block& b) {  // xorshift64
         text += line;
         i = j;
     }
-    b.error = std::string("kernel ") + b.launch->kernel->name + ": deadlock in block " + std::to_string(me()->bid.x) + "," +
-              std::to_string(me()->bid.y) + "," + std::to_string(me()->bid.z) + text;
-    switch_to(me(), &b.main);
+    return text;
+}
+
+[[noreturn]] void deadlock(Block& b) {
+    std::string text;
+    for (Block* member : b.cluster) {
+        if (b.cluster.size() > 1) text += "\n  rank " + std::to_string(member->rank) + ":";
+        text += who_waits(*member);
+    }
+    lead(b).error = std::string("kernel ") + b.launch->kernel->name + ": deadlock in block " + std::to_string(me()->bid.x) + "," +
+                    std::to_string(me()->bid.y) + "," + std::to_string(me()->bid.z) + text;
+    switch_to(me(), &lead(b).main);
     abort();
 }
 
 Fiber* pick(Block& b) {
+    const bool random = config.order == Order::Random;
     for (;;) {
+        // A block of a cluster runs as far as it can without the others, or, in random order, takes turns with them.
+        size_t copies = 0, live = 0, able = 0;
+        Block* next = b.ready.empty() ? nullptr : &b;
+        for (Block* member : b.cluster) {
+            copies += member->bulk.size(), live += member->live;
+            if (member->ready.empty()) continue;
+            able++;
+            if (!next || (random && next_random(b) % able == 0)) next = member;
+        }
         // Async copies land as late as they legally can (or, in random order, at some point before that).
-        if (!b.bulk.empty() && (b.ready.empty() || (config.order == Order::Random && next_random(b) % 8 == 0))) {
-            size_t i = config.order == Order::Random ? next_random(b) % b.bulk.size() : 0;
-            Bulk bulk = std::move(b.bulk[i]);
-            b.bulk.erase(b.bulk.begin() + i);
+        if (copies && (!next || (random && next_random(b) % 8 == 0))) {
+            size_t i = random ? next_random(b) % copies : 0;
+            auto from = b.cluster.begin();
+            while (i >= (*from)->bulk.size()) i -= (*from++)->bulk.size();
+            Bulk bulk = std::move((*from)->bulk[i]);
+            (*from)->bulk.erase((*from)->bulk.begin() + i);
             deliver(bulk);
             continue;
         }
-        if (b.ready.empty()) {
-            if (b.live) deadlock(b);
-            return &b.main;
+        if (!next) {
+            if (live) deadlock(b);
+            return &lead(b).main;
         }
-        if (config.order == Order::Random) std::swap(b.ready[next_random(b) % b.ready.size()], b.ready.back());
-        Fiber* f = b.ready.back();
-        b.ready.pop_back();
+        if (random) std::swap(next->ready[next_random(b) % next->ready.size()], next->ready.back());
+        Fiber* f = next->ready.back();
+        next->ready.pop_back();
         return f;
     }
 }
@@ -178,11 +199,11 @@ void fault(Loc at, const char* format, ...) {
     }
     Block& b = *f->block;
     if (at.file) snprintf(place, sizeof place, " at %s:%d", at.file, at.line);
-    if (f != &b.main)
+    if (f != &lead(b).main)
         snprintf(where, sizeof where, ", block (%u,%u,%u), thread (%u,%u,%u) [warp %u lane %u]%s", f->bid.x, f->bid.y, f->bid.z, f->tid.x,
                  f->tid.y, f->tid.z, f->warp, f->lane, place);
-    b.error = std::string("kernel ") + b.launch->kernel->name + where + ": " + text;
-    switch_to(f, &b.main);  // the block is abandoned: its fibers are never resumed
+    lead(b).error = std::string("kernel ") + b.launch->kernel->name + where + ": " + text;
+    switch_to(f, &lead(b).main);  // the cluster is abandoned: its fibers are never resumed
     abort();
 }
 
@@ -217,6 +238,26 @@ void barrier_sync(int id, int threads, Loc at) {
         r.waiting.push_back(me());
         suspend(id ? "barrier.sync" : "__syncthreads", at, id);
     } else check::acquire(me(), r.clock);
+}
+
+unsigned cluster_rank() { return block().rank; }
+
+void cluster_sync(Loc at) {
+    Block& b = block();
+    Barrier& r = lead(b).cluster_barrier;
+    r.arrived++;
+    check::release(r.clock);
+    if (r.arrived < int(b.cluster.size()) * b.threads) {
+        r.waiting.push_back(me());
+        return suspend("barrier.cluster", at);
+    }
+    r.arrived = 0;
+    for (Fiber* f : r.waiting) {
+        check::acquire(f, r.clock);
+        resume(f);
+    }
+    r.waiting.clear();
+    check::acquire(me(), r.clock);
 }
 
 static void release_others(Block& b, unsigned first, unsigned mask, Fiber* except) {
@@ -279,7 +320,7 @@ void warp_fence(unsigned mask, Loc at) {
         for (int l = 0; l < 32; l++)
             if (mask >> l & 1) check::join(all, warp[l]->clock);
         for (int l = 0; l < 32; l++)
-            if (mask >> l & 1) warp[l]->clock = all, warp[l]->clock[warp[l]->linear]++;
+            if (mask >> l & 1) warp[l]->clock = all, warp[l]->clock[warp[l]->slot]++;
     }, at);
 }
 
@@ -382,9 +423,7 @@ struct sigaction old_segv;
 
 void on_segv(int signal, siginfo_t* info, void* context) {
     const auto* p = static_cast<const uint8_t*>(info->si_addr);
-    if (!self || !me()->block || self == &block().main) {  // not ours
-        // Perhaps another library's of this layer: its handler must stay in place.
-        if (old_segv.sa_flags & SA_SIGINFO) return old_segv.sa_sigaction(signal, info, context);
+    if (!self || !me()->block || block().cluster.empty() || self == &lead(block()).main) {  // not ours
         sigaction(SIGSEGV, &old_segv, nullptr);
         return;
     }
@@ -404,6 +443,7 @@ std::unique_ptr<Block> take_worker(std::vector<std::unique_ptr<Block>>& pool) {
         b->smem = static_cast<uint8_t*>(mmap(nullptr, 1 << 20, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
         mprotect(b->smem, window - kPage, PROT_READ | PROT_WRITE);
         b->main.block = b.get();
+        b->cluster = {b.get()};
         return b;
     }
     auto b = std::move(pool.back());
@@ -425,14 +465,16 @@ void prepare(Block& b, const Launch& launch) {
     }
     for (int i = 0; i < b.threads; i++) {
         Fiber& f = *b.fibers[i];
+        f.slot = b.rank * b.threads + i;
         f.tid = {i % launch.block.x, i / launch.block.x % launch.block.y, i / (launch.block.x * launch.block.y)};
         f.bdim = launch.block, f.gdim = launch.grid;
     }
 }
 
-void run_block(Block& b, unsigned index) {
+void begin_block(Block& b, unsigned index, uint32_t serial) {
     const Launch& l = *b.launch;
-    b.serial = block_serial++;
+    b.serial = serial;
+    b.cluster_barrier = Barrier{};
     b.rng = (config.seed * 0x9e3779b97f4a7c15ull) ^ (index + 1) * 0xbf58476d1ce4e5b9ull;
     b.live = b.threads;
     b.ready.clear(), b.bulk.clear(), b.mbarriers.clear();
@@ -452,10 +494,17 @@ void run_block(Block& b, unsigned index) {
     }
     if (check::on) check::block_begin(b);
     push_all(b, start);
+}
+
+void run_cluster(Block& first, unsigned index) {  // index: of the first block
+    const uint32_t serial = block_serial++;
+    for (Block* b : first.cluster) begin_block(*b, index + b->rank, serial);
     Thread* outer = self;
-    switch_to(&b.main, pick(b));
+    Block& start = config.order == Order::Reverse ? *first.cluster.back() : first;
+    switch_to(&first.main, pick(start));
     self = outer;
-    if (b.error.empty() && !b.bulk.empty()) b.error = std::string("kernel ") + l.kernel->name + ": exits with bulk copies in flight";
+    for (Block* b : first.cluster)
+        if (first.error.empty() && !b->bulk.empty()) first.error = std::string("kernel ") + b->launch->kernel->name + ": exits with bulk copies in flight";
 }
 }  // namespace
 }  // namespace simt
@@ -534,36 +583,47 @@ int simt_launch(const void* f, const uint32_t* geometry, uint32_t smem, void** p
         sigaction(SIGSEGV, &sa, &old_segv);
     });
     static std::vector<std::unique_ptr<Block>> pool;
-    Launch launch{static_cast<const Kernel*>(f), {gx, gy, gz}, {bx, by, bz}, smem, params, block_serial};
+    const uint32_t size = geometry[6];
+    Launch launch{static_cast<const Kernel*>(f), {gx, gy, gz}, {bx, by, bz}, size, smem, params, block_serial};
     const uint64_t blocks = uint64_t(gx) * gy * gz, threads = uint64_t(bx) * by * bz;
     last_error.clear();
-    if (geometry[6] * geometry[7] * geometry[8] != 1)
-        return last_error = std::string("kernel ") + launch.kernel->name + ": clusters are not emulated", 1;
+    if (!size || size > 8 || geometry[7] * geometry[8] != 1 || gx % size)
+        return last_error = std::string("kernel ") + launch.kernel->name + ": clusters of 1 to 8 blocks along x are emulated, in a grid of whole clusters", 1;
     if (!blocks || gx > 0x7fffffff || gy > 65535 || gz > 65535 || !threads || threads > 1024 || bz > 64 || smem > kSmemMax)
         return last_error = std::string("kernel ") + launch.kernel->name + ": invalid grid, block or shared memory size", 1;
+    const uint64_t clusters = blocks / size;
     std::atomic<uint32_t> next{0};
     std::atomic<bool> failed{false};
     uint64_t conflicts = 0;
     auto work = [&]() -> std::string {
         static thread_local std::vector<uint8_t> alt(64 << 10);  // handlers must run even when a fiber's stack is full
         stack_t ss{alt.data(), 0, alt.size()}, old;
-        sigaltstack(&ss, &old);  // the caller's own may be too small for a report
-        auto b = take_worker(pool);
-        prepare(*b, launch);
-        b->error.clear();
-        b->bank_conflicts = 0;
-        for (uint32_t i; !failed && (i = next++) < blocks;) {
-            run_block(*b, config.order == Order::Reverse ? blocks - 1 - i : i);
-            if (!b->error.empty()) failed = true;
+        if (!sigaltstack(nullptr, &old) && (old.ss_flags & SS_DISABLE)) sigaltstack(&ss, nullptr);
+        std::vector<std::unique_ptr<Block>> members;
+        std::vector<Block*> cluster;
+        for (uint32_t i = 0; i < size; i++) members.push_back(take_worker(pool)), cluster.push_back(members.back().get());
+        for (uint32_t i = 0; i < size; i++) {
+            Block& b = *members[i];
+            b.cluster = cluster, b.rank = i;
+            prepare(b, launch);
+            b.error.clear();
+            b.bank_conflicts = 0;
         }
-        std::string error = b->error;
-        sigaltstack(&old, nullptr);
+        Block& first = *members[0];
+        for (uint32_t i; !failed && (i = next++) < clusters;) {
+            run_cluster(first, size * (config.order == Order::Reverse ? clusters - 1 - i : i));
+            if (!first.error.empty()) failed = true;
+        }
+        std::string error = first.error;
         std::lock_guard<std::mutex> hold(lock);
-        conflicts += b->bank_conflicts;
-        pool.push_back(std::move(b));
+        for (auto& b : members) {
+            conflicts += b->bank_conflicts;
+            b->cluster = {b.get()};
+            pool.push_back(std::move(b));
+        }
         return error;
     };
-    unsigned workers = check::on ? 1 : std::min<uint64_t>(config.workers, blocks);
+    unsigned workers = check::on ? 1 : std::min<uint64_t>(config.workers, clusters);
     std::vector<std::string> errors(workers);
     std::vector<std::thread> threads_;
     for (unsigned i = 1; i < workers; i++) threads_.emplace_back([&, i] { errors[i] = work(); });

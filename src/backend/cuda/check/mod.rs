@@ -18,6 +18,8 @@ mod image;
 mod layout;
 mod norm;
 mod sampling;
+mod conv_sm90;
+mod gemm_sm90;
 
 pub use ceiling::{Ceiling, measure_ceiling};
 pub use context::{Buffer, Context, Options};
@@ -70,6 +72,8 @@ pub fn cases() -> Vec<Case> {
     all.extend(sampling::cases());
     all.extend(image::cases());
     all.extend(attention_sm90::cases());
+    all.extend(gemm_sm90::cases());
+    all.extend(conv_sm90::cases());
     all
 }
 

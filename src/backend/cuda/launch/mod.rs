@@ -19,3 +19,6 @@ pub mod norm;
 pub mod philox;
 pub mod plan;
 pub mod reduce;
+pub mod conv_sm90;
+pub mod gemm_sm90;
+pub mod hopper;

@@ -1,0 +1,68 @@
+// targets: sm_90a
+// Linear layers on Hopper: product[rows][columns] = (x, then x2, along K) * w^T, and the epilogue of epilogue.cuh.
+// Main loop and reasons: hopper_tile.cuh. The launch twin is launch/gemm_sm90.rs.
+#include "hopper_tile.cuh"
+
+struct GemmSm90Args {
+    EpilogueArgs epilogue;
+    HopperTiles tiles;
+    int32_t k1;        // columns of x; those of x2 follow
+    int32_t k1_steps;  // of kK, the last one may be partly behind x
+};
+
+namespace {
+template <class T, int N> struct LoadGemm {
+    const HopperTiles& tiles;
+    const TensorMap *x, *x2, *w;
+    int k1, k1_steps, row = 0, column = 0;
+
+    PTX void begin(const hopper::Unit& unit) { row = unit.tile_m * hopper::kM, column = unit.tile_n * N; }
+    // Behind the end of x the copy brings zeros, so what it brings of w there does not matter.
+    PTX void operator()(int step, T* a, T* b, uint64_t* bar) const {
+        const bool second = step >= k1_steps;
+        const int k = (second ? step - k1_steps : step) * hopper::kK;
+        tma_load_2d(a, second ? x2 : x, k, row, bar);
+        hopper::load_b<T, N>(tiles, w, second ? k1 + k : k, column, b, bar);
+    }
+};
+
+template <class T, int N> PTX void gemm(const GemmSm90Args& args, const TensorMap* x, const TensorMap* x2, const TensorMap* w) {
+    if (threadIdx.x == 0) tma_prefetch_map(x), tma_prefetch_map(w);
+    LoadGemm<T, N> load{args.tiles, x, x2, w, args.k1, args.k1_steps};
+    const int rows = args.epilogue.rows;
+    hopper::run<T, N>(args.epilogue, args.tiles, load, [rows](const hopper::Unit& unit) {
+        const int first = unit.tile_m * hopper::kM;
+        return [first, rows](int r) { return first + r < rows ? first + r : -1; };
+    });
+}
+}  // namespace
+
+// maps: boxes of 64 x 128 of x and x2, 64 x N / cluster of w, all with the 128-byte swizzle
+#define GEMM_SM90(T, N, name)                                                                                                     \
+    extern "C" __global__ __launch_bounds__(hopper::kThreads, 1) void name(                                                       \
+        const __grid_constant__ GemmSm90Args args, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap x2,     \
+        const __grid_constant__ TensorMap w) {                                                                                    \
+        gemm<T, N>(args, &x, &x2, &w);                                                                                            \
+    }                                                                                                                             \
+    SIMT_KERNEL(name)
+GEMM_SM90(__half, 128, gemm_sm90_128x128_f16)
+GEMM_SM90(__half, 160, gemm_sm90_128x160_f16)
+GEMM_SM90(__half, 256, gemm_sm90_128x256_f16)
+GEMM_SM90(__nv_bfloat16, 128, gemm_sm90_128x128_bf16)
+GEMM_SM90(__nv_bfloat16, 160, gemm_sm90_128x160_bf16)
+GEMM_SM90(__nv_bfloat16, 256, gemm_sm90_128x256_bf16)
+
+struct ReduceSm90Args {
+    EpilogueArgs epilogue;
+    int32_t splits;
+    int32_t unused;
+};
+
+// grid: ceil(rows * out columns / 8 / threads)
+#define REDUCE_SM90(T, name)                                                                                                      \
+    extern "C" __global__ __launch_bounds__(256) void name(const __grid_constant__ ReduceSm90Args args) {                         \
+        hopper::reduce<T>(args.epilogue, args.splits);                                                                            \
+    }                                                                                                                             \
+    SIMT_KERNEL(name)
+REDUCE_SM90(__half, gemm_sm90_reduce_f16)
+REDUCE_SM90(__nv_bfloat16, gemm_sm90_reduce_bf16)
