@@ -424,6 +424,8 @@ struct sigaction old_segv;
 void on_segv(int signal, siginfo_t* info, void* context) {
     const auto* p = static_cast<const uint8_t*>(info->si_addr);
     if (!self || !me()->block || block().cluster.empty() || self == &lead(block()).main) {  // not ours
+        // Perhaps another library's of this layer: its handler must stay in place.
+        if (old_segv.sa_flags & SA_SIGINFO) return old_segv.sa_sigaction(signal, info, context);
         sigaction(SIGSEGV, &old_segv, nullptr);
         return;
     }
@@ -598,7 +600,7 @@ int simt_launch(const void* f, const uint32_t* geometry, uint32_t smem, void** p
     auto work = [&]() -> std::string {
         static thread_local std::vector<uint8_t> alt(64 << 10);  // handlers must run even when a fiber's stack is full
         stack_t ss{alt.data(), 0, alt.size()}, old;
-        if (!sigaltstack(nullptr, &old) && (old.ss_flags & SS_DISABLE)) sigaltstack(&ss, nullptr);
+        sigaltstack(&ss, &old);  // the caller's own may be too small for a report
         std::vector<std::unique_ptr<Block>> members;
         std::vector<Block*> cluster;
         for (uint32_t i = 0; i < size; i++) members.push_back(take_worker(pool)), cluster.push_back(members.back().get());

@@ -239,9 +239,11 @@ impl SimtDriver {
                 let params: Vec<&[u8]> = params.iter().map(Vec::as_slice).collect();
                 self.run_kernel(launch, &params)
             }
-            // SAFETY: device ranges are checked by the layer; host sources outlive the call or, in a
-            // graph, are pinned buffers that the caller keeps.
-            Call::Copy { dst, src, bytes } => self.check(unsafe { (self.api.memcpy)(dst.0, *src, *bytes) }),
+            Call::Copy { dst, src, bytes } => {
+                // SAFETY: device ranges are checked by the layer; host sources outlive the call or, in a
+                // graph, are pinned buffers that the caller keeps.
+                self.check(unsafe { (self.api.memcpy)(dst.0, *src, *bytes) })
+            }
             Call::Fill { dst, value, bytes } => {
                 // SAFETY: the range is checked by the layer.
                 self.check(unsafe { (self.api.memset)(dst.0, c_int::from(*value), *bytes) })

@@ -12,17 +12,17 @@ const REFERENCE_BUDGET: usize = 300_000_000;
 
 /// One shape.
 #[derive(Clone, Copy)]
-struct Spec {
-    element: Element,
-    batch: usize,
-    key_batch: usize,
-    heads: usize,
-    dim: usize,
-    queries: usize,
-    keys: usize,
-    is_causal: bool,
+pub(super) struct Spec {
+    pub(super) element: Element,
+    pub(super) batch: usize,
+    pub(super) key_batch: usize,
+    pub(super) heads: usize,
+    pub(super) dim: usize,
+    pub(super) queries: usize,
+    pub(super) keys: usize,
+    pub(super) is_causal: bool,
     /// q is the last slice of a tensor of three times the width; k and v are the slices of one of twice the width.
-    is_fused: bool,
+    pub(super) is_fused: bool,
     /// Deviation of scores before the softmax.
     pub(super) spread: f32,
     /// Extra elements between rows, to leave the fast path.
@@ -51,7 +51,7 @@ impl Spec {
 
     fn name(&self) -> String {
         let Self { element, batch, heads, dim, queries, keys, .. } = *self;
-        let mut name = format!("attention_{} b{batch} h{heads} d{dim} q{queries} k{keys}", element.suffix());
+        let mut name = format!("_{} b{batch} h{heads} d{dim} q{queries} k{keys}", element.suffix());
         if self.key_batch != batch {
             name += &format!(" of {} samples", self.key_batch);
         }
@@ -212,7 +212,7 @@ fn launch(gpu: &Gpu, op: &Attention, spec: &Spec) -> Result<(), CudaError> {
     }
 }
 
-pub(super) fn case(spec: Spec, kernel: &str, launch: LaunchFn) -> Case {
+pub(super) fn case(spec: Spec, kernel: &'static str, launch: LaunchFn) -> Case {
     let flops = spec.flops();
     // p is rounded to the element type, and so is the result. The errors of p are independent, so they add up
     // as the values do, to 0.4 roundings of a row's rms; the largest of 10^5 elements is five times that, and a
@@ -220,7 +220,7 @@ pub(super) fn case(spec: Spec, kernel: &str, launch: LaunchFn) -> Case {
     // when they are large.
     let tolerance = 6.0 * spec.element.rounding() + 4e-6 * f64::from(spec.spread.max(1.0));
     Case {
-        family: "attention",
+        family: kernel,
         name: kernel.to_owned() + &spec.name(),
         quick: flops < 2e7,
         needs_gpu: flops > 2e9,

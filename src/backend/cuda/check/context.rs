@@ -32,24 +32,25 @@ pub struct Context<'a> {
     /// The device.
     pub gpu: &'a Gpu,
     options: Options,
-    random: u64,
+    /// State of the random numbers.
+    state: u64,
     owned: Vec<DevicePtr>,
 }
 
 impl<'a> Context<'a> {
     pub(super) fn new(gpu: &'a Gpu, name: &str, options: Options) -> Self {
         // FNV-1a of the name: every case has its own numbers, the same in every run.
-        let mut random = 0xcbf2_9ce4_8422_2325 ^ options.seed;
+        let mut state = 0xcbf2_9ce4_8422_2325 ^ options.seed;
         for byte in name.bytes() {
-            random = (random ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+            state = (state ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
         }
-        Self { gpu, options, random, owned: Vec::new() }
+        Self { gpu, options, state, owned: Vec::new() }
     }
 
     /// A random number (splitmix64).
-    pub fn next(&mut self) -> u64 {
-        self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.random;
+    pub fn random(&mut self) -> u64 {
+        self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.state;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         z ^ (z >> 31)
@@ -60,7 +61,7 @@ impl<'a> Context<'a> {
         (0..count)
             .map(|_| {
                 // Sum of four uniform numbers: near enough to normal, and bounded.
-                let bits = self.next();
+                let bits = self.random();
                 let sum: f32 = (0..4).map(|i| ((bits >> (16 * i)) & 0xffff) as f32 / 65536.0 - 0.5).sum();
                 element.round(sum * 1.732 * scale)
             })

@@ -102,7 +102,7 @@ fn run_embed(
     let tokens = sequences * seq;
     let ids: Vec<i32> = (0..tokens)
         .map(|_| {
-            let pick = (cx.next() % (rows + vector_rows) as u64) as i32;
+            let pick = (cx.random() % (rows + vector_rows) as u64) as i32;
             if pick < rows as i32 { pick } else { rows as i32 - 1 - pick }
         })
         .collect();

@@ -228,7 +228,7 @@ pub(super) fn rows_to_compare(cx: &mut Context<'_>, rows: usize, columns: usize,
     if rows <= most {
         return (0..rows).collect();
     }
-    let mut some: Vec<usize> = (1..most).map(|_| cx.next() as usize % rows).collect();
+    let mut some: Vec<usize> = (1..most).map(|_| cx.random() as usize % rows).collect();
     some.push(rows - 1);
     some
 }

@@ -222,7 +222,7 @@ fn to_rgb8_case([pixels, channels, _, pitch]: [usize; 4], element: Element) -> C
 
 fn from_rgb8_case([pixels, channels, width, pitch]: [usize; 4], element: Element) -> Case {
     let run = move |cx: &mut Context<'_>| -> Result<Measured, CudaError> {
-        let x: Vec<u8> = (0..pixels * channels).map(|_| cx.next() as u8).collect();
+        let x: Vec<u8> = (0..pixels * channels).map(|_| cx.random() as u8).collect();
         // What lies between `width` and `pitch` must stay as it is.
         let mut values = cx.values(pixels * pitch, 1.0, element);
         let out = cx.output_over(&values, element)?;

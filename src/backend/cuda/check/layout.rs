@@ -44,12 +44,12 @@ fn stored(cx: &mut Context<'_>, count: usize, kind: Stored) -> (Vec<u8>, Vec<f32
         }
         // Every finite bit pattern is a value.
         Stored::F8E4M3 => {
-            let bytes: Vec<u8> = (0..count).map(|_| without_nan(cx.next() as u8, 0x7f)).collect();
+            let bytes: Vec<u8> = (0..count).map(|_| without_nan(cx.random() as u8, 0x7f)).collect();
             let values = bytes.iter().map(|b| e4m3(*b)).collect();
             (bytes, values)
         }
         Stored::F8E5M2 => {
-            let bytes: Vec<u8> = (0..count).map(|_| without_nan(cx.next() as u8, 0x7c)).collect();
+            let bytes: Vec<u8> = (0..count).map(|_| without_nan(cx.random() as u8, 0x7c)).collect();
             let values = bytes.iter().map(|b| e5m2(*b)).collect();
             (bytes, values)
         }

@@ -10,16 +10,16 @@ mod attention_sm90;
 mod ceiling;
 mod context;
 mod conv;
+mod conv_sm90;
 mod elementwise;
 mod embed;
 mod epilogue;
 mod gemm;
+mod gemm_sm90;
 mod image;
 mod layout;
 mod norm;
 mod sampling;
-mod conv_sm90;
-mod gemm_sm90;
 
 pub use ceiling::{Ceiling, measure_ceiling};
 pub use context::{Buffer, Context, Options};

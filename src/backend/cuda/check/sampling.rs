@@ -358,7 +358,7 @@ fn torch_normal(i: usize, threads: usize, state: PhiloxState) -> f64 {
 
 fn normal_case(count: usize, offset: u64, multiprocessors: usize) -> Case {
     let run = move |cx: &mut Context<'_>| -> Result<Measured, CudaError> {
-        let state = PhiloxState { seed: cx.next(), offset };
+        let state = PhiloxState { seed: cx.random(), offset };
         let threads = torch_threads(count, multiprocessors, Capability { major: 8, minor: 9 });
         let want: Vec<f64> = (0..count).map(|i| torch_normal(i, threads, state)).collect();
         let out = cx.output(4 * count)?;

@@ -9,6 +9,7 @@
 use bytemuck::{Pod, Zeroable, bytes_of};
 
 use super::super::{CudaError, Element, Geometry, Gpu, Kernel};
+use super::attention_sm90;
 use crate::driver::DevicePtr;
 
 const OP: &str = "attention";
@@ -221,6 +222,9 @@ fn estimate(op: &Attention, device: &Device, plan: &Plan) -> u64 {
 /// Queues the attention.
 pub fn attention(gpu: &Gpu, op: &Attention) -> Result<(), CudaError> {
     check(op)?;
+    if gpu.is_hopper() && attention_sm90::supports(op) {
+        return attention_sm90::attention(gpu, op);
+    }
     let info = gpu.driver().device();
     let device =
         Device { multiprocessors: gpu.multiprocessors(), shared_memory: info.shared_memory as usize };

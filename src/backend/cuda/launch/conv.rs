@@ -3,6 +3,7 @@
 use bytemuck::{Pod, Zeroable, bytes_of};
 
 use super::super::{CudaError, Element, Geometry, Gpu, Kernel};
+use super::conv_sm90;
 use super::epilogue::{Epilogue, EpilogueArgs, Product, Rows, check_element, int};
 use super::gemm::{Gemm, gemm, partial_memory, sum_splits};
 use super::plan::{Plan, Problem, THREADS, Tile, plan};
@@ -163,6 +164,7 @@ struct ConvArgs {
 pub fn conv(gpu: &Gpu, op: &Conv) -> Result<(), CudaError> {
     match op.as_gemm() {
         Some(linear) => gemm(gpu, &linear),
+        None if gpu.is_hopper() && conv_sm90::supports(op) => conv_sm90::conv(gpu, op),
         None => conv_by(gpu, op, choose(op, gpu.multiprocessors())),
     }
 }

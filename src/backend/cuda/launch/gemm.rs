@@ -4,6 +4,7 @@ use bytemuck::{Pod, Zeroable, bytes_of};
 
 use super::super::{CudaError, Element, Geometry, Gpu, Kernel};
 use super::epilogue::{Epilogue, EpilogueArgs, Product, Rows, check_element, int};
+use super::gemm_sm90;
 use super::plan::{Plan, Problem, THREADS, Tile, plan};
 use crate::driver::DevicePtr;
 
@@ -105,6 +106,9 @@ struct SplitKArgs {
 
 /// Queues `op`.
 pub fn gemm(gpu: &Gpu, op: &Gemm) -> Result<(), CudaError> {
+    if gpu.is_hopper() && gemm_sm90::supports(op) {
+        return gemm_sm90::gemm(gpu, op);
+    }
     gemm_by(gpu, op, choose(op, gpu.multiprocessors()))
 }
 

@@ -1,18 +1,16 @@
 //! Linear layers and convolutions under the SIMT layer: right, and without a bank conflict of `ldmatrix`.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use kiln::backend::cuda::{Gpu, check};
 use kiln::driver::simt::{SimtDriver, SimtOptions};
-use kiln::driver::toolchain::{SimtVariant, build_simt};
+use kiln::driver::toolchain::SimtVariant;
+
+use crate::library;
 
 #[test]
 fn products_are_right_and_ldmatrix_never_conflicts() {
-    let kernels = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
-    let objects = Path::new(env!("CARGO_TARGET_TMPDIR")).join("simt");
-    let library = build_simt(&kernels, &[], &objects, SimtVariant::Fast).unwrap();
-    let driver = Arc::new(SimtDriver::open(&library, SimtOptions::default()).unwrap());
+    let driver = Arc::new(SimtDriver::open(&library(SimtVariant::Fast), SimtOptions::default()).unwrap());
     let gpu = Gpu::new(driver.clone()).unwrap();
     let mut tiles = std::collections::BTreeSet::new();
     for case in check::cases().iter().filter(|c| c.quick && matches!(c.family, "gemm" | "conv")) {
