@@ -140,10 +140,12 @@ template <class T> __device__ __forceinline__ void few_rows(const GemmArgs& args
         }
         // Half of the sums go to the lane across at each step; in the end lane i has the warp's i-th sum in v[0].
 #pragma unroll
-        for (int half = 16; half >= 1; half /= 2) {
+        for (int step = 0; step < 5; step++) {
+            const int half = 16 >> step;
             const bool is_upper = lane & half;
 #pragma unroll
-            for (int i = 0; i < half; i++) {
+            for (int i = 0; i < 16; i++) {
+                if (i >= half) continue;
                 const float given = is_upper ? v[i] : v[i + half], kept = is_upper ? v[i + half] : v[i];
                 v[i] = kept + __shfl_xor_sync(~0u, given, half);
             }
