@@ -6,9 +6,9 @@
 // Shared memory: a row of a tile is 4 or 8 chunks of 16 bytes without padding; the chunk's place is its number XOR the
 // row, so any eight consecutive rows of one chunk column lie in all banks once: neither ldmatrix nor cp.async conflicts.
 // Registers: the sums, two sets of A fragments and two pairs of B fragments: the loads of the next fragments, across the
-// boundary of stages too, are issued before the products of the present ones. A warp of 64x80 (64x64) moves 18 (16) KB
-// through ldmatrix for 160 (128) mma: 432 (384) of 640 (512) tensor cycles a stage on sm_80, copies included. That is why a
-// warp's tile is large and a block has only four warps.
+// boundary of stages too, are issued before the products of the present ones. A warp of 64x80 (64x64) reads 9 (8) KB by
+// ldmatrix for 80 (64) mma of a stage: with the copies 432 (384) cycles of shared memory against 640 (512) of the tensor cores
+// of sm_80. That is why a warp's tile is large and a block has only four warps.
 #pragma once
 #include "element.cuh"
 #include "epilogue.cuh"
