@@ -617,6 +617,7 @@ int simt_launch(const void* f, const uint32_t* geometry, uint32_t smem, void** p
             if (!first.error.empty()) failed = true;
         }
         std::string error = first.error;
+        sigaltstack(&old, nullptr);
         std::lock_guard<std::mutex> hold(lock);
         for (auto& b : members) {
             conflicts += b->bank_conflicts;
