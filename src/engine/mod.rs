@@ -193,6 +193,7 @@ impl Shared {
 
     fn finish(&self, running: &Arc<Running>, entry: Entry) {
         let job = running.job.clone();
+        let entry = entry.into();
         let mut state = lock(&self.state);
         state.running.retain(|r| !Arc::ptr_eq(r, running));
         state.history.push(entry);

@@ -29,14 +29,33 @@ impl FreeRequest {
 impl Shared {
     /// Frees what was asked for. Only at a safe point: no node is running.
     pub(super) fn free_now(&self, request: FreeRequest) {
-        if request.free_memory {
-            lock(&self.cache).clear();
-        }
-        if request.unload_models {
-            self.services.models.unload_all();
-        } else if request.free_memory {
+        on_thread_of_its_own("kiln-free", || {
+            if request.free_memory {
+                lock(&self.cache).clear();
+            }
+            if request.unload_models {
+                self.services.models.unload_all();
+            }
+        });
+        if request.is_any() {
             self.services.models.trim();
         }
         tracing::info!(request.unload_models, request.free_memory, "freed memory");
     }
+}
+
+/// Runs `work` on a thread that ends with it.
+///
+/// glibc keeps small blocks for the thread that freed them until that thread
+/// ends; loading and dropping a model leaves enough of them, spread over the
+/// heap, to hold a megabyte.
+pub(super) fn on_thread_of_its_own<T: Send>(name: &str, work: impl Fn() -> T + Sync) -> T {
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().name(name.to_owned());
+        match thread.spawn_scoped(scope, &work).map(|thread| thread.join()) {
+            Ok(Ok(result)) => result,
+            Ok(Err(panic)) => std::panic::resume_unwind(panic),
+            Err(_) => work(),
+        }
+    })
 }
