@@ -5,11 +5,12 @@
 //! Results that a running prompt still needs live on in that prompt only.
 
 use super::{Shared, lock};
+use crate::tokenizer;
 
 /// What `/free` asks for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FreeRequest {
-    /// Models leave the device and memory.
+    /// Models leave the device and memory, and the text encoders' vocabulary with them.
     pub unload_models: bool,
     /// Cached results are dropped too.
     pub free_memory: bool,
@@ -29,12 +30,13 @@ impl FreeRequest {
 impl Shared {
     /// Frees what was asked for. Only at a safe point: no node is running.
     pub(super) fn free_now(&self, request: FreeRequest) {
-        on_thread_of_its_own("kiln-free", || {
+        on_thread_of_its_own(|| {
             if request.free_memory {
                 lock(&self.cache).clear();
             }
             if request.unload_models {
                 self.services.models.unload_all();
+                tokenizer::release();
             }
         });
         if request.is_any() {
@@ -44,18 +46,16 @@ impl Shared {
     }
 }
 
-/// Runs `work` on a thread that ends with it.
+/// Runs `free` on a thread that ends with it.
 ///
 /// glibc keeps small blocks for the thread that freed them until that thread
-/// ends; loading and dropping a model leaves enough of them, spread over the
-/// heap, to hold a megabyte.
-pub(super) fn on_thread_of_its_own<T: Send>(name: &str, work: impl Fn() -> T + Sync) -> T {
+/// ends. A model leaves some 200 KB of them, spread over as many pages of the
+/// heap as there are blocks, and none of these pages could be given back.
+fn on_thread_of_its_own(free: impl Fn() + Sync) {
     std::thread::scope(|scope| {
-        let thread = std::thread::Builder::new().name(name.to_owned());
-        match thread.spawn_scoped(scope, &work).map(|thread| thread.join()) {
-            Ok(Ok(result)) => result,
-            Ok(Err(panic)) => std::panic::resume_unwind(panic),
-            Err(_) => work(),
+        let thread = std::thread::Builder::new().name("kiln-free".to_owned());
+        if thread.spawn_scoped(scope, &free).is_err() {
+            free();
         }
-    })
+    });
 }
