@@ -5,12 +5,11 @@
 //! Results that a running prompt still needs live on in that prompt only.
 
 use super::{Shared, lock};
-use crate::tokenizer;
 
 /// What `/free` asks for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FreeRequest {
-    /// Models leave the device and memory, and the text encoders' vocabulary with them.
+    /// Models leave the device and memory.
     pub unload_models: bool,
     /// Cached results are dropped too.
     pub free_memory: bool,
@@ -30,13 +29,12 @@ impl FreeRequest {
 impl Shared {
     /// Frees what was asked for. Only at a safe point: no node is running.
     pub(super) fn free_now(&self, request: FreeRequest) {
-        on_thread_of_its_own(|| {
+        on_thread_of_its_own("kiln-free", || {
             if request.free_memory {
                 lock(&self.cache).clear();
             }
             if request.unload_models {
                 self.services.models.unload_all();
-                tokenizer::release();
             }
         });
         if request.is_any() {
@@ -46,16 +44,16 @@ impl Shared {
     }
 }
 
-/// Runs `free` on a thread that ends with it.
+/// Runs `work` on a thread that ends with it.
 ///
 /// glibc keeps small blocks for the thread that freed them until that thread
-/// ends. A model leaves some 200 KB of them, spread over as many pages of the
-/// heap as there are blocks, and none of these pages could be given back.
-fn on_thread_of_its_own(free: impl Fn() + Sync) {
+/// ends. Loading and dropping a model leaves some 200 KB of them, each on a
+/// page of its own if it comes to the worst, which then can't be given back.
+pub(super) fn on_thread_of_its_own(name: &str, work: impl Fn() + Sync) {
     std::thread::scope(|scope| {
-        let thread = std::thread::Builder::new().name("kiln-free".to_owned());
-        if thread.spawn_scoped(scope, &free).is_err() {
-            free();
+        let thread = std::thread::Builder::new().name(name.to_owned());
+        if thread.spawn_scoped(scope, &work).is_err() {
+            work();
         }
     });
 }

@@ -5,7 +5,7 @@
 //! (NFC), lower-casing letter by letter (no special case for a final sigma), and the
 //! spelling of the two marker tokens.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::LazyLock;
 
 use instant_clip_tokenizer::Tokenizer;
 use unicode_normalization::UnicodeNormalization;
@@ -13,21 +13,14 @@ use unicode_normalization::char::is_combining_mark;
 
 use super::{END_TOKEN, START_TOKEN};
 
-/// Some 4 MB of tables; made by the first text and again by the first one after a release.
-static VOCABULARY: Mutex<Option<Arc<Tokenizer>>> = Mutex::new(None);
+static VOCABULARY: LazyLock<Tokenizer> = LazyLock::new(Tokenizer::new);
 
-fn slot() -> MutexGuard<'static, Option<Arc<Tokenizer>>> {
-    VOCABULARY.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn vocabulary() -> Arc<Tokenizer> {
-    slot().get_or_insert_with(|| Arc::new(Tokenizer::new())).clone()
-}
-
-/// Drops the vocabulary's tables.
-pub fn release() {
-    *slot() = None;
-}
+/// The thread that splits words, if the system has one more: the vocabulary's pattern keeps
+/// 90 KB for every thread that used it, and prompts run on threads that come and go.
+static SPLITTER: LazyLock<Option<rayon::ThreadPool>> = LazyLock::new(|| {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).thread_name(|_| "kiln-words".to_owned());
+    pool.build().ok()
+});
 
 /// Spellings in a prompt that stand for a single token, in this case only.
 const MARKERS: [(&str, u32); 2] = [("<|startoftext|>", START_TOKEN), ("<|endoftext|>", END_TOKEN)];
@@ -68,7 +61,11 @@ fn encode_words(text: &str, ids: &mut Vec<u32>) {
         }
     }
     let mut tokens = Vec::new();
-    vocabulary().encode(&normal, &mut tokens);
+    let mut split = || VOCABULARY.encode(&normal, &mut tokens);
+    match &*SPLITTER {
+        Some(thread) => thread.install(&mut split),
+        None => split(),
+    }
     ids.extend(tokens.into_iter().map(|token| u32::from(token.to_u16())));
 }
 

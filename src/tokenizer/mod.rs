@@ -26,7 +26,7 @@ mod python_float;
 
 use std::sync::Arc;
 
-pub use bpe::{encode, release};
+pub use bpe::encode;
 
 /// Marks the begin of every chunk.
 pub const START_TOKEN: u32 = 49406;
