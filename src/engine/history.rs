@@ -46,18 +46,19 @@ impl Entry {
     }
 }
 
-/// A finished prompt at rest.
-#[derive(Debug)]
+/// A finished prompt at rest. Its blocks outlive the model they were made beside, and
+/// each may hold a page of the heap: they are two, made one after the other.
+#[derive(Clone, Debug)]
 pub(super) struct Kept {
     id: Id,
     form: Form,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 enum Form {
-    Text(Box<str>),
+    Text(Arc<str>),
     /// Nested deeper than the parser goes, which only a program that embeds kiln can cause.
-    Tree(Json),
+    Tree(Arc<Json>),
 }
 
 impl Kept {
@@ -65,7 +66,7 @@ impl Kept {
         match &self.form {
             // Was read back before it was kept.
             Form::Text(text) => serde_json::from_str(text).unwrap_or_default(),
-            Form::Tree(tree) => tree.clone(),
+            Form::Tree(tree) => (**tree).clone(),
         }
     }
 }
@@ -75,20 +76,20 @@ impl From<Entry> for Kept {
         let tree = entry.to_json();
         let text = tree.to_string();
         let is_same = serde_json::from_str::<Json>(&text).is_ok_and(|back| back == tree);
-        let form = if is_same { Form::Text(text.into()) } else { Form::Tree(tree) };
-        Self { id: entry.job.id.clone(), form }
+        let form = if is_same { Form::Text(text.into()) } else { Form::Tree(tree.into()) };
+        Self { id: Id::from(&*entry.job.id), form }
     }
 }
 
 /// Makes the JSON object of `/history` from entries taken out under the lock.
-pub(super) fn to_json(entries: &[Arc<Kept>]) -> Json {
+pub(super) fn to_json(entries: &[Kept]) -> Json {
     entries.iter().map(|entry| (entry.id.to_string(), entry.to_json())).collect()
 }
 
 /// The newest finished prompts by order of completion.
 #[derive(Debug)]
 pub(super) struct History {
-    entries: BTreeMap<u64, Arc<Kept>>,
+    entries: BTreeMap<u64, Kept>,
     places: HashMap<Id, u64>,
     next: u64,
     cap: usize,
@@ -109,7 +110,7 @@ impl History {
             }
         }
         self.places.insert(id, self.next);
-        self.entries.insert(self.next, Arc::new(entry));
+        self.entries.insert(self.next, entry);
         self.next += 1;
     }
 
@@ -124,13 +125,13 @@ impl History {
         self.places.clear();
     }
 
-    pub fn get(&self, id: &str) -> Option<Arc<Kept>> {
+    pub fn get(&self, id: &str) -> Option<Kept> {
         self.places.get(id).and_then(|place| self.entries.get(place)).cloned()
     }
 
     /// `max_items` entries from `offset` on, counted from the oldest; without
     /// an offset the newest ones.
-    pub fn slice(&self, max_items: Option<usize>, offset: Option<usize>) -> Vec<Arc<Kept>> {
+    pub fn slice(&self, max_items: Option<usize>, offset: Option<usize>) -> Vec<Kept> {
         let count = max_items.unwrap_or(usize::MAX);
         let start = offset.unwrap_or_else(|| self.entries.len().saturating_sub(count));
         self.entries.values().skip(start).take(count).cloned().collect()
