@@ -193,6 +193,7 @@ impl Shared {
 
     fn finish(&self, running: &Arc<Running>, entry: Entry) {
         let job = running.job.clone();
+        let entry = entry.into();
         let mut state = lock(&self.state);
         state.running.retain(|r| !Arc::ptr_eq(r, running));
         state.history.push(entry);
@@ -207,8 +208,8 @@ impl Shared {
                 Task::Stop => return,
                 Task::Free(request) => self.free_now(request),
                 Task::Run(running) => {
-                    let entry = executor::run(self, &running);
-                    self.finish(&running, entry);
+                    let run = || self.finish(&running, executor::run(self, &running));
+                    residency::on_thread_of_its_own("kiln-prompt", run);
                 }
             }
         }
@@ -243,7 +244,7 @@ impl Engine {
         });
         let worker = {
             let shared = shared.clone();
-            std::thread::Builder::new().name("kiln-prompt".to_owned()).spawn(move || shared.work())
+            std::thread::Builder::new().name("kiln-queue".to_owned()).spawn(move || shared.work())
         };
         if let Err(error) = &worker {
             tracing::error!(%error, "the worker thread did not start: prompts will be queued but not run");
