@@ -81,7 +81,8 @@ fn a_model_of_full_size_takes_its_first_step_soon() {
     }
     std::io::copy(&mut fs::File::open(&file).unwrap(), &mut std::io::sink()).unwrap();
     let base = tempfile::tempdir().unwrap();
-    let paths = format!("test:\n  base_path: {:?}\n  checkpoints: checkpoints\n", models.display().to_string());
+    let paths =
+        format!("test:\n  base_path: {:?}\n  checkpoints: checkpoints\n", models.display().to_string());
     fs::write(base.path().join("extra_model_paths.yaml"), paths).unwrap();
     let engine = engine(base.path());
     let mut events = engine.subscribe();

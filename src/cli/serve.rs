@@ -126,13 +126,18 @@ pub fn run(args: &ServeArgs) -> anyhow::Result<()> {
     let config = config(args)?;
     // Sets up the heap, which must come before any thread.
     let services = services(args)?;
-    if let Some(threads) = args.runtime.threads {
+    if let Some(threads) = args.runtime.device.threads {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
         pool.context("--threads: the thread pool exists already")?;
     }
     let folders = services.folders.clone();
-    let backend = services.models.placement().clone();
-    std::thread::spawn(move || setup::warm_up(backend));
+    let placement = services.models.placement().clone();
+    if placement.diffusion.info().kind == "cpu" {
+        std::thread::spawn(move || setup::warm_up(placement));
+    } else {
+        // One thread at a time works with a GPU.
+        setup::warm_up(placement);
+    }
     empty(folders.root(Kind::Temp));
     let engine = Engine::new(EngineConfig::new(services, nodes::registry()));
     let runtime = tokio::runtime::Builder::new_multi_thread()

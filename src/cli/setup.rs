@@ -6,12 +6,13 @@ use std::sync::Arc;
 use anyhow::{Context as _, Result, bail};
 use serde_json::{Value as Json, json};
 
-use crate::backend::{self, DeviceOptions};
+use super::device::DeviceArgs;
+use crate::backend;
 use crate::engine::{Engine, EngineConfig, EventKind, Submission};
 use crate::files::{DEMO_CHECKPOINT, FolderOptions, Folders};
 use crate::models::ModelStore;
 use crate::nodes::{PreviewMethod, Services};
-use crate::tensor::Backend;
+use crate::tensor::Placement;
 use crate::weights::OpenOptions;
 
 /// PNG compression of outputs: fast, a few per cent larger than the slow levels.
@@ -87,31 +88,36 @@ pub fn local_folders(args: &RuntimeArgs, output: &Path, scratch: &Path) -> Folde
 /// tables built, and a machine on which the backend doesn't work says so at start.
 pub fn warm_up(placement: Placement) {
     let began = std::time::Instant::now();
-    match run_smallest(backend.clone()) {
+    match run_smallest(placement.clone()) {
         Ok(()) => tracing::debug!(elapsed = ?began.elapsed(), "warm"),
-        Err(error) => tracing::error!(error = format!("{error:#}"), "the trial prompt failed: others may too"),
+        Err(error) => {
+            tracing::error!(error = format!("{error:#}"), "the trial prompt failed: others may too")
+        }
     }
     placement.trim();
 }
 
-fn run_smallest(backend: Arc<dyn Backend>) -> Result<()> {
+fn run_smallest(placement: Placement) -> Result<()> {
     let scratch = tempfile::tempdir().context("making a scratch folder")?;
     let folders = FolderOptions { base: scratch.path().to_owned(), ..FolderOptions::default() };
     let services = Services {
         folders: Arc::new(Folders::open(&folders)?),
-        models: Arc::new(ModelStore::new(backend, OpenOptions::default())),
+        models: Arc::new(ModelStore::new(placement, OpenOptions::default())),
         save_metadata: true,
         png_level: PNG_LEVEL,
         preview: PreviewMethod::None,
     };
-    let config = EngineConfig { event_capacity: 1024, ..EngineConfig::new(services, crate::nodes::registry()) };
+    let config =
+        EngineConfig { event_capacity: 1024, ..EngineConfig::new(services, crate::nodes::registry()) };
     let engine = Engine::new(config);
     let mut events = engine.subscribe();
     engine.submit(Submission { prompt: smallest_prompt(), ..Submission::default() })?;
     loop {
         match &events.blocking_recv().context("waiting for the end of the prompt")?.kind {
             EventKind::ExecutionSuccess { .. } => break,
-            EventKind::ExecutionError(error) => bail!("{}: {}", error.node_type, error.exception_message.trim()),
+            EventKind::ExecutionError(error) => {
+                bail!("{}: {}", error.node_type, error.exception_message.trim())
+            }
             _ => {}
         }
     }

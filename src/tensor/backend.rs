@@ -387,7 +387,7 @@ pub trait Backend: Send + Sync {
         body(inputs)
     }
 
-    /// Who is asked to let go of memory when the device is full: returns whether it did.
+    /// One more who is asked to let go of memory when the device is full: returns whether it did.
     fn on_pressure(&self, hook: PressureHook) {
         let _ = hook;
     }

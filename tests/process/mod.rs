@@ -1,5 +1,7 @@
 //! The real binary as a child process: starting it, asking it, reading its log.
 
+#![allow(dead_code, reason = "every test uses its part of this")]
+
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::path::Path;
@@ -23,7 +25,7 @@ impl Server {
     /// Starts a server on a free port and waits until its trial prompt is through.
     pub fn start(base: &Path, flags: &[&str]) -> Self {
         let mut child = Command::new(env!("CARGO_BIN_EXE_kiln"))
-            .args(["serve", "--port", "0", "--threads", "2", "--base-directory"])
+            .args(["serve", "--cpu", "--port", "0", "--threads", "2", "--base-directory"])
             .arg(base)
             .args(flags)
             .env("KILN_LOG", "info,kiln::cli::setup=debug")
@@ -76,7 +78,8 @@ impl Server {
         let mut stream = TcpStream::connect(&self.address).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         let (host, length) = (&self.address, body.len());
-        let head = format!("{what} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\nContent-Length: {length}");
+        let head =
+            format!("{what} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\nContent-Length: {length}");
         write!(stream, "{head}\r\nContent-Type: application/json\r\n\r\n{body}").unwrap();
         let mut answer = String::new();
         stream.read_to_string(&mut answer).unwrap();

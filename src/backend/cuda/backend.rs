@@ -22,7 +22,7 @@ pub struct Shared {
     pub(super) weights: Arc<WeightMemory>,
     pub(super) uploader: Uploader,
     recorder: Recorder,
-    pressure: Mutex<Option<PressureHook>>,
+    pressure: Mutex<Vec<PressureHook>>,
 }
 
 impl Shared {
@@ -50,8 +50,8 @@ impl Shared {
 
     /// Lets go of cached memory, recordings and idle models.
     fn relieve(&self) {
-        let hook = self.pressure.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let freed = hook.is_some_and(|hook| hook());
+        let hooks = self.pressure.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let freed = hooks.iter().filter(|hook| hook()).count();
         tracing::debug!(freed, "idle models were asked to go");
         self.recorder.clear();
         self.pool.trim();
@@ -512,6 +512,6 @@ impl Backend for CudaBackend {
     }
 
     fn on_pressure(&self, hook: PressureHook) {
-        *self.shared.pressure.lock().unwrap_or_else(PoisonError::into_inner) = Some(hook);
+        self.shared.pressure.lock().unwrap_or_else(PoisonError::into_inner).push(hook);
     }
 }

@@ -2,9 +2,9 @@
 
 use std::borrow::Cow;
 
+use super::Element;
 use super::backend::Shared;
 use super::launch::layout::{self, Convert, PackConv, PackLinear, PackVector, Stored, padded};
-use super::{CudaError, Element};
 use crate::driver::DevicePtr;
 use crate::tensor::buffer::DeviceBuffer;
 use crate::tensor::check::size;
@@ -150,7 +150,7 @@ pub fn pack_linear(
             row_offset,
             is_geglu: parts.is_geglu,
         };
-        layout::pack_linear(&shared.gpu, &launch).map_err(CudaError::from)?;
+        layout::pack_linear(&shared.gpu, &launch)?;
         row_offset += n;
     }
     let bias = match parts.biases {
