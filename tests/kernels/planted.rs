@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-use kiln::driver::simt::{Order, SimtDriver, SimtOptions};
+use kiln::driver::simt::{Order, SimtDriver, SimtOptions, built_library};
 use kiln::driver::toolchain::{SimtVariant, build_simt};
 use kiln::driver::{DevicePtr, Driver, DriverError, Launch, MapElement, Swizzle, TensorMapDesc};
 
@@ -74,7 +74,11 @@ fn root() -> &'static Path {
 }
 
 fn open(variant: SimtVariant) -> SimtDriver {
-    let out = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("planted");
+    // Beside the build script's library, whose objects serve here too.
+    let out = match built_library(variant).and_then(|path| path.parent().map(Path::to_owned)) {
+        Some(folder) => folder,
+        None => PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("planted"),
+    };
     let extra = [root().join("tests/kernels/planted.cu")];
     let library = build_simt(&root().join("kernels"), &extra, &out, variant).expect("the kernels compile");
     let options = SimtOptions { workers: 1, ..SimtOptions::default() };
