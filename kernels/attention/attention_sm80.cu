@@ -369,6 +369,14 @@ template <class T> PTX void combine(const CombineArgs& args) {
     ATTENTION_T(__nv_bfloat16, name##_bf16, dim, row_tiles, keys, blocks)
 
 // attention_sm80_<query rows>x<keys>_d<head dim>
+// For Blackwell the assembler needs more registers than for Ampere: it gets shorter tiles of keys (the shared memory and
+// the splits of the longer ones suit them) or one block less, so that nothing spills.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kKeysOf80 = 32, kBlocksOf40 = 2;
+#else
+constexpr int kKeysOf80 = 64, kBlocksOf40 = 3;
+#endif
+
 ATTENTION(attention_sm80_64x64_d32, 32, 1, 64, 4)
 ATTENTION(attention_sm80_64x64_d40, 40, 1, 64, 4)
 ATTENTION(attention_sm80_64x64_d64, 64, 1, 64, 3)
@@ -379,9 +387,9 @@ ATTENTION(attention_sm80_64x32_d160, 160, 1, 32, 2)
 ATTENTION(attention_sm80_64x80_d40, 40, 1, 80, 3)
 ATTENTION(attention_sm80_64x80_d64, 64, 1, 80, 3)
 ATTENTION(attention_sm80_64x80_d80, 80, 1, 80, 3)
-ATTENTION(attention_sm80_128x64_d40, 40, 2, 64, 3)
+ATTENTION(attention_sm80_128x64_d40, 40, 2, 64, kBlocksOf40)
 ATTENTION(attention_sm80_128x64_d64, 64, 2, 64, 2)
-ATTENTION(attention_sm80_128x64_d80, 80, 2, 64, 2)
+ATTENTION(attention_sm80_128x64_d80, 80, 2, kKeysOf80, 2)
 ATTENTION(attention_sm80_128x32_d128, 128, 2, 32, 2)
 
 #define COMBINE(T, name)                                                                                          \
