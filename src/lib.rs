@@ -15,7 +15,7 @@
 //! | [`tokenizer`], [`weights`], [`image`], [`files`] | leaves |
 //! | [`tensor`] | host tensors, op descriptors, the backend trait |
 //! | [`backend`] | the CPU implementation of the op set |
-//! | [`driver`] | the seam to a GPU (empty until the CUDA backend lands) |
+//! | [`driver`] | the seam to a GPU: the CUDA driver, and the SIMT layer that stands in for it |
 
 pub mod backend;
 pub mod cli;

@@ -51,7 +51,7 @@ fn every_kernel_equals_its_reference() {
 
 #[test]
 fn hopper_kernels_equal_their_references() {
-    pass(SimtVariant::Fast, options(HOPPER, Order::Forward), |case| is_hopper(case));
+    pass(SimtVariant::Fast, options(HOPPER, Order::Forward), is_hopper);
 }
 
 #[test]

@@ -4,8 +4,7 @@
 //! matrix product. f32: the `gemm` crate, which is a peer and not a part of the
 //! product. bf16: the bare packed product, without epilogue.
 
-use std::time::Instant;
-
+use super::bf16::probe::ThreadClock;
 use super::bf16::{Activation, Tier, gemm_rate};
 use crate::tensor::TensorError;
 
@@ -18,7 +17,7 @@ pub struct Ceiling {
     pub what: String,
 }
 
-/// The best of this many runs counts: the machine may be busy.
+/// The best of this many runs counts, in CPU time: the machine may be busy.
 const RUNS: usize = 7;
 
 /// Runs the yardstick for f32 or bf16 on one core.
@@ -26,7 +25,9 @@ const RUNS: usize = 7;
 /// # Errors
 /// If the system can't start a thread.
 pub fn measure(is_bf16: bool) -> Result<Ceiling, TensorError> {
-    if is_bf16 { bf16() } else { Ok(f32()) }
+    let one_core = rayon::ThreadPoolBuilder::new().num_threads(1).build();
+    let one_core = one_core.map_err(|e| unsupported(format!("starting a thread ({e})")))?;
+    one_core.install(|| if is_bf16 { bf16() } else { Ok(f32()) })
 }
 
 /// 320→320 channels, 3×3, at 64×64, batch 2.
@@ -34,12 +35,13 @@ const SHAPE: (usize, usize, usize) = (8192, 320, 2880);
 
 fn f32() -> Ceiling {
     let (m, n, k) = SHAPE;
-    let a = vec![0.5f32; m * k];
-    let b = vec![0.25f32; n * k];
+    let fill =
+        |len: usize| -> Vec<f32> { (0..len).map(|i| ((i * 37 + i / 64) % 61) as f32 / 61.0 - 0.5).collect() };
+    let (a, b) = (fill(m * k), fill(n * k));
     let mut c = vec![0.0f32; m * n];
     let mut best = f64::INFINITY;
     for _ in 0..RUNS {
-        let began = Instant::now();
+        let began = ThreadClock::start();
         // SAFETY: a is m×k row-major, b is n×k row-major (read as k×n through
         // its strides), c is m×n row-major; all live through the call and c overlaps neither.
         unsafe {
@@ -71,14 +73,14 @@ fn f32() -> Ceiling {
     Ceiling { gflops, what: format!("gemm crate, f32, {m}x{n}x{k}") }
 }
 
+fn unsupported(what: String) -> TensorError {
+    TensorError::Unsupported { op: "ceiling", what }
+}
+
 fn bf16() -> Result<Ceiling, TensorError> {
-    const OP: &str = "ceiling";
-    let unsupported = |what: String| TensorError::Unsupported { op: OP, what };
-    let one_core = rayon::ThreadPoolBuilder::new().num_threads(1).build();
-    let one_core = one_core.map_err(|e| unsupported(format!("starting a thread ({e})")))?;
     let tier = Tier::detect();
     let (m, n, k) = SHAPE;
-    let rate = one_core.install(|| gemm_rate(tier, [m, n, k], Activation::None, RUNS));
+    let rate = gemm_rate(tier, [m, n, k], Activation::None, RUNS);
     let gflops = rate.map_err(|e| unsupported(e.to_string()))?;
     Ok(Ceiling { gflops, what: format!("packed bf16 matrix product, {tier:?}, {m}x{n}x{k}") })
 }
