@@ -1,4 +1,8 @@
 //! Finished prompts, oldest first, the newest `cap` of them.
+//!
+//! An entry is kept as the text that `/history` shows: a tree of JSON values
+//! takes some eight times the memory, in hundreds of small blocks that keep the
+//! heap from shrinking when a model is unloaded.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -42,15 +46,65 @@ impl Entry {
     }
 }
 
+/// A finished prompt at rest. Its blocks outlive the model they were made beside, and
+/// each may hold a page of the heap: they are two, made one after the other.
+#[derive(Clone, Debug)]
+pub(super) struct Kept {
+    id: Id,
+    form: Form,
+}
+
+#[derive(Clone, Debug)]
+enum Form {
+    Text(Arc<str>),
+    /// Nested deeper than the parser goes, which only a program that embeds kiln can cause.
+    Tree(Arc<Json>),
+}
+
+impl Kept {
+    fn to_json(&self) -> Json {
+        match &self.form {
+            // Was read back before it was kept.
+            Form::Text(text) => serde_json::from_str(text).unwrap_or_default(),
+            Form::Tree(tree) => (**tree).clone(),
+        }
+    }
+}
+
+/// The text of [`to_json`]'s object.
+pub(super) fn to_text(entries: &[Kept]) -> String {
+    let mut out = String::from("{");
+    for (i, entry) in entries.iter().enumerate() {
+        let comma = if i > 0 { "," } else { "" };
+        out.extend([comma, &Json::from(&*entry.id).to_string(), ":"]);
+        match &entry.form {
+            Form::Text(text) => out.push_str(text),
+            Form::Tree(tree) => out.push_str(&tree.to_string()),
+        }
+    }
+    out.push('}');
+    out
+}
+
+impl From<Entry> for Kept {
+    fn from(entry: Entry) -> Self {
+        let tree = entry.to_json();
+        let text = tree.to_string();
+        let is_same = serde_json::from_str::<Json>(&text).is_ok_and(|back| back == tree);
+        let form = if is_same { Form::Text(text.into()) } else { Form::Tree(tree.into()) };
+        Self { id: Id::from(&*entry.job.id), form }
+    }
+}
+
 /// Makes the JSON object of `/history` from entries taken out under the lock.
-pub(super) fn to_json(entries: &[(Id, Arc<Entry>)]) -> Json {
-    entries.iter().map(|(id, entry)| (id.to_string(), entry.to_json())).collect()
+pub(super) fn to_json(entries: &[Kept]) -> Json {
+    entries.iter().map(|entry| (entry.id.to_string(), entry.to_json())).collect()
 }
 
 /// The newest finished prompts by order of completion.
 #[derive(Debug)]
 pub(super) struct History {
-    entries: BTreeMap<u64, (Id, Arc<Entry>)>,
+    entries: BTreeMap<u64, Kept>,
     places: HashMap<Id, u64>,
     next: u64,
     cap: usize,
@@ -62,16 +116,16 @@ impl History {
     }
 
     /// Adds an entry; an older one of the same id gives way, as does the oldest above the cap.
-    pub fn push(&mut self, entry: Entry) {
-        let id = entry.job.id.clone();
+    pub fn push(&mut self, entry: Kept) {
+        let id = entry.id.clone();
         self.delete(&id);
         while self.entries.len() >= self.cap {
-            if let Some((_, (oldest, _))) = self.entries.pop_first() {
-                self.places.remove(&oldest);
+            if let Some((_, oldest)) = self.entries.pop_first() {
+                self.places.remove(&oldest.id);
             }
         }
-        self.places.insert(id.clone(), self.next);
-        self.entries.insert(self.next, (id, Arc::new(entry)));
+        self.places.insert(id, self.next);
+        self.entries.insert(self.next, entry);
         self.next += 1;
     }
 
@@ -86,13 +140,13 @@ impl History {
         self.places.clear();
     }
 
-    pub fn get(&self, id: &str) -> Option<(Id, Arc<Entry>)> {
+    pub fn get(&self, id: &str) -> Option<Kept> {
         self.places.get(id).and_then(|place| self.entries.get(place)).cloned()
     }
 
     /// `max_items` entries from `offset` on, counted from the oldest; without
     /// an offset the newest ones.
-    pub fn slice(&self, max_items: Option<usize>, offset: Option<usize>) -> Vec<(Id, Arc<Entry>)> {
+    pub fn slice(&self, max_items: Option<usize>, offset: Option<usize>) -> Vec<Kept> {
         let count = max_items.unwrap_or(usize::MAX);
         let start = offset.unwrap_or_else(|| self.entries.len().saturating_sub(count));
         self.entries.values().skip(start).take(count).cloned().collect()
@@ -103,20 +157,24 @@ impl History {
 mod tests {
     use super::*;
 
-    fn push(history: &mut History, id: &str) {
+    fn entry(id: &str, prompt: Json) -> Entry {
         let job = Arc::new(Job {
             number: 0.into(),
             id: id.into(),
-            prompt: json!({}),
+            prompt,
             extra_data: Map::new(),
             outputs: vec![],
             client_id: None,
         });
-        history.push(Entry { job, outputs: Map::new(), is_success: true, messages: vec![] });
+        Entry { job, outputs: Map::new(), is_success: true, messages: vec![] }
+    }
+
+    fn push(history: &mut History, id: &str) {
+        history.push(entry(id, json!({})).into());
     }
 
     fn ids(history: &History, max_items: Option<usize>, offset: Option<usize>) -> Vec<String> {
-        history.slice(max_items, offset).iter().map(|(id, _)| id.to_string()).collect()
+        history.slice(max_items, offset).iter().map(|entry| entry.id.to_string()).collect()
     }
 
     #[test]
@@ -145,5 +203,22 @@ mod tests {
         assert_eq!(history.places.len(), 3);
         push(&mut history, "8");
         assert_eq!(ids(&history, None, None), ["7", "9", "8"]);
+    }
+
+    #[test]
+    fn text_gives_back_the_same_values() {
+        let prompt = json!({
+            "z": [u64::MAX, i64::MIN, 8.0, 0.1, 1e300, -0.0, null, true],
+            "a": {"text": "\u{0}\"\\ ü 🦀", "empty": {}, "none": []},
+        });
+        let kept = Kept::from(entry("a", prompt.clone()));
+        assert!(matches!(kept.form, Form::Text(_)));
+        assert_eq!(kept.to_json()["prompt"][2].to_string(), prompt.to_string(), "order and forms of numbers");
+        let deep = (0..200).fold(json!(7), |inner, _| json!([inner]));
+        let nested = Kept::from(entry("\"b\"", deep.clone()));
+        assert_eq!(nested.to_json()["prompt"][2], deep);
+        let both = [kept, nested];
+        assert_eq!(to_text(&both), to_json(&both).to_string());
+        assert_eq!(to_text(&[]), "{}");
     }
 }

@@ -29,14 +29,31 @@ impl FreeRequest {
 impl Shared {
     /// Frees what was asked for. Only at a safe point: no node is running.
     pub(super) fn free_now(&self, request: FreeRequest) {
-        if request.free_memory {
-            lock(&self.cache).clear();
-        }
-        if request.unload_models {
-            self.services.models.unload_all();
-        } else if request.free_memory {
+        on_thread_of_its_own("kiln-free", || {
+            if request.free_memory {
+                lock(&self.cache).clear();
+            }
+            if request.unload_models {
+                self.services.models.unload_all();
+            }
+        });
+        if request.is_any() {
             self.services.models.trim();
         }
         tracing::info!(request.unload_models, request.free_memory, "freed memory");
     }
+}
+
+/// Runs `work` on a thread that ends with it.
+///
+/// glibc keeps small blocks for the thread that freed them until that thread
+/// ends. Loading and dropping a model leaves some 200 KB of them, each on a
+/// page of its own if it comes to the worst, which then can't be given back.
+pub(super) fn on_thread_of_its_own(name: &str, work: impl Fn() + Sync) {
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().name(name.to_owned());
+        if thread.spawn_scoped(scope, &work).is_err() {
+            work();
+        }
+    });
 }
