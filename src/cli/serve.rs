@@ -127,12 +127,13 @@ pub fn run(args: &ServeArgs) -> anyhow::Result<()> {
     if !args.ignored.given.is_empty() {
         tracing::info!(flags = args.ignored.given.join(" "), "flags without effect in kiln");
     }
+    let config = config(args)?;
+    // Sets up the heap, which must come before any thread.
+    let services = services(args)?;
     if let Some(threads) = args.runtime.threads {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
         pool.context("--threads: the thread pool exists already")?;
     }
-    let config = config(args)?;
-    let services = services(args)?;
     let folders = services.folders.clone();
     let backend = services.models.backend().clone();
     std::thread::spawn(move || setup::warm_up(backend));

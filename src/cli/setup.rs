@@ -3,18 +3,15 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
+use serde_json::{Value as Json, json};
 
 use crate::backend::{self, DeviceOptions};
-use crate::diffusion::noise::prepare_noise;
-use crate::files::{DEMO_BYTES, DEMO_CHECKPOINT, FolderOptions, Folders};
-use crate::image::{Bitmap, PngCompression, encode_png};
-use crate::models::unet::UnetInput;
-use crate::models::{ModelSource, ModelStore};
-use crate::nodes::text::weighted_tokens;
+use crate::engine::{Engine, EngineConfig, EventKind, Submission};
+use crate::files::{DEMO_CHECKPOINT, FolderOptions, Folders};
+use crate::models::ModelStore;
 use crate::nodes::{PreviewMethod, Services};
-use crate::tensor::{Backend, HostTensor};
-use crate::tokenizer::{self, NoEmbeddings, TokenizerOptions};
+use crate::tensor::Backend;
 use crate::weights::OpenOptions;
 
 /// PNG compression of outputs: fast, a few per cent larger than the slow levels.
@@ -101,30 +98,60 @@ pub fn local_folders(args: &RuntimeArgs, output: &Path, scratch: &Path) -> Folde
     }
 }
 
-/// Runs the built-in model once at its smallest, encodes a picture, and unloads it.
+/// Runs a prompt on the built-in model at its smallest, with a scratch folder and an engine of its own.
 ///
 /// The first prompt then finds the code pages in memory and the tokenizer's
 /// tables built, and a machine on which the backend doesn't work says so at start.
 pub fn warm_up(backend: Arc<dyn Backend>) {
     let began = std::time::Instant::now();
-    match forward_once(backend.clone()) {
+    match run_smallest(backend.clone()) {
         Ok(()) => tracing::debug!(elapsed = ?began.elapsed(), "warm"),
-        Err(error) => tracing::error!(%error, "the built-in model does not run: prompts will fail too"),
+        Err(error) => {
+            tracing::error!(error = format!("{error:#}"), "the trial prompt failed: others may too")
+        }
     }
     backend.trim();
 }
 
-fn forward_once(backend: Arc<dyn Backend>) -> Result<()> {
-    let store = ModelStore::new(backend, OpenOptions::default());
-    let file = store.file(ModelSource::Embedded { name: DEMO_CHECKPOINT, bytes: DEMO_BYTES });
-    let chunks = tokenizer::tokenize("a red circle", &TokenizerOptions::sd1(), &NoEmbeddings);
-    let cond = Arc::new(file.clip()?.encode(&weighted_tokens(chunks), 0)?.cond);
-    let unet = file.unet()?;
-    let context = unet.context(&[cond])?;
-    let x = prepare_noise(&[1, unet.config().in_channels, 16, 16], 0, None);
-    let latent = unet.forward(&UnetInput { x: &x, timesteps: &[500.0], context: &context }, None)?;
-    let picture = file.vae()?.decode_raw(&latent)?;
-    let pixels = HostTensor::zeros(&[1, picture.dim(2), picture.dim(3), 3]);
-    encode_png(&Bitmap::from_images(&pixels, 0)?, PngCompression::Fast, &[])?;
+fn run_smallest(backend: Arc<dyn Backend>) -> Result<()> {
+    let scratch = tempfile::tempdir().context("making a scratch folder")?;
+    let folders = FolderOptions { base: scratch.path().to_owned(), ..FolderOptions::default() };
+    let services = Services {
+        folders: Arc::new(Folders::open(&folders)?),
+        models: Arc::new(ModelStore::new(backend, OpenOptions::default())),
+        save_metadata: true,
+        png_level: PNG_LEVEL,
+        preview: PreviewMethod::None,
+    };
+    let config =
+        EngineConfig { event_capacity: 1024, ..EngineConfig::new(services, crate::nodes::registry()) };
+    let engine = Engine::new(config);
+    let mut events = engine.subscribe();
+    engine.submit(Submission { prompt: smallest_prompt(), ..Submission::default() })?;
+    loop {
+        match &events.blocking_recv().context("waiting for the end of the prompt")?.kind {
+            EventKind::ExecutionSuccess { .. } => break,
+            EventKind::ExecutionError(error) => {
+                bail!("{}: {}", error.node_type, error.exception_message.trim())
+            }
+            _ => {}
+        }
+    }
+    engine.shutdown();
     Ok(())
+}
+
+/// Text to picture, 64×64, one step.
+fn smallest_prompt() -> Json {
+    json!({
+        "3": {"class_type": "KSampler", "inputs": {
+            "seed": 0, "steps": 1, "cfg": 7.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0,
+            "model": ["4", 0], "positive": ["6", 0], "negative": ["7", 0], "latent_image": ["5", 0]}},
+        "4": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": DEMO_CHECKPOINT}},
+        "5": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
+        "6": {"class_type": "CLIPTextEncode", "inputs": {"text": "a red circle", "clip": ["4", 1]}},
+        "7": {"class_type": "CLIPTextEncode", "inputs": {"text": "", "clip": ["4", 1]}},
+        "8": {"class_type": "VAEDecode", "inputs": {"samples": ["3", 0], "vae": ["4", 2]}},
+        "9": {"class_type": "SaveImage", "inputs": {"filename_prefix": "trial", "images": ["8", 0]}},
+    })
 }

@@ -15,7 +15,7 @@ pub(super) fn give_back() {
 const MAP_FROM_BYTES: libc::c_int = 256 << 10;
 /// glibc would make an arena for every few threads, each with its own leftovers.
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
-const ARENAS: libc::c_int = 2;
+const ARENAS: libc::c_int = 1;
 
 /// Sets the C allocator up so that unloading a model leaves little behind.
 pub(super) fn set_up() {
