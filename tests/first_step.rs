@@ -1,0 +1,97 @@
+//! A prompt's first denoise step comes within a second: for the demo model from a cold start, for a model
+//! of full size once it is loaded.
+
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kiln::cli::setup::{RuntimeArgs, services};
+use kiln::engine::{Engine, EngineConfig, Event, EventKind, Submission};
+use kiln::files::DEMO_CHECKPOINT;
+use serde_json::{Value as Json, json};
+use tokio::sync::broadcast::Receiver;
+
+/// SD1.5's sizes and names with synthetic weights, as the golden runner makes it.
+const FULL_SIZE: &str = "synth-sd15.safetensors";
+
+/// Two steps at 64×64, so that the step itself takes next to nothing.
+fn prompt(checkpoint: &str, seed: u64) -> Json {
+    json!({
+        "3": {"class_type": "KSampler", "inputs": {
+            "seed": seed, "steps": 2, "cfg": 7.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0,
+            "model": ["4", 0], "positive": ["6", 0], "negative": ["7", 0], "latent_image": ["5", 0]}},
+        "4": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": checkpoint}},
+        "5": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
+        "6": {"class_type": "CLIPTextEncode", "inputs": {"text": format!("a red circle {seed}"), "clip": ["4", 1]}},
+        "7": {"class_type": "CLIPTextEncode", "inputs": {"text": "", "clip": ["4", 1]}},
+        "8": {"class_type": "VAEDecode", "inputs": {"samples": ["3", 0], "vae": ["4", 2]}},
+        "9": {"class_type": "SaveImage", "inputs": {"filename_prefix": "first", "images": ["8", 0]}},
+    })
+}
+
+fn engine(base: &Path) -> Arc<Engine> {
+    let args = RuntimeArgs { base_directory: base.to_owned(), threads: Some(2), ..RuntimeArgs::default() };
+    let services = services(&args, &args.folders()).unwrap();
+    Engine::new(EngineConfig::new(services, kiln::nodes::registry()))
+}
+
+/// When the prompt started, when its sampler started, and when its first step was done.
+fn run(engine: &Engine, events: &mut Receiver<Arc<Event>>, prompt: Json) -> [Instant; 3] {
+    engine.submit(Submission { prompt, ..Submission::default() }).unwrap();
+    let (mut start, mut sampler, mut step) = (None, None, None);
+    loop {
+        let event = events.blocking_recv().unwrap();
+        let now = Some(Instant::now());
+        match &event.kind {
+            EventKind::ExecutionStart { .. } => start = now,
+            EventKind::Executing { node: Some(node), .. } if **node == *"3" => sampler = now,
+            EventKind::Progress { node, .. } if **node == *"3" => step = step.or(now),
+            EventKind::ExecutionError(error) => panic!("{}", error.exception_message),
+            EventKind::ExecutionSuccess { .. } => break,
+            _ => {}
+        }
+    }
+    [start.unwrap(), sampler.unwrap(), step.unwrap()]
+}
+
+#[test]
+fn the_demo_model_takes_its_first_step_within_a_second() {
+    if cfg!(debug_assertions) {
+        eprintln!("skipped: times hold for optimised builds");
+        return;
+    }
+    let base = tempfile::tempdir().unwrap();
+    let engine = engine(base.path());
+    let mut events = engine.subscribe();
+    // Nothing is warm here: no trial prompt, no vocabulary, no code pages.
+    let [start, sampler, step] = run(&engine, &mut events, prompt(DEMO_CHECKPOINT, 1));
+    eprintln!("sampler after {:?}, first step done after {:?}", sampler - start, step - start);
+    assert!(step - start < Duration::from_secs(1), "{:?}", step - start);
+    engine.shutdown();
+}
+
+/// SD1.5's real size. Reading and packing two gigabytes is the disk's and the memory's matter and only
+/// reported; from there on it is a second for this model too.
+#[test]
+fn a_model_of_full_size_takes_its_first_step_soon() {
+    let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/golden-models");
+    let file = models.join("checkpoints").join(FULL_SIZE);
+    if cfg!(debug_assertions) || !file.is_file() {
+        eprintln!("skipped: needs an optimised build and {}", file.display());
+        return;
+    }
+    let base = tempfile::tempdir().unwrap();
+    let paths =
+        format!("test:\n  base_path: {:?}\n  checkpoints: checkpoints\n", models.display().to_string());
+    fs::write(base.path().join("extra_model_paths.yaml"), paths).unwrap();
+    let engine = engine(base.path());
+    let mut events = engine.subscribe();
+    let [start, _, step] = run(&engine, &mut events, prompt(FULL_SIZE, 1));
+    eprintln!("loading included: first step done after {:?}", step - start);
+    // Loaded, but all of this prompt is new: text, seed, and with them all that is computed.
+    let [start, sampler, step] = run(&engine, &mut events, prompt(FULL_SIZE, 2));
+    eprintln!("loaded: sampler after {:?}, first step done after {:?}", sampler - start, step - start);
+    assert!(step - start < Duration::from_secs(1), "{:?}", step - start);
+    engine.shutdown();
+}
