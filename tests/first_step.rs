@@ -1,11 +1,11 @@
-//! A prompt's first denoise step comes soon after the prompt starts, loading included.
+//! A prompt's first denoise step comes within a second: for the demo model from a cold start, for a model
+//! of full size once it is loaded.
 
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kiln::cli::device::DeviceArgs;
 use kiln::cli::setup::{RuntimeArgs, services};
 use kiln::engine::{Engine, EngineConfig, Event, EventKind, Submission};
 use kiln::files::DEMO_CHECKPOINT;
@@ -23,7 +23,7 @@ fn prompt(checkpoint: &str, seed: u64) -> Json {
             "model": ["4", 0], "positive": ["6", 0], "negative": ["7", 0], "latent_image": ["5", 0]}},
         "4": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": checkpoint}},
         "5": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
-        "6": {"class_type": "CLIPTextEncode", "inputs": {"text": "a red circle", "clip": ["4", 1]}},
+        "6": {"class_type": "CLIPTextEncode", "inputs": {"text": format!("a red circle {seed}"), "clip": ["4", 1]}},
         "7": {"class_type": "CLIPTextEncode", "inputs": {"text": "", "clip": ["4", 1]}},
         "8": {"class_type": "VAEDecode", "inputs": {"samples": ["3", 0], "vae": ["4", 2]}},
         "9": {"class_type": "SaveImage", "inputs": {"filename_prefix": "first", "images": ["8", 0]}},
@@ -31,11 +31,7 @@ fn prompt(checkpoint: &str, seed: u64) -> Json {
 }
 
 fn engine(base: &Path) -> Arc<Engine> {
-    let args = RuntimeArgs {
-        base_directory: base.to_owned(),
-        device: DeviceArgs { cpu: true, threads: Some(2), ..DeviceArgs::default() },
-        ..RuntimeArgs::default()
-    };
+    let args = RuntimeArgs { base_directory: base.to_owned(), threads: Some(2), ..RuntimeArgs::default() };
     let services = services(&args, &args.folders()).unwrap();
     Engine::new(EngineConfig::new(services, kiln::nodes::registry()))
 }
@@ -75,7 +71,8 @@ fn the_demo_model_takes_its_first_step_within_a_second() {
     engine.shutdown();
 }
 
-/// SD1.5's real size, with the file in the page cache: what two gigabytes take from a disk is the disk's matter.
+/// SD1.5's real size. Reading and packing two gigabytes is the disk's and the memory's matter and only
+/// reported; from there on it is a second for this model too.
 #[test]
 fn a_model_of_full_size_takes_its_first_step_soon() {
     let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/golden-models");
@@ -84,16 +81,17 @@ fn a_model_of_full_size_takes_its_first_step_soon() {
         eprintln!("skipped: needs an optimised build and {}", file.display());
         return;
     }
-    std::io::copy(&mut fs::File::open(&file).unwrap(), &mut std::io::sink()).unwrap();
     let base = tempfile::tempdir().unwrap();
     let paths =
         format!("test:\n  base_path: {:?}\n  checkpoints: checkpoints\n", models.display().to_string());
     fs::write(base.path().join("extra_model_paths.yaml"), paths).unwrap();
     let engine = engine(base.path());
     let mut events = engine.subscribe();
-    let [start, sampler, step] = run(&engine, &mut events, prompt(FULL_SIZE, 1));
-    eprintln!("sampler after {:?}, first step done after {:?}", sampler - start, step - start);
+    let [start, _, step] = run(&engine, &mut events, prompt(FULL_SIZE, 1));
+    eprintln!("loading included: first step done after {:?}", step - start);
+    // Loaded, but all of this prompt is new: text, seed, and with them all that is computed.
     let [start, sampler, step] = run(&engine, &mut events, prompt(FULL_SIZE, 2));
-    eprintln!("again: sampler after {:?}, first step done after {:?}", sampler - start, step - start);
+    eprintln!("loaded: sampler after {:?}, first step done after {:?}", sampler - start, step - start);
+    assert!(step - start < Duration::from_secs(1), "{:?}", step - start);
     engine.shutdown();
 }

@@ -54,6 +54,7 @@ fn memory_is_back_at_idle_after_every_free() {
         server.wait_for_line("freed memory", cycle as usize + 1);
         freed.push(resident_kb(&server));
     }
+    assert_eq!(server.count_lines("freed memory"), freed.len(), "one answer to each request");
     let (worst, least) = (*freed.iter().max().unwrap(), *loaded.iter().min().unwrap());
     eprintln!("idle {idle} kB, with the model at least {least} kB, after /free at most {worst} kB");
     // The demo model is 12 MB: a reading that can't tell it from idle would prove nothing.

@@ -71,6 +71,21 @@ impl Kept {
     }
 }
 
+/// The text of [`to_json`]'s object.
+pub(super) fn to_text(entries: &[Kept]) -> String {
+    let mut out = String::from("{");
+    for (i, entry) in entries.iter().enumerate() {
+        let comma = if i > 0 { "," } else { "" };
+        out.extend([comma, &Json::from(&*entry.id).to_string(), ":"]);
+        match &entry.form {
+            Form::Text(text) => out.push_str(text),
+            Form::Tree(tree) => out.push_str(&tree.to_string()),
+        }
+    }
+    out.push('}');
+    out
+}
+
 impl From<Entry> for Kept {
     fn from(entry: Entry) -> Self {
         let tree = entry.to_json();
@@ -200,7 +215,10 @@ mod tests {
         assert!(matches!(kept.form, Form::Text(_)));
         assert_eq!(kept.to_json()["prompt"][2].to_string(), prompt.to_string(), "order and forms of numbers");
         let deep = (0..200).fold(json!(7), |inner, _| json!([inner]));
-        let kept = Kept::from(entry("b", deep.clone()));
-        assert_eq!(kept.to_json()["prompt"][2], deep);
+        let nested = Kept::from(entry("\"b\"", deep.clone()));
+        assert_eq!(nested.to_json()["prompt"][2], deep);
+        let both = [kept, nested];
+        assert_eq!(to_text(&both), to_json(&both).to_string());
+        assert_eq!(to_text(&[]), "{}");
     }
 }

@@ -7,9 +7,10 @@
 //! ```
 //!
 //! [`Engine`] is what the server (or a program that embeds kiln) talks to; its
-//! methods never wait for a node. One worker thread runs the prompts, one at a
-//! time; the running prompts are a list nonetheless, so that several can be in
-//! flight once devices can share their steps.
+//! methods never wait for a node. One worker thread takes the prompts, one at a
+//! time, each to a thread of its own (which leaves less memory behind). The
+//! running prompts are a list nonetheless, so that several can be in flight once
+//! devices can share their steps.
 
 mod cache;
 mod catalog;
@@ -26,8 +27,8 @@ mod signature;
 mod tests;
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::{JoinHandle, ThreadId};
 
 use serde_json::{Map, Number, Value as Json};
 use tokio::sync::broadcast;
@@ -120,6 +121,8 @@ struct Running {
     is_interrupted: AtomicBool,
     /// The node that runs now.
     node: Mutex<Option<Id>>,
+    /// The thread that runs it.
+    thread: OnceLock<ThreadId>,
 }
 
 /// What the lock guards.
@@ -176,8 +179,12 @@ impl Shared {
                 return Task::Free(std::mem::take(&mut state.free));
             }
             if let Some(job) = state.queue.pop() {
-                let running =
-                    Arc::new(Running { job, is_interrupted: AtomicBool::new(false), node: Mutex::new(None) });
+                let running = Arc::new(Running {
+                    job,
+                    is_interrupted: AtomicBool::new(false),
+                    node: Mutex::new(None),
+                    thread: OnceLock::new(),
+                });
                 state.running.push(running.clone());
                 self.emit_status(&state);
                 return Task::Run(running);
@@ -210,6 +217,14 @@ impl Shared {
                 Task::Run(running) => {
                     let run = || self.finish(&running, executor::run(self, &running));
                     residency::on_thread_of_its_own("kiln-prompt", run);
+                    // The job ends on that thread too, for the sake of its many small blocks.
+                    let slot = Mutex::new(Some(running));
+                    residency::on_thread_of_its_own("kiln-prompt", || {
+                        if let Some(running) = lock(&slot).take() {
+                            running.thread.get_or_init(|| std::thread::current().id());
+                            self.finish(&running, executor::run(self, &running));
+                        }
+                    });
                 }
             }
         }
@@ -252,17 +267,20 @@ impl Engine {
         Arc::new(Self { shared, worker: Mutex::new(worker.ok()) })
     }
 
-    /// Stops the running prompt, leaves the waiting ones and ends the worker thread.
+    /// Stops the running prompt, leaves the waiting ones and ends the worker thread;
+    /// called by a node, it doesn't wait for that.
     pub fn shutdown(&self) {
         let mut state = lock(&self.shared.state);
         state.is_shut_down = true;
         for running in &state.running {
             running.is_interrupted.store(true, Ordering::Relaxed);
         }
+        let me = std::thread::current().id();
+        let is_own_prompt = state.running.iter().any(|r| r.thread.get() == Some(&me));
         drop(state);
         self.shared.wake.notify_all();
         let worker = lock(&self.worker).take();
-        if let Some(worker) = worker.filter(|w| w.thread().id() != std::thread::current().id())
+        if let Some(worker) = worker.filter(|w| !is_own_prompt && w.thread().id() != me)
             && worker.join().is_err()
         {
             tracing::error!("the worker thread ended with a panic");
@@ -362,6 +380,18 @@ impl Engine {
     pub fn history_one(&self, prompt_id: &str) -> Json {
         let entry = lock(&self.shared.state).history.get(prompt_id);
         history::to_json(entry.as_slice())
+    }
+
+    /// The text of [`Engine::history`], made without the tree.
+    pub fn history_text(&self, max_items: Option<usize>, offset: Option<usize>) -> String {
+        let entries = lock(&self.shared.state).history.slice(max_items, offset);
+        history::to_text(&entries)
+    }
+
+    /// The text of [`Engine::history_one`], made without the tree.
+    pub fn history_one_text(&self, prompt_id: &str) -> String {
+        let entry = lock(&self.shared.state).history.get(prompt_id);
+        history::to_text(entry.as_slice())
     }
 
     /// Forgets finished prompts.

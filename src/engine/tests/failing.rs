@@ -1,9 +1,13 @@
 //! Errors, panics, interrupts: the prompt ends, nothing else does.
 
+use std::sync::{OnceLock, Weak};
+
 use serde_json::json;
 
 use super::bench::*;
 use crate::engine::*;
+use crate::graph::Schema;
+use crate::nodes::{Inputs, NodeCtx, NodeError, NodeOutput};
 
 fn broken(class: &str, inputs: Json) -> Json {
     json!({
@@ -156,4 +160,28 @@ fn shutting_down_stops_the_running_prompt() {
     bench.engine.shutdown();
     assert_eq!(bench.engine.history_one(&slow)[&slow]["status"]["status_str"], "error");
     assert_eq!(bench.engine.queue().pending[0][1], json!(waiting));
+}
+
+/// Shuts its own engine down.
+struct Stopper(Arc<OnceLock<Weak<Engine>>>);
+
+impl Node for Stopper {
+    fn schema(&self) -> Schema {
+        Schema::new("Stopper", "test").sink()
+    }
+
+    fn execute(&self, _: &mut NodeCtx<'_>, _: &Inputs) -> Result<NodeOutput, NodeError> {
+        self.0.get().and_then(Weak::upgrade).expect("the engine").shutdown();
+        Ok(NodeOutput::ui(Map::new()))
+    }
+}
+
+#[test]
+fn a_node_may_shut_its_engine_down() {
+    let place = Arc::new(OnceLock::new());
+    let mut bench = Bench::with(|config| config.nodes.push(Box::new(Stopper(place.clone()))));
+    place.set(Arc::downgrade(&bench.engine)).expect("empty");
+    // Comes to an end: the prompt doesn't wait for the thread that waits for the prompt.
+    let (_, entry) = bench.run(json!({"1": node("Stopper", json!({}))}));
+    assert_eq!(entry["status"]["completed"], true);
 }

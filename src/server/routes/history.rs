@@ -18,13 +18,13 @@ fn count(call: &Call, key: &str) -> Result<Option<usize>, Failure> {
 /// `GET /history?max_items=&offset=`
 pub(in crate::server) async fn list(call: Call) -> Result<Response, Failure> {
     let (max_items, offset) = (count(&call, "max_items")?, count(&call, "offset")?);
-    let text = blocking(move || call.app.engine.history(max_items, offset).to_string()).await?;
+    let text = blocking(move || call.app.engine.history_text(max_items, offset)).await?;
     Ok(json_text(StatusCode::OK, text))
 }
 
 /// `GET /history/{id}`: one prompt, or an empty object.
 pub(in crate::server) async fn one(call: Call) -> Result<Response, Failure> {
-    let text = blocking(move || call.app.engine.history_one(call.param("id")).to_string()).await?;
+    let text = blocking(move || call.app.engine.history_one_text(call.param("id"))).await?;
     Ok(json_text(StatusCode::OK, text))
 }
 
