@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use kiln::cli::device::DeviceArgs;
 use kiln::cli::setup::{RuntimeArgs, services};
 use kiln::engine::{Engine, EngineConfig, Event, EventKind, Submission};
 use kiln::files::DEMO_CHECKPOINT;
@@ -31,7 +32,11 @@ fn prompt(checkpoint: &str, seed: u64) -> Json {
 }
 
 fn engine(base: &Path) -> Arc<Engine> {
-    let args = RuntimeArgs { base_directory: base.to_owned(), threads: Some(2), ..RuntimeArgs::default() };
+    let args = RuntimeArgs {
+        base_directory: base.to_owned(),
+        device: DeviceArgs { cpu: true, threads: Some(2), ..DeviceArgs::default() },
+        ..RuntimeArgs::default()
+    };
     let services = services(&args, &args.folders()).unwrap();
     Engine::new(EngineConfig::new(services, kiln::nodes::registry()))
 }

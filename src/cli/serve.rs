@@ -126,7 +126,7 @@ pub fn run(args: &ServeArgs) -> anyhow::Result<()> {
     let config = config(args)?;
     // Sets up the heap, which must come before any thread.
     let services = services(args)?;
-    if let Some(threads) = args.runtime.threads {
+    if let Some(threads) = args.runtime.device.threads {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
         pool.context("--threads: the thread pool exists already")?;
     }

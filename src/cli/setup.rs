@@ -6,12 +6,13 @@ use std::sync::Arc;
 use anyhow::{Context as _, Result, bail};
 use serde_json::{Value as Json, json};
 
-use crate::backend::{self, DeviceOptions};
+use super::device::DeviceArgs;
+use crate::backend;
 use crate::engine::{Engine, EngineConfig, EventKind, Submission};
 use crate::files::{DEMO_CHECKPOINT, FolderOptions, Folders};
 use crate::models::ModelStore;
 use crate::nodes::{PreviewMethod, Services};
-use crate::tensor::Backend;
+use crate::tensor::Placement;
 use crate::weights::OpenOptions;
 
 /// PNG compression of outputs: fast, a few per cent larger than the slow levels.
@@ -87,7 +88,7 @@ pub fn local_folders(args: &RuntimeArgs, output: &Path, scratch: &Path) -> Folde
 /// tables built, and a machine on which the backend doesn't work says so at start.
 pub fn warm_up(placement: Placement) {
     let began = std::time::Instant::now();
-    match run_smallest(backend.clone()) {
+    match run_smallest(placement.clone()) {
         Ok(()) => tracing::debug!(elapsed = ?began.elapsed(), "warm"),
         Err(error) => {
             tracing::error!(error = format!("{error:#}"), "the trial prompt failed: others may too")
@@ -96,12 +97,12 @@ pub fn warm_up(placement: Placement) {
     placement.trim();
 }
 
-fn run_smallest(backend: Arc<dyn Backend>) -> Result<()> {
+fn run_smallest(placement: Placement) -> Result<()> {
     let scratch = tempfile::tempdir().context("making a scratch folder")?;
     let folders = FolderOptions { base: scratch.path().to_owned(), ..FolderOptions::default() };
     let services = Services {
         folders: Arc::new(Folders::open(&folders)?),
-        models: Arc::new(ModelStore::new(backend, OpenOptions::default())),
+        models: Arc::new(ModelStore::new(placement, OpenOptions::default())),
         save_metadata: true,
         png_level: PNG_LEVEL,
         preview: PreviewMethod::None,

@@ -215,8 +215,6 @@ impl Shared {
                 Task::Stop => return,
                 Task::Free(request) => self.free_now(request),
                 Task::Run(running) => {
-                    let run = || self.finish(&running, executor::run(self, &running));
-                    residency::on_thread_of_its_own("kiln-prompt", run);
                     // The job ends on that thread too, for the sake of its many small blocks.
                     let slot = Mutex::new(Some(running));
                     residency::on_thread_of_its_own("kiln-prompt", || {

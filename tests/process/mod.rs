@@ -26,7 +26,6 @@ impl Server {
     pub fn start(base: &Path, flags: &[&str]) -> Self {
         let mut child = Command::new(env!("CARGO_BIN_EXE_kiln"))
             .args(["serve", "--cpu", "--port", "0", "--threads", "2", "--base-directory"])
-            .args(["serve", "--port", "0", "--threads", "2", "--base-directory"])
             .arg(base)
             .args(flags)
             .env("KILN_LOG", "info,kiln::cli::setup=debug")
