@@ -28,7 +28,8 @@ template <class T_, int kDim_, int kRowTiles_, int kKeys_> struct Shape {
     static constexpr int kThreads = 128, kWarpRows = 16 * kRowTiles, kRows = 4 * kWarpRows;
     static constexpr int kChunks = kDim / 8, kSteps = kDim / 16;
     static constexpr bool kHasHalfStep = kDim % 16 != 0;
-    static constexpr bool kKeepsQuery = kRowTiles * kDim <= 160;  // in registers; else fragments come from shared memory
+    // In registers, having passed through the second stage; else fragments come from shared memory.
+    static constexpr bool kKeepsQuery = kRowTiles * kDim <= 160 && kRows <= 2 * kKeys;
     static constexpr int kTile = kKeys * kDim;
     struct Smem {
         T stages[2][2][kTile];  // keys, values
@@ -37,7 +38,6 @@ template <class T_, int kDim_, int kRowTiles_, int kKeys_> struct Shape {
         T q[kRows * kDim];
     };
     using Block = std::conditional_t<kKeepsQuery, Smem, WithQuery>;
-    static_assert(kKeepsQuery ? kRows <= 2 * kKeys : true, "queries pass through the second stage");
 };
 
 template <class S> struct Query {
@@ -369,8 +369,8 @@ template <class T> PTX void combine(const CombineArgs& args) {
     ATTENTION_T(__nv_bfloat16, name##_bf16, dim, row_tiles, keys, blocks)
 
 // attention_sm80_<query rows>x<keys>_d<head dim>
-// For Blackwell the assembler needs more registers than for Ampere: it gets shorter tiles of keys (the shared memory and
-// the splits of the longer ones suit them) or one block less, so that nothing spills.
+// For Blackwell the assembler needs more registers than for Ampere: it gets shorter tiles of keys and the queries in shared
+// memory (together as much as the longer tiles; their splits suit too), or one block less, so that nothing spills.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr int kKeysOf80 = 32, kBlocksOf40 = 2;
 #else

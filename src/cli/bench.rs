@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
 
+use super::bench_kernels::{self, KernelsArgs};
 use super::device::DeviceArgs;
 use super::process;
 use crate::backend;
@@ -29,6 +30,8 @@ pub struct BenchArgs {
 enum BenchWhat {
     /// One denoise step, one VAE decode and one text encoding of a whole model.
     Model(ModelArgs),
+    /// The kernels on a table of layers, against the ceilings of the device.
+    Kernels(KernelsArgs),
 }
 
 #[derive(clap::Args, Debug)]
@@ -59,6 +62,7 @@ struct ModelArgs {
 pub fn run(args: BenchArgs) -> Result<()> {
     match args.what {
         BenchWhat::Model(args) => model(&args),
+        BenchWhat::Kernels(args) => bench_kernels::run(&args),
     }
 }
 

@@ -1,48 +1,19 @@
 //! `kiln check`: every kernel against its reference.
 
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
-use clap::ValueEnum;
 
+use super::gpu::{GpuArgs, trace_json};
+use crate::backend::cuda::Gpu;
 use crate::backend::cuda::check::{self, Case, Ceiling, Measured, Options};
-use crate::backend::cuda::{self, Gpu};
-use crate::backend::{Device, DeviceOptions};
-use crate::driver::simt::{Order, SimtDriver, SimtOptions};
-use crate::driver::{Capability, Driver};
-
-/// Where the kernels run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum CheckDevice {
-    /// The GPU
-    Cuda,
-    /// The SIMT layer on the CPU
-    Simt,
-}
-
-/// Order of the SIMT layer's threads.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-enum ThreadOrder {
-    /// Lowest thread first
-    #[default]
-    Forward,
-    /// Highest thread first
-    Reverse,
-    /// At random, by --seed
-    Random,
-}
 
 /// Arguments of `kiln check`.
 #[derive(clap::Args, Debug)]
 pub struct CheckArgs {
-    /// Where the kernels run; the GPU if there is one, else the SIMT layer.
-    #[arg(long, value_enum)]
-    device: Option<CheckDevice>,
-    /// Index of the GPU.
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    cuda_device: usize,
+    #[command(flatten)]
+    gpu: GpuArgs,
     /// Only cases whose family or name contains this; may be given several times.
     #[arg(long, value_name = "TEXT")]
     filter: Vec<String>,
@@ -58,61 +29,15 @@ pub struct CheckArgs {
     /// No timing, no ceilings.
     #[arg(long)]
     no_timing: bool,
-    /// SIMT: order of threads.
-    #[arg(long, value_enum, default_value_t)]
-    order: ThreadOrder,
-    /// SIMT: compute capability to claim; 9.0 chooses the Hopper kernels.
-    #[arg(long, value_name = "X.Y", default_value = "8.0", value_parser = parse_capability)]
-    capability: Capability,
-    /// SIMT: a library other than the one of this build, such as the checked one.
-    #[arg(long, value_name = "FILE")]
-    simt_library: Option<PathBuf>,
     /// Only the failures and the sum.
     #[arg(long)]
     failures: bool,
-}
-
-fn parse_capability(text: &str) -> Result<Capability, String> {
-    let wrong = || format!("'{text}' is not a compute capability such as 9.0");
-    let (major, minor) = text.split_once('.').ok_or_else(wrong)?;
-    let number = |part: &str| part.parse::<u32>().map_err(|_| wrong());
-    Ok(Capability { major: number(major)?, minor: number(minor)? })
+    /// Writes a trace of all launches for Chrome or Perfetto.
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
 }
 
 impl CheckArgs {
-    fn driver(&self) -> Result<Arc<dyn Driver>> {
-        let cuda = || {
-            let options =
-                DeviceOptions { device: Device::Cuda, ordinal: self.cuda_device, ..DeviceOptions::default() };
-            cuda::open_driver(&options)
-        };
-        match self.device {
-            Some(CheckDevice::Cuda) => Ok(cuda()?),
-            Some(CheckDevice::Simt) => self.simt(),
-            None => match cuda() {
-                Ok(driver) => Ok(driver),
-                Err(reason) => {
-                    println!("no GPU in use: {reason}");
-                    self.simt()
-                }
-            },
-        }
-    }
-
-    fn simt(&self) -> Result<Arc<dyn Driver>> {
-        let library = match &self.simt_library {
-            Some(path) => path.clone(),
-            None => cuda::simt_library()?,
-        };
-        let order = match self.order {
-            ThreadOrder::Forward => Order::Forward,
-            ThreadOrder::Reverse => Order::Reverse,
-            ThreadOrder::Random => Order::Random(self.seed),
-        };
-        let options = SimtOptions { order, capability: self.capability, ..SimtOptions::default() };
-        Ok(Arc::new(SimtDriver::open(&library, options)?))
-    }
-
     fn takes(&self, case: &Case, is_simulated: bool) -> bool {
         let matches =
             |text: &String| case.family.contains(text.as_str()) || case.name.contains(text.as_str());
@@ -124,7 +49,8 @@ impl CheckArgs {
 
 /// Runs the checks; an error if one fails.
 pub fn run(args: CheckArgs) -> Result<()> {
-    let driver = args.driver()?;
+    let driver = args.gpu.driver()?;
+    driver.instruments().set_tracing(args.trace.is_some());
     let info = driver.device().clone();
     let gpu = Gpu::new(driver)?;
     println!(
@@ -156,6 +82,10 @@ pub fn run(args: CheckArgs) -> Result<()> {
         }
     }
     println!("{count} cases, {failed} failed, {:.1} s", began.elapsed().as_secs_f64());
+    if let Some(path) = &args.trace {
+        let trace = trace_json(&gpu.driver().instruments().take_trace());
+        std::fs::write(path, trace.to_string()).with_context(|| format!("writing {}", path.display()))?;
+    }
     if count == 0 {
         bail!("no case matches");
     }

@@ -1,10 +1,12 @@
 //! The command line: one file a sub-command.
 
 mod bench;
+mod bench_kernels;
 mod check;
 pub mod client;
 mod demo;
 pub mod device;
+mod gpu;
 mod info;
 pub mod local;
 mod process;

@@ -35,6 +35,7 @@ use tokio::sync::broadcast;
 
 use crate::graph;
 use crate::nodes::{Node, Services};
+use crate::tensor::{BackendInfo, MemoryUse};
 pub use cache::CachePolicy;
 use cache::ResultCache;
 use catalog::Catalog;
@@ -401,6 +402,12 @@ impl Engine {
     /// Forgets all finished prompts.
     pub fn clear_history(&self) {
         lock(&self.shared.state).history.clear();
+    }
+
+    /// The device that diffusion models run on, and its memory.
+    pub fn device(&self) -> (BackendInfo, MemoryUse) {
+        let backend = &self.shared.services.models.placement().diffusion;
+        (backend.info(), backend.memory())
     }
 
     /// Frees memory at the next safe point: at once while idle, else before the next node.

@@ -269,6 +269,8 @@ pub struct BackendInfo {
     pub kind: &'static str,
     /// Human-readable name and tier.
     pub name: String,
+    /// Index of the device among those of its kind; `None` for the CPU.
+    pub index: Option<usize>,
     /// Worker threads (CPU).
     pub threads: usize,
     /// Bytes of one activation element.
@@ -290,6 +292,8 @@ pub struct MemoryUse {
     pub system_allocations: u64,
     /// What the device could still give, besides `cached`.
     pub available: usize,
+    /// Memory of a device of its own; `None` if it is the machine's.
+    pub device_total: Option<usize>,
 }
 
 /// Work that may be recorded, see [`Backend::record`].

@@ -131,6 +131,7 @@ impl Arena {
             peak: s.peak,
             system_allocations: s.system_allocations,
             available: self.limit.saturating_sub(s.on_loan + s.cached).min(system_available()),
+            device_total: None,
         }
     }
 }

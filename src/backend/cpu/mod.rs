@@ -164,6 +164,7 @@ impl Backend for CpuBackend {
         BackendInfo {
             kind: "cpu",
             name: format!("cpu {storage} ({instructions})"),
+            index: None,
             threads: self.exec.threads,
             element_bytes: self.dtype().size(),
         }

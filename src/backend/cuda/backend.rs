@@ -221,6 +221,7 @@ impl Backend for CudaBackend {
         BackendInfo {
             kind: "cuda",
             name: format!("cuda:{} {} ({})", device.ordinal, device.name, self.element.suffix()),
+            index: Some(device.ordinal),
             threads: 0,
             element_bytes: self.element.size(),
         }
@@ -228,8 +229,9 @@ impl Backend for CudaBackend {
 
     fn memory(&self) -> MemoryUse {
         let shared = &self.shared;
-        let free = shared.gpu.driver().memory().map_or(0, |memory| memory.free);
-        shared.usage.report(free, shared.gpu.workspace_bytes())
+        // A driver that no longer answers has nothing to give.
+        let memory = shared.gpu.driver().memory().unwrap_or_default();
+        shared.usage.report(memory, shared.gpu.workspace_bytes())
     }
 
     fn trim(&self) {

@@ -10,6 +10,7 @@ mod element;
 mod error;
 mod gpu;
 pub mod launch;
+pub mod layers;
 mod open;
 mod pool;
 mod record;

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::{CudaError, Gpu};
-use crate::driver::DevicePtr;
+use crate::driver::{DeviceMemory, DevicePtr};
 use crate::tensor::buffer::{DeviceBuffer, ReclaimDevice};
 use crate::tensor::{MemoryUse, TensorError};
 
@@ -33,14 +33,16 @@ pub struct Usage {
 
 impl Usage {
     /// The numbers as the tensor layer names them.
-    pub fn report(&self, available: u64, workspace: usize) -> MemoryUse {
+    pub fn report(&self, memory: DeviceMemory, workspace: usize) -> MemoryUse {
+        let bytes = |n: u64| usize::try_from(n).unwrap_or(usize::MAX);
         MemoryUse {
             activations: self.activations.load(Relaxed) + workspace,
             cached: self.cached.load(Relaxed),
             weights: self.weights.load(Relaxed),
             peak: self.peak.load(Relaxed),
             system_allocations: self.allocations.load(Relaxed),
-            available: usize::try_from(available).unwrap_or(usize::MAX),
+            available: bytes(memory.free),
+            device_total: Some(bytes(memory.total)),
         }
     }
 }

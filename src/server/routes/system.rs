@@ -5,7 +5,7 @@ use hyper::header::{CACHE_CONTROL, CONTENT_SECURITY_POLICY};
 use serde_json::{Value as Json, json};
 
 use super::{blocking, is_truthy};
-use crate::engine::FreeRequest;
+use crate::engine::{Engine, FreeRequest};
 use crate::server::http::{self, Call, Failure, Response, json_response, json_text};
 use crate::server::{COMFYUI_VERSION, host};
 
@@ -25,7 +25,33 @@ pub(in crate::server) async fn page(_call: Call) -> Result<Response, Failure> {
     Ok(response)
 }
 
-/// `GET /system_stats`. A CPU device's memory is the machine's.
+/// The device of `/system_stats`. A CPU's memory is the machine's.
+fn device(engine: &Engine, machine: &host::Memory) -> Json {
+    let (info, memory) = engine.device();
+    match memory.device_total {
+        None => json!({
+            "name": "cpu",
+            "type": "cpu",
+            "index": null,
+            "vram_total": machine.total,
+            "vram_free": machine.free,
+            "torch_vram_total": machine.total,
+            "torch_vram_free": machine.free,
+        }),
+        // What this process holds, and what of that is free for reuse, stand in for PyTorch's figures.
+        Some(total) => json!({
+            "name": info.name,
+            "type": info.kind,
+            "index": info.index,
+            "vram_total": total,
+            "vram_free": memory.available + memory.cached,
+            "torch_vram_total": memory.weights + memory.activations + memory.cached,
+            "torch_vram_free": memory.cached,
+        }),
+    }
+}
+
+/// `GET /system_stats`.
 pub(in crate::server) async fn stats(call: Call) -> Result<Response, Failure> {
     let memory = blocking(host::memory).await?;
     let kiln = format!("none (kiln {}, no Python)", env!("CARGO_PKG_VERSION"));
@@ -43,15 +69,7 @@ pub(in crate::server) async fn stats(call: Call) -> Result<Response, Failure> {
             "embedded_python": false,
             "argv": call.app.config.argv,
         },
-        "devices": [{
-            "name": "cpu",
-            "type": "cpu",
-            "index": null,
-            "vram_total": memory.total,
-            "vram_free": memory.free,
-            "torch_vram_total": memory.total,
-            "torch_vram_free": memory.free,
-        }],
+        "devices": [device(&call.app.engine, &memory)],
     });
     Ok(json_response(StatusCode::OK, &body))
 }

@@ -47,6 +47,34 @@ impl<'a> Context<'a> {
         Self { gpu, options, state, owned: Vec::new() }
     }
 
+    /// A context without a case: only memory.
+    pub(in crate::backend::cuda) fn for_layer(gpu: &'a Gpu) -> Self {
+        Self::new(gpu, "layer", Options::default())
+    }
+
+    /// Memory of `count` random elements; values repeat after a while.
+    pub(in crate::backend::cuda) fn random_memory(
+        &mut self,
+        count: usize,
+        element: Element,
+    ) -> Result<DevicePtr, CudaError> {
+        const PATTERN: usize = 1 << 16;
+        let pattern = element.encode(&self.values(count.min(PATTERN), 0.25, element));
+        let (driver, stream) = (self.gpu.driver(), self.gpu.stream());
+        let bytes = count * element.size();
+        let ptr = driver.alloc(bytes.max(1), stream)?;
+        self.owned.push(ptr);
+        driver.upload(ptr, &pattern, stream)?;
+        // Doubling copies on the device: the host makes a little, whatever the size.
+        let mut filled = pattern.len();
+        while filled < bytes {
+            let next = filled.min(bytes - filled);
+            driver.copy(ptr.offset(filled), ptr, next, stream)?;
+            filled += next;
+        }
+        Ok(ptr)
+    }
+
     /// A random number (splitmix64).
     pub fn random(&mut self) -> u64 {
         self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);

@@ -1,0 +1,108 @@
+//! `kiln bench kernels`: our kernels on a table of layers, each against the ceilings measured in the same run.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use anyhow::{Context as _, Result, bail};
+use serde_json::json;
+
+use super::gpu::{GpuArgs, trace_json};
+use crate::backend::cuda::check::{Ceiling, measure_ceiling};
+use crate::backend::cuda::{Element, Gpu, layers};
+
+/// Arguments of `kiln bench kernels`.
+#[derive(clap::Args, Debug)]
+pub struct KernelsArgs {
+    /// The table: CSV with stage, op, dims, M, N, K, count_per_forward, GFLOP_each, min_MB_each.
+    #[arg(long, value_name = "FILE")]
+    layers: PathBuf,
+    /// bf16 instead of f16.
+    #[arg(long)]
+    bf16: bool,
+    /// Only layers whose kind or stage contains this.
+    #[arg(long, value_name = "TEXT")]
+    filter: Option<String>,
+    /// One JSON object instead of the table.
+    #[arg(long)]
+    json: bool,
+    /// Writes a trace of all launches for Chrome or Perfetto.
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
+    #[command(flatten)]
+    gpu: GpuArgs,
+}
+
+/// Sums of one kind of op, weighted by how often it occurs.
+#[derive(Default)]
+struct Sum {
+    micros: f64,
+    flops: f64,
+    floor: f64,
+}
+
+/// Runs the benchmark.
+pub fn run(args: &KernelsArgs) -> Result<()> {
+    let text = std::fs::read_to_string(&args.layers)
+        .with_context(|| format!("reading {}", args.layers.display()))?;
+    let table = layers::parse(&text)?;
+    let takes = |l: &&layers::Layer| {
+        args.filter.as_ref().is_none_or(|f| l.op.kind().contains(f.as_str()) || l.stage.contains(f.as_str()))
+    };
+    let driver = args.gpu.driver()?;
+    driver.instruments().set_tracing(args.trace.is_some());
+    let device = driver.device().name.clone();
+    let gpu = Gpu::new(driver)?;
+    let ceiling = measure_ceiling(&gpu)?;
+    let element = if args.bf16 { Element::BF16 } else { Element::F16 };
+    if !args.json {
+        println!("{device}, {}", element.suffix());
+        if let Some(Ceiling { flops, bytes }) = ceiling {
+            println!("ceilings: {:.1} TFLOP/s (mma.sync), {:.0} GB/s (copy)", flops / 1e12, bytes / 1e9);
+        }
+        println!("{:<72} {:>6} {:>10} {:>9} {:>8}", "layer", "count", "us each", "TFLOP/s", "of floor");
+    }
+    let (mut rows, mut sums) = (Vec::new(), BTreeMap::<&str, Sum>::new());
+    for layer in table.iter().filter(takes) {
+        let micros =
+            layers::time(&gpu, layer, element).with_context(|| format!("{} {:?}", layer.stage, layer.op))?;
+        // The least time that the ceilings allow; 0 on the SIMT layer, which has none.
+        let floor = ceiling.map_or(0.0, |c| 1e6 * (layer.flops / c.flops).max(layer.bytes / c.bytes));
+        let sum = sums.entry(layer.op.kind()).or_default();
+        sum.micros += layer.count * micros;
+        sum.flops += layer.count * layer.flops;
+        sum.floor += layer.count * floor;
+        if !args.json {
+            println!(
+                "{:<72} {:>6} {micros:>10.1} {:>9.1} {:>6.0} %",
+                format!("{} {:?}", layer.stage, layer.op),
+                layer.count,
+                layer.flops / micros / 1e6,
+                100.0 * floor / micros
+            );
+        }
+        rows.push(json!({
+            "stage": layer.stage, "op": layer.op.kind(), "shape": format!("{:?}", layer.op), "count": layer.count,
+            "us": micros, "flops": layer.flops, "bytes": layer.bytes, "floor_us": floor,
+        }));
+    }
+    if rows.is_empty() {
+        bail!("no layer of {} matches", args.layers.display());
+    }
+    if args.json {
+        let ceilings = ceiling.map(|c| json!({"flops": c.flops, "bytes": c.bytes}));
+        let body =
+            json!({"device": device, "element": element.suffix(), "ceilings": ceilings, "layers": rows});
+        println!("{body:#}");
+    } else {
+        println!("\n{:<12} {:>12} {:>9} {:>8}   (weighted by count)", "sum", "us", "TFLOP/s", "of floor");
+        for (kind, sum) in &sums {
+            let rate = sum.flops / sum.micros / 1e6;
+            println!("{kind:<12} {:>12.1} {rate:>9.1} {:>6.0} %", sum.micros, 100.0 * sum.floor / sum.micros);
+        }
+    }
+    if let Some(path) = &args.trace {
+        let trace = trace_json(&gpu.driver().instruments().take_trace());
+        std::fs::write(path, trace.to_string()).with_context(|| format!("writing {}", path.display()))?;
+    }
+    Ok(())
+}
