@@ -254,6 +254,7 @@ namespace {
 constexpr uint64_t kTensorMap = 0x70616d726f736e74;
 struct Map {  // what cuTensorMapEncode* would fill: simt_tensor_map below
     uint64_t magic;
+    uint64_t reserved;               // the CUDA driver clears a bit here in real maps (src/driver/cuda/tensor_map.rs)
     const uint8_t* base;
     uint64_t strides[4];             // bytes, of all dimensions but the innermost
     uint32_t extents[5];             // elements; im2col: C, W, H, N

@@ -405,6 +405,13 @@ std::string describe_global(const void* address) {  // an address that is in no 
     for (const auto& [base, a] : allocations)
         if (p >= base - kPage && p < base + a.size + kPage)
             snprintf(text, sizeof text, "global memory out of bounds: offset %ld of an allocation of %zu bytes", long(p - base), a.size);
+    const uint8_t* below = nullptr;
+    for (const auto& [base, a] : allocations)
+        if (base <= p) below = base;
+    if (below && !strncmp(text, "global memory not", 17)) {
+        const size_t used = strlen(text);
+        snprintf(text + used, sizeof text - used, " (%ld bytes behind the start of the allocation below it, of %zu bytes)", long(p - below), allocations[below].size);
+    }
     return text;
 }
 

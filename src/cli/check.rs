@@ -68,7 +68,8 @@ pub fn run(args: CheckArgs) -> Result<()> {
     }
     let began = Instant::now();
     let (mut count, mut failed) = (0, 0);
-    for case in check::cases().iter().filter(|case| args.takes(case, info.is_simulated)) {
+    for case in check::cases().iter().filter(|case| case.runs_on(&gpu) && args.takes(case, info.is_simulated))
+    {
         count += 1;
         let result = check::run(&gpu, case, &options);
         let is_good = matches!(&result, Ok(m) if m.error <= case.tolerance);

@@ -38,6 +38,7 @@ struct Layer {
     decltype(simt_memcpy)* memcpy;
     decltype(simt_memset)* memset;
     decltype(simt_launch)* launch;
+    decltype(simt_last_error)* last_error;
     decltype(simt_tensor_map)* tensor_map;
 };
 
@@ -95,7 +96,7 @@ API cuInit(unsigned) {
     if (!layer.handle) return kNoDevice;
     layer.get(layer.function, "simt_get_function"), layer.get(layer.param_count, "simt_param_count"), layer.get(layer.param_size, "simt_param_size");
     layer.get(layer.alloc, "simt_alloc"), layer.get(layer.free, "simt_free"), layer.get(layer.memcpy, "simt_memcpy"), layer.get(layer.memset, "simt_memset");
-    layer.get(layer.launch, "simt_launch"), layer.get(layer.tensor_map, "simt_tensor_map");
+    layer.get(layer.launch, "simt_launch"), layer.get(layer.last_error, "simt_last_error"), layer.get(layer.tensor_map, "simt_tensor_map");
     return kOk;
 }
 API cuGetErrorName(int error, const char** text) { *text = error == kLaunchFailed ? "CUDA_ERROR_LAUNCH_FAILED" : "CUDA_ERROR_SIMULATED"; return kOk; }
@@ -268,7 +269,9 @@ API cuLaunchKernelEx(const Config* config, void* function, void** params, void**
     return enqueue(config->stream, [=]() mutable {
         std::vector<void*> pointers;
         for (auto& value : values) pointers.push_back(value.data());
-        return layer.launch(f->kernel, geometry.data(), shared, pointers.data()) ? kLaunchFailed : kOk;
+        if (!layer.launch(f->kernel, geometry.data(), shared, pointers.data())) return kOk;
+        fprintf(stderr, "simulated driver: %s\n", layer.last_error());
+        return kLaunchFailed;
     });
 }
 
@@ -321,6 +324,7 @@ API cuTensorMapEncodeIm2col(void* map, int type, uint32_t rank, void* base, cons
     ENTER;
     simt_map_desc desc{};
     desc.is_im2col = 1, desc.boxes[0] = channels, desc.pixels = pixels;
+    for (uint32_t i = 1; i < rank && i < 5; i++) desc.boxes[i] = 1;  // im2col mode has no box
     for (int i = 0; i < 2; i++) desc.lower[i] = lower[i], desc.upper[i] = upper[i], desc.pixel_stride[i] = steps[i + 1];
     if (steps[0] != 1 || steps[3] != 1) return kInvalidValue;
     return encode(map, type, rank, base, extents, strides, desc, swizzle);

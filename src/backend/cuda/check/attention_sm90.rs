@@ -3,7 +3,7 @@
 
 use super::Case;
 use super::attention::{Spec, case};
-use crate::backend::cuda::launch::attention::{Attention, attention};
+use crate::backend::cuda::launch::attention::Attention;
 use crate::backend::cuda::launch::attention_sm90;
 use crate::backend::cuda::{CudaError, Element, Gpu};
 
@@ -37,10 +37,8 @@ pub(super) fn cases() -> Vec<Case> {
     specs.into_iter().map(|spec| case(spec, "attention_sm90", launch)).collect()
 }
 
-/// On a device of another generation the shapes still say something about its kernels.
 fn launch(gpu: &Gpu, op: &Attention, _: &Spec) -> Result<(), CudaError> {
-    let runs_here = gpu.is_hopper() || gpu.driver().device().is_simulated;
-    if runs_here { attention_sm90::attention(gpu, op) } else { attention(gpu, op) }
+    attention_sm90::attention(gpu, op)
 }
 
 /// Lengths at the edges of tiles, masks, shared keys, moving maxima.

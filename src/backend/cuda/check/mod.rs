@@ -59,6 +59,13 @@ pub struct Measured {
     pub micros: Option<f64>,
 }
 
+impl Case {
+    /// Whether the device has code for this case: families of sm_90a run on Hopper and under the SIMT layer only.
+    pub fn runs_on(&self, gpu: &Gpu) -> bool {
+        !self.family.ends_with("_sm90") || gpu.is_hopper() || gpu.driver().device().is_simulated
+    }
+}
+
 /// All cases, family by family, in a fixed order.
 pub fn cases() -> Vec<Case> {
     let mut all = Vec::new();
