@@ -46,7 +46,7 @@ fn options(capability: Capability, order: Order) -> SimtOptions {
 
 #[test]
 fn every_kernel_equals_its_reference() {
-    pass(SimtVariant::Fast, options(AMPERE, Order::Forward), |_| true);
+    pass(SimtVariant::Fast, options(AMPERE, Order::Forward), |case| !is_hopper(case));
 }
 
 #[test]
@@ -57,13 +57,13 @@ fn hopper_kernels_equal_their_references() {
 #[test]
 fn the_order_of_threads_does_not_matter() {
     for order in [Order::Reverse, Order::Random(3)] {
-        pass(SimtVariant::Fast, options(AMPERE, order), |case| case.quick);
+        pass(SimtVariant::Fast, options(AMPERE, order), |case| case.quick && !is_hopper(case));
         pass(SimtVariant::Fast, options(HOPPER, order), |case| case.quick && is_hopper(case));
     }
 }
 
 #[test]
 fn the_checked_build_finds_no_race_and_no_stray_access() {
-    pass(SimtVariant::Checked, options(AMPERE, Order::Forward), |case| case.quick);
+    pass(SimtVariant::Checked, options(AMPERE, Order::Forward), |case| case.quick && !is_hopper(case));
     pass(SimtVariant::Checked, options(HOPPER, Order::Forward), |case| case.quick && is_hopper(case));
 }

@@ -46,7 +46,6 @@ pub struct Recorder {
     /// Temporaries of recorded work.
     pool: Arc<Pool>,
     is_recording: AtomicBool,
-    is_enabled: AtomicBool,
     recordings: Mutex<Recordings>,
 }
 
@@ -84,13 +83,7 @@ fn device_buffer(t: &Tensor) -> Result<(DevicePtr, u64), TensorError> {
 impl Recorder {
     /// Without recordings; temporaries come from `pool`.
     pub fn new(gpu: Arc<Gpu>, pool: Arc<Pool>) -> Self {
-        Self {
-            gpu,
-            pool,
-            is_recording: AtomicBool::new(false),
-            is_enabled: AtomicBool::new(true),
-            recordings: Mutex::default(),
-        }
+        Self { gpu, pool, is_recording: AtomicBool::new(false), recordings: Mutex::default() }
     }
 
     /// Whether work is being recorded: activations then come from [`Recorder::pool`].
@@ -101,11 +94,6 @@ impl Recorder {
     /// Temporaries of recorded work.
     pub fn pool(&self) -> &Arc<Pool> {
         &self.pool
-    }
-
-    /// Turns recording off or on.
-    pub fn enable(&self, on: bool) {
-        self.is_enabled.store(on, Relaxed);
     }
 
     fn recordings(&self) -> MutexGuard<'_, Recordings> {
@@ -140,7 +128,7 @@ impl Recorder {
         alloc: impl Fn(Shape, DType) -> Result<Tensor, TensorError>,
     ) -> Result<Tensor, BodyError> {
         // One at a time: the flag and the pool are shared.
-        if !self.is_enabled.load(Relaxed) || self.is_recording() {
+        if self.is_recording() {
             return body(inputs);
         }
         let key = Key { work, element, shapes: inputs.iter().map(|t| t.shape()).collect() };
