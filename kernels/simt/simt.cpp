@@ -1,5 +1,6 @@
 // simt.cpp: fibers, scheduler, barriers, warp collectives, device memory, launch.
 #include "runtime.hpp"
+#include "simt.h"
 
 #include <signal.h>
 #include <sys/mman.h>
@@ -23,12 +24,6 @@ __thread Thread* self = nullptr;
 
 namespace {
 constexpr size_t kStack = 128 << 10, kPage = 4096;
-enum class Order { Forward, Reverse, Random };
-struct Config {
-    Order order = Order::Forward;
-    uint64_t seed = 1;
-    unsigned workers = 2;
-} config;
 std::mutex lock;
 Kernel* kernels = nullptr;
 std::atomic<uint32_t> block_serial{1};
@@ -122,7 +117,7 @@ std::string who_waits(Block& b) {
 }
 
 Fiber* pick(Block& b) {
-    const bool random = config.order == Order::Random;
+    const bool random = b.launch->order == Order::Random;
     for (;;) {
         // A block of a cluster runs as far as it can without the others, or, in random order, takes turns with them.
         size_t copies = 0, live = 0, able = 0;
@@ -171,7 +166,7 @@ void fiber_main() {
 }
 
 void push_all(Block& b, std::vector<Fiber*>& list) {  // so that the first of the list runs first (last when reversed)
-    if (config.order == Order::Reverse) b.ready.insert(b.ready.end(), list.begin(), list.end());
+    if (b.launch->order == Order::Reverse) b.ready.insert(b.ready.end(), list.begin(), list.end());
     else b.ready.insert(b.ready.end(), list.rbegin(), list.rend());
     list.clear();
 }
@@ -261,7 +256,7 @@ void cluster_sync(Loc at) {
 }
 
 static void release_others(Block& b, unsigned first, unsigned mask, Fiber* except) {
-    const bool reverse = config.order == Order::Reverse;
+    const bool reverse = b.launch->order == Order::Reverse;
     for (int i = 0; i < 32; i++) {
         const int l = reverse ? i : 31 - i;
         if ((mask >> l & 1) && b.fibers[first + l] != except) b.ready.push_back(b.fibers[first + l]);
@@ -484,7 +479,7 @@ void begin_block(Block& b, unsigned index, uint32_t serial) {
     const Launch& l = *b.launch;
     b.serial = serial;
     b.cluster_barrier = Barrier{};
-    b.rng = (config.seed * 0x9e3779b97f4a7c15ull) ^ (index + 1) * 0xbf58476d1ce4e5b9ull;
+    b.rng = (l.seed * 0x9e3779b97f4a7c15ull) ^ (index + 1) * 0xbf58476d1ce4e5b9ull;
     b.live = b.threads;
     b.ready.clear(), b.bulk.clear(), b.mbarriers.clear();
     for (auto& w : b.warps) w.clear();
@@ -509,7 +504,7 @@ void run_cluster(Block& first, unsigned index) {  // index: of the first block
     const uint32_t serial = block_serial++;
     for (Block* b : first.cluster) begin_block(*b, index + b->rank, serial);
     Thread* outer = self;
-    Block& start = config.order == Order::Reverse ? *first.cluster.back() : first;
+    Block& start = first.launch->order == Order::Reverse ? *first.cluster.back() : first;
     switch_to(&first.main, pick(start));
     self = outer;
     for (Block* b : first.cluster)
@@ -531,9 +526,6 @@ int simt_param_count(const void* f) { return static_cast<const Kernel*>(f)->coun
 uint32_t simt_param_size(const void* f, int i) { return static_cast<const Kernel*>(f)->sizes[i]; }
 const char* simt_last_error() { return last_error.c_str(); }
 uint64_t simt_last_bank_conflicts() { return last_conflicts; }
-
-// order: 0 forward, 1 reverse, 2 random by seed
-void simt_configure(int order, uint64_t seed, unsigned workers) { config = {Order(order), seed | 1, workers ? workers : 1}; }
 
 uint64_t simt_alloc(size_t size) {
     std::lock_guard<std::mutex> hold(lock);
@@ -582,7 +574,7 @@ int simt_memset(uint64_t dst, int value, size_t n) {
     return 0;
 }
 
-int simt_launch(const void* f, const uint32_t* geometry, uint32_t smem, void** params) {
+int simt_launch(const void* f, const uint32_t* geometry, uint32_t smem, void** params, const simt_schedule* schedule) {
     const uint32_t gx = geometry[0], gy = geometry[1], gz = geometry[2], bx = geometry[3], by = geometry[4], bz = geometry[5];
     static std::once_flag once;
     std::call_once(once, [] {
@@ -593,7 +585,8 @@ int simt_launch(const void* f, const uint32_t* geometry, uint32_t smem, void** p
     });
     static std::vector<std::unique_ptr<Block>> pool;
     const uint32_t size = geometry[6];
-    Launch launch{static_cast<const Kernel*>(f), {gx, gy, gz}, {bx, by, bz}, size, smem, params, block_serial};
+    Launch launch{static_cast<const Kernel*>(f), {gx, gy, gz}, {bx, by, bz}, size, smem, params, block_serial,
+                  Order(schedule->order), schedule->seed | 1};
     const uint64_t blocks = uint64_t(gx) * gy * gz, threads = uint64_t(bx) * by * bz;
     last_error.clear();
     if (!size || size > 8 || geometry[7] * geometry[8] != 1 || gx % size)
@@ -620,7 +613,7 @@ int simt_launch(const void* f, const uint32_t* geometry, uint32_t smem, void** p
         }
         Block& first = *members[0];
         for (uint32_t i; !failed && (i = next++) < clusters;) {
-            run_cluster(first, size * (config.order == Order::Reverse ? clusters - 1 - i : i));
+            run_cluster(first, size * (launch.order == Order::Reverse ? clusters - 1 - i : i));
             if (!first.error.empty()) failed = true;
         }
         std::string error = first.error;
@@ -633,7 +626,7 @@ int simt_launch(const void* f, const uint32_t* geometry, uint32_t smem, void** p
         }
         return error;
     };
-    unsigned workers = check::on ? 1 : std::min<uint64_t>(config.workers, clusters);
+    unsigned workers = check::on ? 1 : std::min<uint64_t>(std::max(schedule->workers, 1u), clusters);
     std::vector<std::string> errors(workers);
     std::vector<std::thread> threads_;
     for (unsigned i = 1; i < workers; i++) threads_.emplace_back([&, i] { errors[i] = work(); });

@@ -13,8 +13,13 @@ uint64_t simt_alloc(size_t bytes);  // filled with 0xff: NaN as half, bfloat16 o
 int simt_free(uint64_t address);
 int simt_memcpy(uint64_t dst, uint64_t src, size_t bytes);  // either may be a host address; 1 if out of an allocation
 int simt_memset(uint64_t dst, int value, size_t bytes);
+typedef struct {
+    uint32_t order;  // in which ready threads run: 0 forward, 1 reverse, 2 random by seed
+    uint32_t workers;  // OS threads for the blocks
+    uint64_t seed;
+} simt_schedule;
 // geometry: grid x y z, block x y z, cluster x y z. 0, or 1 and simt_last_error().
-int simt_launch(const void* function, const uint32_t* geometry, uint32_t shared_bytes, void** params);
+int simt_launch(const void* function, const uint32_t* geometry, uint32_t shared_bytes, void** params, const simt_schedule* schedule);
 const char* simt_last_error(void);
 uint64_t simt_last_bank_conflicts(void);  // ldmatrix wavefronts beyond one per 8x8 matrix, in this thread's last launch
 typedef struct {
@@ -28,8 +33,6 @@ typedef struct {
     uint32_t pixels, pixel_stride[2];
 } simt_map_desc;
 int simt_tensor_map(void* map /* 128 bytes */, const simt_map_desc* desc);  // 1 where cuTensorMapEncode would refuse
-// The order in which ready threads run: 0 forward, 1 reverse, 2 random by seed. workers: OS threads for the blocks.
-void simt_configure(int order, uint64_t seed, unsigned workers);
 #ifdef __cplusplus
 }
 #endif

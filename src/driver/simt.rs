@@ -75,7 +75,28 @@ type LaunchFn = unsafe extern "C" fn(
     *const u32, // grid, block, cluster: nine numbers
     u32,
     *mut *mut c_void,
+    *const Schedule,
 ) -> c_int;
+
+/// `simt_schedule` of `kernels/simt/simt.h`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Schedule {
+    order: u32,
+    workers: u32,
+    seed: u64,
+}
+
+impl Schedule {
+    fn new(order: Order, workers: usize) -> Self {
+        let (order, seed) = match order {
+            Order::Forward => (0, 1),
+            Order::Reverse => (1, 1),
+            Order::Random(seed) => (2, seed),
+        };
+        Self { order, workers: u32::try_from(workers).unwrap_or(1), seed }
+    }
+}
 
 /// The functions of `kernels/simt/simt.h`.
 struct Api {
@@ -90,7 +111,6 @@ struct Api {
     last_error: unsafe extern "C" fn() -> *const c_char,
     bank_conflicts: unsafe extern "C" fn() -> u64,
     tensor_map: unsafe extern "C" fn(*mut c_void, *const MapDesc) -> c_int,
-    configure: unsafe extern "C" fn(c_int, u64, u32),
     _library: libloading::Library,
 }
 
@@ -138,8 +158,8 @@ pub struct SimtDriver {
     info: DeviceInfo,
     instruments: Instruments,
     state: Mutex<State>,
-    /// The layer runs one launch at a time.
-    running: Mutex<()>,
+    /// The layer runs one launch at a time; in this order.
+    running: Mutex<Schedule>,
 }
 
 impl SimtDriver {
@@ -165,7 +185,6 @@ impl SimtDriver {
                 last_error: *library.get(b"simt_last_error").map_err(fail)?,
                 bank_conflicts: *library.get(b"simt_last_bank_conflicts").map_err(fail)?,
                 tensor_map: *library.get(b"simt_tensor_map").map_err(fail)?,
-                configure: *library.get(b"simt_configure").map_err(fail)?,
                 _library: library,
             }
         };
@@ -180,26 +199,18 @@ impl SimtDriver {
             driver_version: 0,
             is_simulated: true,
         };
-        let driver = Self {
+        Ok(Self {
             api,
             info,
             instruments: Instruments::default(),
             state: Mutex::default(),
-            running: Mutex::default(),
-        };
-        driver.set_order(options.order, options.workers);
-        Ok(driver)
+            running: Mutex::new(Schedule::new(options.order, options.workers)),
+        })
     }
 
     /// Changes the order of threads for the launches to come.
     pub fn set_order(&self, order: Order, workers: usize) {
-        let (order, seed) = match order {
-            Order::Forward => (0, 1),
-            Order::Reverse => (1, 1),
-            Order::Random(seed) => (2, seed),
-        };
-        // SAFETY: plain numbers.
-        unsafe { (self.api.configure)(order, seed, u32::try_from(workers).unwrap_or(1)) }
+        *self.running.lock().unwrap_or_else(PoisonError::into_inner) = Schedule::new(order, workers);
     }
 
     /// Bank conflicts of `ldmatrix` in this thread's last launch: wavefronts beyond one per 8×8 matrix.
@@ -281,10 +292,12 @@ impl SimtDriver {
         let function = launch.function.0 as *const c_void;
         let mut pointers: Vec<*mut c_void> = params.iter().map(|p| p.as_ptr() as *mut c_void).collect();
         let geometry: Vec<u32> = [launch.grid, launch.block, launch.cluster].concat();
-        let _one = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        let schedule = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         let params = pointers.as_mut_ptr();
         // SAFETY: every parameter has the declared size; the layer copies them and checks the kernel's accesses.
-        self.check(unsafe { (self.api.launch)(function, geometry.as_ptr(), launch.shared, params) })
+        self.check(unsafe {
+            (self.api.launch)(function, geometry.as_ptr(), launch.shared, params, &*schedule)
+        })
     }
 }
 

@@ -269,7 +269,8 @@ API cuLaunchKernelEx(const Config* config, void* function, void** params, void**
     return enqueue(config->stream, [=]() mutable {
         std::vector<void*> pointers;
         for (auto& value : values) pointers.push_back(value.data());
-        if (!layer.launch(f->kernel, geometry.data(), shared, pointers.data())) return kOk;
+        const simt_schedule forward{0, 2, 1};
+        if (!layer.launch(f->kernel, geometry.data(), shared, pointers.data(), &forward)) return kOk;
         fprintf(stderr, "simulated driver: %s\n", layer.last_error());
         return kLaunchFailed;
     });

@@ -1,6 +1,7 @@
 //! Every kernel against its reference under the SIMT layer: three orders of threads, both builds, both tiers.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use kiln::backend::cuda::Gpu;
 use kiln::backend::cuda::check::{self, Case, Options};
@@ -60,6 +61,30 @@ fn the_order_of_threads_does_not_matter() {
         pass(SimtVariant::Fast, options(AMPERE, order), |case| case.quick && !is_hopper(case));
         pass(SimtVariant::Fast, options(HOPPER, order), |case| case.quick && is_hopper(case));
     }
+}
+
+/// The order belongs to a launch: with one that all drivers share, blocks would run twice and others never.
+#[test]
+fn the_order_of_another_driver_does_not_matter() {
+    let library = library(SimtVariant::Fast);
+    let is_over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let other =
+                SimtDriver::open(&library, options(AMPERE, Order::Forward)).expect("the library loads");
+            while !is_over.load(Relaxed) {
+                other.set_order(Order::Reverse, 2);
+                other.set_order(Order::Random(5), 2);
+            }
+        });
+        let result = std::panic::catch_unwind(|| {
+            let is_small =
+                |case: &Case| case.quick && matches!(case.family, "elementwise" | "norm" | "layout");
+            pass(SimtVariant::Fast, options(AMPERE, Order::Forward), is_small);
+        });
+        is_over.store(true, Relaxed);
+        assert!(result.is_ok(), "another driver's order reached into a launch");
+    });
 }
 
 #[test]
