@@ -39,7 +39,7 @@ const ON_PATH: f64 = 1e-4;
 /// How near to the middle between two timesteps a sigma must lie for either to be right, relative.
 /// Latents of variance near sigma² move by as much of their spread as sigma does of itself, and the
 /// reference's move by 1e-5 between its own thread counts; timesteps are 2.5e-3 to 6e-3 apart.
-const EDGE: f32 = 2e-5;
+const EDGE: f32 = 1e-5;
 
 /// A KSampler of a recorded case with the values on its links.
 pub struct Controlled {

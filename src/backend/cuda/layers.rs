@@ -192,61 +192,79 @@ pub fn time(gpu: &Gpu, layer: &Layer, element: Element) -> Result<f64, CudaError
 
 type Run = Box<dyn Fn(&Gpu) -> Result<(), CudaError>>;
 
+/// A number of elements in device memory.
+type Memory<'a> = dyn FnMut(usize) -> Result<DevicePtr, CudaError> + 'a;
+
+/// Attention over a batch, heads, their width, queries and keys.
+fn attention_of(
+    [batch, heads, head_dim, queries, keys]: [usize; 5],
+    element: Element,
+    memory: &mut Memory<'_>,
+) -> Result<Attention, CudaError> {
+    let width = heads * head_dim;
+    let (q, k, v) =
+        (memory(batch * queries * width)?, memory(batch * keys * width)?, memory(batch * keys * width)?);
+    Ok(Attention {
+        q,
+        k,
+        v,
+        out: memory(batch * queries * width)?,
+        q_pitch: width,
+        k_pitch: width,
+        v_pitch: width,
+        out_pitch: width,
+        batch,
+        key_batch: batch,
+        queries,
+        keys,
+        heads,
+        head_dim,
+        is_causal: false,
+        scale: 1.0 / (head_dim as f32).sqrt(),
+        element,
+    })
+}
+
+/// A convolution over a batch, channels in and out, kernel side, stride, height and width.
+fn conv_of(
+    [batch, c1, cout, side, stride, height, width]: [usize; 7],
+    element: Element,
+    memory: &mut Memory<'_>,
+) -> Result<Conv, CudaError> {
+    let (x, w) = (memory(batch * height * width * c1)?, memory(cout * side * side * c1.next_multiple_of(8))?);
+    let mut op = Conv {
+        x: Rows::new(x, c1),
+        x2: None,
+        w,
+        batch,
+        height,
+        width,
+        c1,
+        c2: 0,
+        cout,
+        kernel: [side, side],
+        stride,
+        padding: Padding::all(side / 2),
+        upsample: false,
+        element,
+        epilogue: Epilogue::to(Rows::new(DevicePtr::NULL, cout)),
+    };
+    let [out_height, out_width] = op.out_extent();
+    let out = Rows::new(memory(batch * out_height * out_width * cout)?, cout);
+    op.epilogue = Epilogue { bias: memory(2 * cout)?, ..Epilogue::to(out) };
+    Ok(op)
+}
+
 /// Operands of one set, and the launch on them.
 fn prepare(cx: &mut Context<'_>, op: LayerOp, element: Element) -> Result<Run, CudaError> {
     let mut memory = |count: usize| cx.random_memory(count, element);
     Ok(match op {
-        LayerOp::Attention([batch, heads, head_dim, queries, keys]) => {
-            let width = heads * head_dim;
-            let (q, k, v) = (
-                memory(batch * queries * width)?,
-                memory(batch * keys * width)?,
-                memory(batch * keys * width)?,
-            );
-            let op = Attention {
-                q,
-                k,
-                v,
-                out: memory(batch * queries * width)?,
-                q_pitch: width,
-                k_pitch: width,
-                v_pitch: width,
-                out_pitch: width,
-                batch,
-                key_batch: batch,
-                queries,
-                keys,
-                heads,
-                head_dim,
-                is_causal: false,
-                scale: 1.0 / (head_dim as f32).sqrt(),
-                element,
-            };
+        LayerOp::Attention(extents) => {
+            let op = attention_of(extents, element, &mut memory)?;
             Box::new(move |gpu| attention(gpu, &op))
         }
-        LayerOp::Conv([batch, c1, cout, side, stride, height, width]) => {
-            let (x, w) =
-                (memory(batch * height * width * c1)?, memory(cout * side * side * c1.next_multiple_of(8))?);
-            let mut op = Conv {
-                x: Rows::new(x, c1),
-                x2: None,
-                w,
-                batch,
-                height,
-                width,
-                c1,
-                c2: 0,
-                cout,
-                kernel: [side, side],
-                stride,
-                padding: Padding::all(side / 2),
-                upsample: false,
-                element,
-                epilogue: Epilogue::to(Rows::new(DevicePtr::NULL, cout)),
-            };
-            let [out_height, out_width] = op.out_extent();
-            let out = Rows::new(memory(batch * out_height * out_width * cout)?, cout);
-            op.epilogue = Epilogue { bias: memory(2 * cout)?, ..Epilogue::to(out) };
+        LayerOp::Conv(extents) => {
+            let op = conv_of(extents, element, &mut memory)?;
             Box::new(move |gpu| conv(gpu, &op))
         }
         LayerOp::Gemm([m, n, k]) => {
