@@ -120,7 +120,7 @@ def test_uploads_come_back(client: ComfyUIClient) -> None:
 
 def test_a_timeout_stops_the_prompt(client: ComfyUIClient, graph: Graph) -> None:
     with pytest.raises(TimedOut):
-        client.execute_workflow(graph(steps=2000), timeout=1.0)
+        client.execute_workflow(graph(steps=10_000), timeout=1.0)
     settle(client)
 
 
@@ -129,7 +129,7 @@ def test_interrupt_and_cancel(client: ComfyUIClient, graph: Graph) -> None:
 
     def run() -> None:
         try:
-            client.execute_workflow(graph(steps=2000))
+            client.execute_workflow(graph(steps=10_000))
         except BaseException as error:
             outcomes.append(error)
 
@@ -193,7 +193,7 @@ def test_streaming_and_cancelling_a_task(port: int, graph: Graph, client: ComfyU
             assert isinstance(items[-1], Result) and all(isinstance(i, Progress) for i in items[:-1])
             started = asyncio.Event()
             task = asyncio.ensure_future(
-                server.execute_workflow(graph(steps=2000), on_progress=lambda p: p.step and started.set())
+                server.execute_workflow(graph(steps=10_000), on_progress=lambda p: p.step and started.set())
             )
             await asyncio.wait_for(started.wait(), 30)
             task.cancel()
