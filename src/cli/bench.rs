@@ -13,6 +13,7 @@ use crate::backend;
 use crate::backend::metered::{Counts, Metered};
 use crate::diffusion::noise::Generator;
 use crate::models::clip::{ClipToken, WeightedToken};
+use crate::models::text::{self, TextKind, TextPart};
 use crate::models::unet::UnetInput;
 use crate::models::{ModelFile, ModelSource, ModelStore};
 use crate::tensor::{DType, HostTensor, Placement};
@@ -150,27 +151,36 @@ impl Stage<'_> {
     }
 
     fn text(&self) -> Result<Arc<HostTensor>> {
-        let clip = self.checkpoint.clip()?;
-        let mut chunk = vec![WeightedToken { token: ClipToken::Id(49407), weight: 1.0 }; 77];
-        for (i, token) in chunk.iter_mut().take(20).enumerate() {
-            token.token = ClipToken::Id(if i == 0 { 49406 } else { 300 + 17 * i as u32 });
+        let variants = self.checkpoint.clip_variants()?;
+        let kind = TextKind::of(&variants).context("no text encoders that belong together")?;
+        let mut parts = Vec::new();
+        for variant in variants {
+            let encoder = self.checkpoint.clip(variant)?;
+            let mut chunk = vec![WeightedToken { token: ClipToken::Id(49407), weight: 1.0 }; 77];
+            for (i, token) in chunk.iter_mut().take(20).enumerate() {
+                token.token = ClipToken::Id(if i == 0 { 49406 } else { 300 + 17 * i as u32 });
+            }
+            parts.push(TextPart { encoder, chunks: vec![chunk] });
         }
-        let mut cond = None;
+        let mut encoded = None;
         let timing = best(self.args.repeats, self.meter, || {
-            cond = Some(clip.encode(std::slice::from_ref(&chunk), 0)?.cond);
+            encoded = Some(text::encode(kind, &parts, None)?);
             Ok(())
         })?;
         self.print("text, one prompt", &timing);
-        cond.map(Arc::new).context("no encoding")
+        encoded.map(|e| Arc::new(e.cond)).context("no encoding")
     }
 
     fn step(&self, size: usize, cond: &Arc<HostTensor>) -> Result<()> {
         let unet = self.checkpoint.unet()?;
         let x = Generator::new(1).randn(&[2, unet.config().in_channels, size / 8, size / 8]);
         let conds = [cond.clone(), cond.clone()];
+        let vector = unet.config().adm_channels.map(|width| HostTensor::full(&[2, width], 0.5));
         let timing = best(self.args.repeats, self.meter, || {
             let context = unet.context(&conds)?;
-            unet.forward(&UnetInput { x: &x, timesteps: &[801.0; 2], context: &context }, None)?;
+            let input =
+                UnetInput { x: &x, timesteps: &[801.0; 2], context: &context, vector: vector.as_ref() };
+            unet.forward(&input, None)?;
             Ok(())
         })?;
         self.print(&format!("cfg step {size}"), &timing);
@@ -205,7 +215,9 @@ fn model(args: &ModelArgs) -> Result<()> {
     let store = ModelStore::new(Placement::all(meter.clone()), OpenOptions::default());
     let checkpoint = store.file(ModelSource::File(path));
     checkpoint.unet()?;
-    checkpoint.clip()?;
+    for variant in checkpoint.clip_variants()? {
+        checkpoint.clip(variant)?;
+    }
     checkpoint.vae()?;
     println!("open and check: {:.3} s (nothing is copied yet)", began.elapsed().as_secs_f64());
     println!();

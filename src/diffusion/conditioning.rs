@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use super::DiffusionError;
 use super::inpaint::resize_mask;
+use super::model::RunInputs;
 use super::schedule::ModelSampling;
 use crate::tensor::HostTensor;
 
@@ -207,6 +208,10 @@ pub struct ResolvedCond {
     pub start_sigma: Option<f64>,
     /// Used at this sigma and above.
     pub end_sigma: Option<f64>,
+    /// Whether it is one to denoise away from.
+    pub is_negative: bool,
+    /// What the run starts from.
+    pub run: Arc<RunInputs>,
 }
 
 impl ResolvedCond {
@@ -244,6 +249,8 @@ pub fn resolve(entry: &CondEntry, size: (usize, usize), sampling: &ModelSampling
         mask,
         start_sigma: entry.start_percent.map(|p| sampling.percent_to_sigma(p)),
         end_sigma: entry.end_percent.map(|p| sampling.percent_to_sigma(p)),
+        is_negative: false,
+        run: Arc::default(),
     }
 }
 
@@ -301,5 +308,6 @@ fn counterpart(cond: &ResolvedCond, others: &[ResolvedCond]) -> Option<ResolvedC
     entry.cond = smallest.entry.cond.clone();
     entry.pooled = smallest.entry.pooled.clone();
     entry.extra = smallest.entry.extra.clone();
-    Some(ResolvedCond { entry, ..cond.clone() })
+    let (is_negative, run) = (smallest.is_negative, smallest.run.clone());
+    Some(ResolvedCond { entry, is_negative, run, ..cond.clone() })
 }

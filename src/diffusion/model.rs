@@ -20,6 +20,21 @@ pub struct DenoiseItem<'a> {
     pub cond: &'a CondEntry,
     /// Height and width of the whole latent, for models that are told the picture's size.
     pub full_size: (usize, usize),
+    /// Row and column of the latent where `x` begins.
+    pub offset: (usize, usize),
+    /// Whether the conditioning is one to denoise away from.
+    pub is_negative: bool,
+    /// What does not change during the run.
+    pub run: &'a RunInputs,
+}
+
+/// What a run starts from, for models that see more than the noisy latents (inpainting).
+#[derive(Clone, Debug, Default)]
+pub struct RunInputs {
+    /// The latent that the run began with, in the model's own scale.
+    pub latent: Option<Arc<HostTensor>>,
+    /// Where to sample `[B, C, h, w]`, if only in a part.
+    pub mask: Option<Arc<HostTensor>>,
 }
 
 /// A diffusion model.

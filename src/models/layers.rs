@@ -77,6 +77,11 @@ impl Loader {
         Self { prefix: format!("{}{name}.", self.prefix), ..self.clone() }
     }
 
+    /// All layers of the source.
+    pub fn root(&self) -> Self {
+        Self { prefix: String::new(), ..self.clone() }
+    }
+
     /// Whether `name` is there.
     pub fn has(&self, name: &str) -> bool {
         self.source.raw(&format!("{}{name}", self.prefix)).is_some()

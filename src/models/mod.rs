@@ -7,11 +7,13 @@ pub mod clip;
 pub mod detect;
 mod error;
 pub mod layers;
+pub mod layouts;
 mod store;
 #[cfg(test)]
 mod tests;
+pub mod text;
 pub mod unet;
 pub mod vae;
 
 pub use error::ModelError;
-pub use store::{ModelFile, ModelSource, ModelStore};
+pub use store::{ModelFile, ModelSource, ModelStore, Precision};

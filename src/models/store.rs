@@ -11,11 +11,12 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::ModelError;
 use super::clip::ClipText;
-use super::detect::{self, ClipConfig, DetectError, Kind, SamplingConfig, VaeConfig};
+use super::detect::{self, ClipConfig, ClipVariant, DetectError, Family, Kind, SamplingConfig, VaeConfig};
 use super::layers::{Loader, WeightSource};
+use super::layouts::Names;
 use super::unet::Unet;
 use super::vae::Vae;
-use crate::tensor::{Backend, Placement, RawTensor};
+use crate::tensor::{Backend, DType, Placement, RawTensor};
 use crate::weights::{OpenOptions, WeightsError, WeightsFile};
 
 /// Where a model file's bytes are.
@@ -32,6 +33,18 @@ pub enum ModelSource {
     },
 }
 
+/// How precise a model's weights are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Precision {
+    /// As the file has them.
+    #[default]
+    Stored,
+    /// Rounded to 8 bits, 4 of them the exponent.
+    F8E4M3,
+    /// Rounded to 8 bits, 5 of them the exponent.
+    F8E5M2,
+}
+
 impl From<DetectError> for ModelError {
     fn from(e: DetectError) -> Self {
         ModelError::File(e.to_string())
@@ -44,25 +57,47 @@ impl From<WeightsError> for ModelError {
     }
 }
 
-struct FileSource(Arc<WeightsFile>);
+/// A file under this crate's names.
+struct FileSource {
+    file: Arc<WeightsFile>,
+    names: Arc<Names>,
+    precision: Precision,
+}
 
 impl WeightSource for FileSource {
     fn raw(&self, name: &str) -> Option<RawTensor<'_>> {
-        self.0.get(name)
+        let raw = self.names.get(&self.file, name)?;
+        Some(match self.precision {
+            Precision::Stored => raw,
+            Precision::F8E4M3 => raw.rounded_to(DType::F8E4M3),
+            Precision::F8E5M2 => raw.rounded_to(DType::F8E5M2),
+        })
     }
 
     fn packed(&self, name: &str) {
-        self.0.release_pages(name);
+        if let Some(stored) = self.names.stored_name(name) {
+            self.file.release_pages(stored);
+        }
     }
+}
+
+/// What a file holds.
+enum Content {
+    /// A diffusion model, perhaps with text encoders and VAE.
+    Checkpoint(Box<detect::Checkpoint>),
+    /// Text encoders alone.
+    Text(Vec<ClipConfig>),
+    /// A VAE alone.
+    Vae(VaeConfig),
 }
 
 /// What hangs off an opened file.
 struct Opened {
     file: Arc<WeightsFile>,
-    /// What the file says about itself; `None` for a VAE's own file.
-    checkpoint: Option<detect::Checkpoint>,
+    names: Arc<Names>,
+    content: Content,
     unet: OnceLock<Arc<Unet>>,
-    clip: OnceLock<Arc<ClipText>>,
+    clips: [OnceLock<Arc<ClipText>>; ClipVariant::ALL.len()],
     vae: OnceLock<Arc<Vae>>,
 }
 
@@ -75,7 +110,10 @@ impl Opened {
     }
 
     fn checkpoint(&self, what: &str) -> Result<&detect::Checkpoint, ModelError> {
-        self.checkpoint.as_ref().ok_or_else(|| self.lacks(what))
+        match &self.content {
+            Content::Checkpoint(checkpoint) => Ok(checkpoint),
+            Content::Text(_) | Content::Vae(_) => Err(self.lacks(what)),
+        }
     }
 
     /// Whether nobody else holds the file or one of its networks.
@@ -83,17 +121,25 @@ impl Opened {
         fn unused<T>(cell: &OnceLock<Arc<T>>) -> bool {
             cell.get().is_none_or(|part| Arc::strong_count(part) == 1)
         }
-        Arc::strong_count(self) == 1 && unused(&self.unet) && unused(&self.clip) && unused(&self.vae)
+        Arc::strong_count(self) == 1
+            && unused(&self.unet)
+            && self.clips.iter().all(unused)
+            && unused(&self.vae)
     }
 
-    fn clip_config(&self) -> Result<ClipConfig, ModelError> {
-        self.checkpoint("text encoder")?.clip.clone().ok_or_else(|| self.lacks("text encoder"))
+    fn clip_configs(&self) -> &[ClipConfig] {
+        match &self.content {
+            Content::Checkpoint(checkpoint) => &checkpoint.clips,
+            Content::Text(clips) => clips,
+            Content::Vae(_) => &[],
+        }
     }
 
     fn vae_config(&self) -> Result<VaeConfig, ModelError> {
-        match &self.checkpoint {
-            Some(checkpoint) => checkpoint.vae.clone().ok_or_else(|| self.lacks("VAE")),
-            None => Ok(detect::detect_vae(&self.file)?),
+        match &self.content {
+            Content::Checkpoint(checkpoint) => checkpoint.vae.clone().ok_or_else(|| self.lacks("VAE")),
+            Content::Text(_) => Err(self.lacks("VAE")),
+            Content::Vae(vae) => Ok(vae.clone()),
         }
     }
 }
@@ -101,6 +147,7 @@ impl Opened {
 /// A model file. Cheap to hold: its weights come and go.
 pub struct ModelFile {
     source: ModelSource,
+    precision: Precision,
     placement: Placement,
     options: OpenOptions,
     opened: Mutex<Option<Arc<Opened>>>,
@@ -120,12 +167,14 @@ impl ModelFile {
             ModelSource::File(path) => WeightsFile::open_with(path, self.options)?,
             ModelSource::Embedded { name, bytes } => WeightsFile::from_static(bytes, name)?,
         };
-        let checkpoint = match detect::kind_of(&file) {
-            Kind::Vae => None,
-            _ => Some(detect::detect(&file)?),
+        let content = match detect::kind_of(&file) {
+            Kind::Vae => Content::Vae(detect::detect_vae(&file)?),
+            Kind::TextEncoder => Content::Text(detect::detect_text_encoders(&file)?),
+            _ => Content::Checkpoint(Box::new(detect::detect(&file)?)),
         };
-        let (unet, clip, vae) = (OnceLock::new(), OnceLock::new(), OnceLock::new());
-        let opened = Arc::new(Opened { file, checkpoint, unet, clip, vae });
+        let names = Arc::new(Names::of(&file));
+        let (unet, clips, vae) = (OnceLock::new(), Default::default(), OnceLock::new());
+        let opened = Arc::new(Opened { file, names, content, unet, clips, vae });
         *slot = Some(opened.clone());
         Ok(opened)
     }
@@ -145,7 +194,8 @@ impl ModelFile {
         }
         opened.file.verify_unchanged()?;
         let config = config(&opened)?;
-        let source = Arc::new(FileSource(opened.file.clone()));
+        let (file, names) = (opened.file.clone(), opened.names.clone());
+        let source = Arc::new(FileSource { file, names, precision: self.precision });
         let backend = place(&self.placement).clone();
         let loader = Loader::new(source, backend.clone(), &prefix(&config));
         let part = Arc::new(load(config, backend, &loader)?);
@@ -157,15 +207,29 @@ impl ModelFile {
         Ok(self.open()?.checkpoint("diffusion model")?.sampling)
     }
 
+    /// The family of the diffusion model.
+    pub fn family(&self) -> Result<Family, ModelError> {
+        Ok(self.open()?.checkpoint("diffusion model")?.family)
+    }
+
     /// The diffusion model.
     pub fn unet(&self) -> Result<Arc<Unet>, ModelError> {
         let config = |o: &Opened| Ok(o.checkpoint("diffusion model")?.unet.clone());
         self.part(|o| &o.unet, config, |c| c.prefix.clone(), |p| &p.diffusion, Unet::load)
     }
 
-    /// The text encoder.
-    pub fn clip(&self) -> Result<Arc<ClipText>, ModelError> {
-        self.part(|o| &o.clip, Opened::clip_config, |c| c.prefix.clone(), |p| &p.text, ClipText::load)
+    /// Which text encoders there are, in the order in which their outputs are joined; none is no error.
+    pub fn clip_variants(&self) -> Result<Vec<ClipVariant>, ModelError> {
+        Ok(self.open()?.clip_configs().iter().map(|c| c.variant).collect())
+    }
+
+    /// A text encoder.
+    pub fn clip(&self, variant: ClipVariant) -> Result<Arc<ClipText>, ModelError> {
+        let config = |o: &Opened| {
+            let found = o.clip_configs().iter().find(|c| c.variant == variant);
+            found.cloned().ok_or_else(|| o.lacks("text encoder"))
+        };
+        self.part(|o| &o.clips[variant as usize], config, |c| c.prefix.clone(), |p| &p.text, ClipText::load)
     }
 
     /// The autoencoder.
@@ -193,13 +257,13 @@ impl ModelFile {
 pub struct ModelStore {
     placement: Placement,
     options: OpenOptions,
-    files: Arc<Mutex<HashMap<ModelSource, Arc<ModelFile>>>>,
+    files: Arc<Mutex<HashMap<(ModelSource, Precision), Arc<ModelFile>>>>,
 }
 
 impl ModelStore {
     /// An empty store.
     pub fn new(placement: Placement, options: OpenOptions) -> Self {
-        let files = Arc::<Mutex<HashMap<ModelSource, Arc<ModelFile>>>>::default();
+        let files = Arc::<Mutex<HashMap<(ModelSource, Precision), Arc<ModelFile>>>>::default();
         let known = Arc::downgrade(&files);
         placement.diffusion.on_pressure(Arc::new(move || {
             let Some(files) = known.upgrade() else { return false };
@@ -218,10 +282,15 @@ impl ModelStore {
     /// The model file at `source`. A file that changed on disk since it was
     /// opened is opened anew.
     pub fn file(&self, source: ModelSource) -> Arc<ModelFile> {
+        self.file_in(source, Precision::Stored)
+    }
+
+    /// As [`file`](Self::file), with weights of that precision.
+    pub fn file_in(&self, source: ModelSource, precision: Precision) -> Arc<ModelFile> {
         let mut files = lock(&self.files);
-        let entry = files.entry(source.clone()).or_insert_with(|| {
+        let entry = files.entry((source.clone(), precision)).or_insert_with(|| {
             let (placement, options) = (self.placement.clone(), self.options);
-            Arc::new(ModelFile { source, placement, options, opened: Mutex::new(None) })
+            Arc::new(ModelFile { source, precision, placement, options, opened: Mutex::new(None) })
         });
         let is_stale = lock(&entry.opened).as_ref().is_some_and(|o| o.file.verify_unchanged().is_err());
         if is_stale {

@@ -19,11 +19,13 @@ pub mod image;
 pub mod image_file;
 pub mod image_filter;
 pub mod image_transform;
+pub mod inpaint_model;
 pub mod latent;
 pub mod latent_file;
 pub mod latent_math;
 pub mod loaders;
 pub mod mask;
+mod model_inputs;
 mod plane;
 mod pure;
 pub mod sampling;
@@ -32,6 +34,7 @@ mod sampling_tests;
 mod sd_model;
 mod shapes;
 pub mod text;
+pub mod text_sdxl;
 pub mod vae;
 mod value;
 
@@ -80,6 +83,8 @@ pub fn registry() -> Vec<Box<dyn Node>> {
     [
         loaders::nodes(),
         text::nodes(),
+        text_sdxl::nodes(),
+        inpaint_model::nodes(),
         conditioning::nodes(),
         sampling::nodes(),
         custom_sampling::nodes(),

@@ -92,7 +92,7 @@ fn decode(
     Ok(to_picture(&decoded))
 }
 
-fn encode(
+pub(super) fn encode(
     ctx: &NodeCtx<'_>,
     vae: &Vae,
     picture: &HostTensor,
@@ -139,7 +139,7 @@ fn to_network(x: &HostTensor) -> HostTensor {
 }
 
 /// Central crop of `[B, H, W, C]` to multiples of `unit`.
-fn crop_to_multiple(x: &HostTensor, unit: usize) -> Result<HostTensor, NodeError> {
+pub(super) fn crop_to_multiple(x: &HostTensor, unit: usize) -> Result<HostTensor, NodeError> {
     let (b, h, w, c) = (x.dim(0), x.dim(1), x.dim(2), x.dim(3));
     let (ch, cw) = (h / unit * unit, w / unit * unit);
     if ch == 0 || cw == 0 {
@@ -313,7 +313,7 @@ impl Node for VaeEncodeForInpaint {
 }
 
 /// Sets pixels under the rounded mask to middle grey.
-fn grey_out(pixels: &mut HostTensor, mask: &HostTensor) {
+pub(super) fn grey_out(pixels: &mut HostTensor, mask: &HostTensor) {
     let (plane, c) = (pixels.dim(1) * pixels.dim(2), pixels.dim(3));
     let masks = mask.dim(0).max(1);
     for (i, pixel) in pixels.data_mut().chunks_exact_mut(c.max(1)).enumerate() {

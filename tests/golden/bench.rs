@@ -25,9 +25,13 @@ use serde_json::{Map, Value as Json, json};
 
 use super::report::Outcome;
 
-/// Synthetic model files by the name that workflows use: folder, manifest.
+/// Synthetic model files by the name that workflows use: folder, manifest. A manifest is a built-in one, or
+/// lies in `models` beside the golden data.
 const MODELS: &[(&str, &str, &str)] = &[
     ("synth-sd15.safetensors", "checkpoints", "sd15"),
+    ("synth-sd21-v.safetensors", "checkpoints", "sd21-v"),
+    ("synth-sdxl.safetensors", "checkpoints", "sdxl-base"),
+    ("synth-embed-xl.safetensors", "embeddings", "sdxl-embedding"),
     ("synth-embed.safetensors", "embeddings", "sd15-embedding"),
     ("synth-embed-l.safetensors", "embeddings", "sd15-embedding-clip_l"),
 ];
@@ -42,6 +46,8 @@ pub struct Bench {
     classes: BTreeMap<&'static str, Vec<&'static str>>,
     services: Services,
     base: tempfile::TempDir,
+    /// Where manifests that are not built in lie.
+    manifests: PathBuf,
     given: Values,
     kept: Values,
 }
@@ -54,8 +60,12 @@ pub struct Ran {
     pub ui: Json,
 }
 
-/// A folder that survives between runs, for synthetic models of gigabytes.
+/// A folder that survives between runs, for synthetic models of gigabytes: `$KILN_GOLDEN_MODELS`, or one in
+/// the target folder.
 fn model_folder() -> PathBuf {
+    if let Some(folder) = std::env::var_os("KILN_GOLDEN_MODELS") {
+        return folder.into();
+    }
     let target = std::env::var_os("CARGO_TARGET_DIR").map(PathBuf::from);
     target.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("target")).join("golden-models")
 }
@@ -97,7 +107,8 @@ impl Bench {
         // Cases share loaders and prompts: what they computed is kept.
         let config =
             EngineConfig { cache: CachePolicy::Lru(256), ..EngineConfig::new(services.clone(), nodes) };
-        Self { engine: Engine::new(config), classes, services, base, given, kept }
+        let manifests = golden.join("../models");
+        Self { engine: Engine::new(config), classes, services, base, manifests, given, kept }
     }
 
     /// Services that cases run on.
@@ -121,12 +132,25 @@ impl Bench {
         let (file, folder, manifest) = MODELS.iter().find(|(file, ..)| *file == name)?;
         let path = model_folder().join(folder).join(file);
         if !path.exists() {
+            let manifest = self.manifest(manifest)?;
             std::fs::create_dir_all(path.parent()?).expect("making the model folder");
-            let manifest = Manifest::built_in(manifest).unwrap_or_else(|| panic!("no manifest {manifest}"));
             println!("writing {}", path.display());
             synth::write(&manifest, &path, DType::F16, &[], |_, _| {}).unwrap_or_else(|e| panic!("{e}"));
         }
         Some(path)
+    }
+
+    /// A built-in manifest, or one beside the golden data; `None` without either.
+    fn manifest(&self, name: &str) -> Option<Manifest> {
+        Manifest::built_in(name).or_else(|| {
+            let text = std::fs::read_to_string(self.manifests.join(format!("{name}.json"))).ok()?;
+            Some(Manifest::from_json(&text).unwrap_or_else(|e| panic!("{name}: {e}")))
+        })
+    }
+
+    /// Frees the memory of all models, so that groups with large ones need it one after the other.
+    pub fn release(&self) {
+        self.services.models.unload_all();
     }
 
     /// Writes the embeddings that prompts may name.

@@ -134,7 +134,7 @@ fn a_steady_step_is_one_graph_without_allocation() {
     let context = unet.context(&[cond.clone(), cond]).unwrap();
     let x = HostTensor::full(&[2, unet.config().in_channels, 8, 8], 0.25);
     let step = |t: f32| {
-        let input = UnetInput { x: &x, timesteps: &[t; 2], context: &context };
+        let input = UnetInput { x: &x, timesteps: &[t; 2], context: &context, vector: None };
         unet.forward(&input, None).unwrap()
     };
     let plain = step(500.0);

@@ -1,7 +1,10 @@
-//! The latent diffusion UNet (Rombach et al. 2022) in the LDM layout: SD1.x and its relatives.
+//! The latent diffusion UNet (Rombach et al. 2022) in the LDM layout: SD1.x, SD2.x, SDXL (Podell et al. 2023)
+//! and its refiner. They differ in widths, depths and heads, in how transformers are entered, and in the
+//! vector of sizes that SDXL adds to the time embedding.
 
 mod blocks;
 mod context;
+pub mod vector;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -30,6 +33,8 @@ pub struct UnetInput<'a> {
     pub timesteps: &'a [f32],
     /// Text conditioning; its batch divides `B`.
     pub context: &'a ContextKv,
+    /// `[B, adm_channels]`: pooled text and sizes, for models that have such an input; see [`vector`].
+    pub vector: Option<&'a HostTensor>,
 }
 
 /// One stage of the way down or up.
@@ -55,6 +60,8 @@ pub struct Unet {
     backend: Arc<dyn Backend>,
     time1: LazyLinear,
     time2: LazyLinear,
+    /// The two layers that the vector goes through before it is added to the time embedding.
+    label: Option<[LazyLinear; 2]>,
     /// All ResBlocks' time projections as one GEMM.
     time_biases: LazyLinear,
     input: Vec<Stage>,
@@ -196,6 +203,16 @@ impl Builder<'_> {
     }
 }
 
+/// What one run of all layers reads.
+struct LayerInputs<'t> {
+    x: &'t Tensor,
+    /// The sinusoidal timestep embedding.
+    embedded: &'t Tensor,
+    vector: Option<&'t Tensor>,
+    /// Keys and values of every cross-attention.
+    context: &'t [&'t Tensor],
+}
+
 impl Unet {
     /// Checks the tensors under `loader` (`model.diffusion_model.`); packs nothing yet.
     pub fn load(config: UnetConfig, backend: Arc<dyn Backend>, loader: &Loader) -> Result<Self, ModelError> {
@@ -211,6 +228,13 @@ impl Unet {
         Ok(Self {
             time1: loader.linear("time_embed.0", emb, width)?,
             time2: loader.linear("time_embed.2", emb, emb)?,
+            label: match config.adm_channels {
+                Some(adm) => Some([
+                    loader.linear("label_emb.0.0", emb, adm)?,
+                    loader.linear("label_emb.0.2", emb, emb)?,
+                ]),
+                None => None,
+            },
             time_biases: loader.stacked(&time_parts, emb)?,
             out_norm: loader.norm("out.0", width)?,
             out_conv: loader.conv("out.2", config.out_channels, width, 3)?,
@@ -262,36 +286,52 @@ impl Unet {
         let ops = Ops(self.backend.as_ref());
         let x = ops.upload_nchw(input.x)?;
         let embedded = ops.timestep_embedding(input.timesteps, self.config.model_channels)?;
+        let vector = self.vector(ops, input)?;
+        let inputs: Vec<&Tensor> =
+            [&x, &embedded].into_iter().chain(&vector).chain(&input.context.kv).collect();
         let out = match probe {
-            Some(probe) => {
-                let context: Vec<&Tensor> = input.context.kv.iter().collect();
-                self.layers(ops, &x, &embedded, &context, probe)?
-            }
-            None => {
-                let inputs: Vec<&Tensor> = [&x, &embedded].into_iter().chain(&input.context.kv).collect();
-                self.backend
-                    .record(self.id, &inputs, &mut |inputs| match inputs {
-                        [x, embedded, context @ ..] => {
-                            Ok(self.layers(ops, x, embedded, context, &mut |_, _| {})?)
-                        }
-                        _ => Err("recorded without its inputs".into()),
-                    })
-                    .map_err(ModelError::from_recorded)?
-            }
+            Some(probe) => self.layers(ops, &self.split(&inputs)?, probe)?,
+            None => self
+                .backend
+                .record(self.id, &inputs, &mut |inputs| {
+                    Ok(self.layers(ops, &self.split(inputs)?, &mut |_, _| {})?)
+                })
+                .map_err(ModelError::from_recorded)?,
         };
         ops.download_nchw(&out)
     }
 
+    /// Uploads the vector, if the model has such an input.
+    fn vector(&self, ops: Ops<'_>, input: &UnetInput<'_>) -> Result<Option<Tensor>, ModelError> {
+        let Some(width) = self.config.adm_channels else { return Ok(None) };
+        let batch = input.x.dim(0);
+        let found = input.vector.map_or(0, HostTensor::len);
+        let rows = input.vector.and_then(|v| v.clone().reshape(&[batch, width, 1, 1]));
+        match rows {
+            Some(rows) => Ok(Some(ops.upload_nchw(&rows)?)),
+            None => {
+                let (what, expected) = ("size of the vector of pooled text and sizes", batch * width);
+                Err(ModelError::Input { what, expected, found })
+            }
+        }
+    }
+
+    /// The inputs of [`layers`](Self::layers) from the order in which they are recorded.
+    fn split<'t>(&self, inputs: &'t [&'t Tensor]) -> Result<LayerInputs<'t>, ModelError> {
+        let (expected, found) = (2 + usize::from(self.label.is_some()), inputs.len());
+        match (inputs, &self.label) {
+            ([x, embedded, vector, context @ ..], Some(_)) => {
+                Ok(LayerInputs { x, embedded, vector: Some(vector), context })
+            }
+            ([x, embedded, context @ ..], None) => Ok(LayerInputs { x, embedded, vector: None, context }),
+            _ => Err(ModelError::Input { what: "tensors of a recorded UNet call", expected, found }),
+        }
+    }
+
     /// Everything between upload and download: the same launches for the same shapes.
-    fn layers(
-        &self,
-        ops: Ops<'_>,
-        x: &Tensor,
-        embedded: &Tensor,
-        context: &[&Tensor],
-        probe: Probe<'_>,
-    ) -> Result<Tensor, ModelError> {
-        let time = self.time(ops, embedded)?;
+    fn layers(&self, ops: Ops<'_>, inputs: &LayerInputs<'_>, probe: Probe<'_>) -> Result<Tensor, ModelError> {
+        let (x, context) = (inputs.x, inputs.context);
+        let time = self.time(ops, inputs.embedded, inputs.vector)?;
         let mut scope = Scope { ops, time: &time, context, probe };
         let mut skips: Vec<Tensor> = Vec::with_capacity(self.input.len());
         for stage in &self.input {
@@ -322,11 +362,19 @@ impl Unet {
     }
 
     /// Every ResBlock's time bias, side by side: `[B, 1, 1, Σ cout]`.
-    fn time(&self, ops: Ops<'_>, embedded: &Tensor) -> Result<Tensor, ModelError> {
-        let emb =
-            ops.linear(&Linear { act: Activation::Silu, ..Linear::new(embedded, self.time1.get()?) })?;
+    fn time(&self, ops: Ops<'_>, embedded: &Tensor, vector: Option<&Tensor>) -> Result<Tensor, ModelError> {
+        let act = Activation::Silu;
+        let emb = ops.linear(&Linear { act, ..Linear::new(embedded, self.time1.get()?) })?;
         // Each ResBlock applies SiLU to the embedding before its own projection.
-        let emb = ops.linear(&Linear { act: Activation::Silu, ..Linear::new(&emb, self.time2.get()?) })?;
+        let emb = match (&self.label, vector) {
+            (Some([label1, label2]), Some(vector)) => {
+                let label = ops.linear(&Linear { act, ..Linear::new(vector, label1.get()?) })?;
+                let label = ops.linear(&Linear::new(&label, label2.get()?))?;
+                let residual = Some(&label);
+                ops.activate(&ops.linear(&Linear { residual, ..Linear::new(&emb, self.time2.get()?) })?, act)?
+            }
+            _ => ops.linear(&Linear { act, ..Linear::new(&emb, self.time2.get()?) })?,
+        };
         ops.linear(&Linear { x: Cols::all(&emb), ..Linear::new(&emb, self.time_biases.get()?) })
     }
 }
