@@ -73,6 +73,23 @@ impl Extras {
         self.0.insert(name.to_owned(), Arc::new(value));
     }
 
+    /// Sets a value that others share.
+    pub fn insert_shared<T: Any + Send + Sync>(&mut self, name: &str, value: Arc<T>) {
+        self.0.insert(name.to_owned(), value);
+    }
+
+    /// Whether there is a value of that name.
+    pub fn contains(&self, name: &str) -> bool {
+        self.0.contains_key(name)
+    }
+
+    /// Takes over another one's value, if it has one.
+    pub fn copy(&mut self, name: &str, from: &Self) {
+        if let Some(value) = from.0.get(name) {
+            self.0.insert(name.to_owned(), value.clone());
+        }
+    }
+
     /// Removes a value.
     pub fn remove(&mut self, name: &str) {
         self.0.remove(name);
@@ -287,6 +304,30 @@ pub fn match_areas(sides: &mut [Vec<ResolvedCond>]) {
                     other.push(extra);
                 }
             }
+        }
+    }
+}
+
+/// Gives attachment `name` of positive conditionings that have `flag` to the other sides' conditionings, in
+/// turn, if none there has one. Conditionings with an area are left out.
+pub fn share_attachment(sides: &mut [Vec<ResolvedCond>], name: &str, flag: &str) {
+    let Some((positive, others)) = sides.split_first_mut() else { return };
+    let is_whole = |cond: &&ResolvedCond| cond.rect.is_none();
+    let has = |cond: &ResolvedCond| cond.entry.attachments.contains(name);
+    let shared: Vec<_> = positive
+        .iter()
+        .filter(is_whole)
+        .filter(|cond| has(cond) && cond.entry.attachments.contains(flag))
+        .map(|cond| cond.entry.attachments.clone())
+        .collect();
+    for side in others {
+        let mut bare: Vec<&mut ResolvedCond> = side.iter_mut().filter(|cond| cond.rect.is_none()).collect();
+        if bare.is_empty() || bare.iter().any(|cond| has(cond)) {
+            continue;
+        }
+        let count = bare.len();
+        for (i, attachments) in shared.iter().enumerate() {
+            bare[i % count].entry.attachments.copy(name, attachments);
         }
     }
 }

@@ -12,11 +12,16 @@
 use std::sync::Arc;
 
 use super::DiffusionError;
-use super::conditioning::{Conditioning, Rect, ResolvedCond, match_areas, resolve};
+use super::conditioning::{Conditioning, Rect, ResolvedCond, match_areas, resolve, share_attachment};
 use super::guidance_patch::{GuidancePatch, PatchContext, Predictions, perpendicular_negative};
 use super::model::{DenoiseItem, Model, ModelHandle, RunInputs};
 use super::samplers::Guided;
 use crate::tensor::HostTensor;
+
+/// Attachment of a conditioning: nets that steer the model (a type of the nodes).
+pub const CONTROL: &str = "control";
+/// Attachment of a conditioning: its nets act on the other sides too.
+pub const SHARES_CONTROL: &str = "control_apply_to_uncond";
 
 /// How the sides are combined.
 #[derive(Clone, Debug)]
@@ -116,6 +121,7 @@ impl Guider {
             })
             .collect();
         match_areas(&mut sides);
+        share_attachment(&mut sides, CONTROL, SHARES_CONTROL);
         let patches = self.model.0.guidance_patches().iter().map(|p| p.fresh()).collect();
         Ok(PreparedGuider { guider: self, sides, patches })
     }

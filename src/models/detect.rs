@@ -336,6 +336,34 @@ pub fn detect(file: &WeightsFile) -> Result<Checkpoint, DetectError> {
     Ok(found)
 }
 
+/// Where ControlNet files keep the net.
+const CONTROL_PREFIXES: [&str; 2] = ["control_model.", ""];
+
+/// What the names of a ControlNet's tensors begin with.
+pub fn control_prefix(file: &WeightsFile) -> &'static str {
+    let is_it = |prefix: &&str| file.contains(&format!("{prefix}zero_convs.0.0.weight"));
+    CONTROL_PREFIXES.into_iter().find(is_it).unwrap_or_default()
+}
+
+/// The half UNet of the ControlNet in `file`.
+///
+/// # Errors
+/// If there is none, it is of a family that is not supported, or incomplete.
+pub fn detect_control_net(file: &WeightsFile) -> Result<UnetConfig, DetectError> {
+    let layout = Layout::as_stored(file);
+    let prefix = CONTROL_PREFIXES
+        .into_iter()
+        .find(|prefix| layout.contains(&format!("{prefix}zero_convs.0.0.weight")))
+        .ok_or_else(|| layout.is_not(Kind::ControlNet))?;
+    let mut unet = unet::derive(&layout, prefix)?;
+    // The way up is missing, which no row asks for.
+    unet.heads = match layout.number("unet.num_heads", "a whole number of heads")? {
+        Some(count) => Heads::Count(count),
+        None => row_for(&layout, &unet)?.heads,
+    };
+    Ok(unet)
+}
+
 /// The VAE in `file`, which holds nothing else, or in a checkpoint.
 ///
 /// # Errors
@@ -378,14 +406,7 @@ fn family_of(layout: &Layout) -> Result<(&'static FamilyRow, UnetConfig), Detect
         return Err(layout.is_not(Kind::Checkpoint));
     }
     let mut unet = unet::derive(layout, UNET_PREFIX)?;
-    let Some(row) = FAMILIES.iter().find(|row| (row.fits)(&unet)) else {
-        let proj = if unet.use_linear_in_transformer { "linear" } else { "1x1 convolution" };
-        let why = format!(
-            "context width {}, vector conditioning {:?}, {proj} projections",
-            unet.context_dim, unet.adm_channels
-        );
-        return Err(DetectError::Unknown { file: layout.file.clone(), why });
-    };
+    let row = row_for(layout, &unet)?;
     // Beside the latents: nothing, the latents of a picture, or those and a mask.
     let beside = unet.in_channels.checked_sub(unet.out_channels);
     if !beside.is_some_and(|n| n == 0 || n == unet.out_channels || n == unet.out_channels + 1) {
@@ -397,6 +418,18 @@ fn family_of(layout: &Layout) -> Result<(&'static FamilyRow, UnetConfig), Detect
         None => row.heads,
     };
     Ok((row, unet))
+}
+
+/// The row that fits a UNet, whole or half.
+fn row_for(layout: &Layout, unet: &UnetConfig) -> Result<&'static FamilyRow, DetectError> {
+    FAMILIES.iter().find(|row| (row.fits)(unet)).ok_or_else(|| {
+        let proj = if unet.use_linear_in_transformer { "linear" } else { "1x1 convolution" };
+        let why = format!(
+            "context width {}, vector conditioning {:?}, {proj} projections",
+            unet.context_dim, unet.adm_channels
+        );
+        DetectError::Unknown { file: layout.file.clone(), why }
+    })
 }
 
 fn checkpoint(

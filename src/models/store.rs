@@ -5,6 +5,7 @@
 //! [`ModelStore::unload_all`] frees the memory while cached node outputs keep
 //! their handles; the next use opens the file again.
 
+use std::any::{Any, TypeId};
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -14,6 +15,8 @@ use super::clip::ClipText;
 use super::detect::{self, ClipConfig, ClipVariant, DetectError, Family, Kind, SamplingConfig, VaeConfig};
 use super::layers::{Loader, WeightSource};
 use super::layouts::Names;
+use super::lora;
+use super::patch::{self, PatchedSource, Patches, Values};
 use super::unet::Unet;
 use super::vae::Vae;
 use crate::tensor::{Backend, DType, Placement, RawTensor};
@@ -58,10 +61,18 @@ impl From<WeightsError> for ModelError {
 }
 
 /// A file under this crate's names.
-struct FileSource {
+pub(super) struct FileSource {
     file: Arc<WeightsFile>,
     names: Arc<Names>,
     precision: Precision,
+}
+
+impl FileSource {
+    /// The tensors of a file as they are.
+    pub(super) fn new(file: Arc<WeightsFile>) -> Self {
+        let names = Arc::new(Names::of(&file));
+        Self { file, names, precision: Precision::Stored }
+    }
 }
 
 impl WeightSource for FileSource {
@@ -74,10 +85,86 @@ impl WeightSource for FileSource {
         })
     }
 
+    fn shape(&self, name: &str) -> Option<&[usize]> {
+        self.names.shape(name)
+    }
+
     fn packed(&self, name: &str) {
         if let Some(stored) = self.names.stored_name(name) {
             self.file.release_pages(stored);
         }
+    }
+}
+
+/// What a network is loaded from.
+pub struct Opening<'a> {
+    /// The file.
+    pub file: &'a Arc<WeightsFile>,
+    /// Its tensors.
+    pub source: Arc<dyn WeightSource>,
+    /// The backends.
+    pub placement: &'a Placement,
+}
+
+impl Opening<'_> {
+    /// The error for a file that holds something else than `wanted`.
+    pub fn is_not(&self, wanted: &str) -> ModelError {
+        let found = detect::kind_of(self.file);
+        let (file, advice) = (self.file.path().display(), found.advice());
+        ModelError::File(format!("{file} is {found}, not {wanted}; {advice}"))
+    }
+}
+
+/// A network that is a file's only one, such as an upscaler.
+pub trait Network: Any + Send + Sync + Sized {
+    /// Checks the file's tensors; packs nothing yet.
+    ///
+    /// # Errors
+    /// If the file holds something else or is incomplete.
+    fn open(opening: &Opening<'_>) -> Result<Self, ModelError>;
+
+    /// What the names of its tensors begin with, for patches.
+    fn prefix(file: &WeightsFile) -> &'static str {
+        let _ = file;
+        ""
+    }
+}
+
+/// Networks under patches of one type that stay loaded, besides the unpatched ones.
+const VARIANTS: usize = 2;
+
+/// What tells networks of a file apart: the type, a number, and the patches that it is under.
+type Key = (TypeId, usize, Vec<u64>);
+
+/// Networks that have no slot of their own; the last used is last.
+#[derive(Default)]
+struct Others(Mutex<Vec<(Key, Arc<dyn Any + Send + Sync>)>>);
+
+impl Others {
+    fn get<T: Any + Send + Sync>(&self, key: &Key) -> Option<Arc<T>> {
+        let mut others = lock(&self.0);
+        let at = others.iter().position(|(known, _)| known == key)?;
+        let entry = others.remove(at);
+        let network = entry.1.clone();
+        others.push(entry);
+        network.downcast().ok()
+    }
+
+    /// Adds a network. Of those under patches the one that was not used for longest goes.
+    fn insert<T: Any + Send + Sync>(&self, key: Key, network: &Arc<T>) {
+        let mut others = lock(&self.0);
+        let is_rival =
+            |known: &Key| !key.2.is_empty() && !known.2.is_empty() && known.0 == key.0 && known.1 == key.1;
+        if others.iter().filter(|(known, _)| is_rival(known)).count() >= VARIANTS
+            && let Some(at) = others.iter().position(|(known, _)| is_rival(known))
+        {
+            others.remove(at);
+        }
+        others.push((key, network.clone()));
+    }
+
+    fn are_unused(&self) -> bool {
+        lock(&self.0).iter().all(|(_, network)| Arc::strong_count(network) == 1)
     }
 }
 
@@ -89,6 +176,8 @@ enum Content {
     Text(Vec<ClipConfig>),
     /// A VAE alone.
     Vae(VaeConfig),
+    /// Something else: networks that are loaded by their type.
+    Other,
 }
 
 /// What hangs off an opened file.
@@ -99,9 +188,19 @@ struct Opened {
     unet: OnceLock<Arc<Unet>>,
     clips: [OnceLock<Arc<ClipText>>; ClipVariant::ALL.len()],
     vae: OnceLock<Arc<Vae>>,
+    others: Others,
 }
 
 impl Opened {
+    fn source(&self, precision: Precision) -> Arc<dyn WeightSource> {
+        Arc::new(FileSource { file: self.file.clone(), names: self.names.clone(), precision })
+    }
+
+    fn clip_config(&self, variant: ClipVariant) -> Result<ClipConfig, ModelError> {
+        let found = self.clip_configs().iter().find(|c| c.variant == variant);
+        found.cloned().ok_or_else(|| self.lacks("text encoder"))
+    }
+
     fn lacks(&self, what: &str) -> ModelError {
         ModelError::File(format!(
             "{} holds no {what}; load one from another file",
@@ -113,6 +212,10 @@ impl Opened {
         match &self.content {
             Content::Checkpoint(checkpoint) => Ok(checkpoint),
             Content::Text(_) | Content::Vae(_) => Err(self.lacks(what)),
+            // Says what the file is instead.
+            Content::Other => {
+                detect::detect(&self.file).map_or_else(|e| Err(e.into()), |_| Err(self.lacks(what)))
+            }
         }
     }
 
@@ -125,13 +228,14 @@ impl Opened {
             && unused(&self.unet)
             && self.clips.iter().all(unused)
             && unused(&self.vae)
+            && self.others.are_unused()
     }
 
     fn clip_configs(&self) -> &[ClipConfig] {
         match &self.content {
             Content::Checkpoint(checkpoint) => &checkpoint.clips,
             Content::Text(clips) => clips,
-            Content::Vae(_) => &[],
+            Content::Vae(_) | Content::Other => &[],
         }
     }
 
@@ -139,6 +243,7 @@ impl Opened {
         match &self.content {
             Content::Checkpoint(checkpoint) => checkpoint.vae.clone().ok_or_else(|| self.lacks("VAE")),
             Content::Text(_) => Err(self.lacks("VAE")),
+            Content::Other => Ok(detect::detect_vae(&self.file)?),
             Content::Vae(vae) => Ok(vae.clone()),
         }
     }
@@ -170,11 +275,18 @@ impl ModelFile {
         let content = match detect::kind_of(&file) {
             Kind::Vae => Content::Vae(detect::detect_vae(&file)?),
             Kind::TextEncoder => Content::Text(detect::detect_text_encoders(&file)?),
+            Kind::Lora
+            | Kind::ControlNet
+            | Kind::Embedding
+            | Kind::Upscaler
+            | Kind::Taesd
+            | Kind::Unknown => Content::Other,
             _ => Content::Checkpoint(Box::new(detect::detect(&file)?)),
         };
         let names = Arc::new(Names::of(&file));
         let (unet, clips, vae) = (OnceLock::new(), Default::default(), OnceLock::new());
-        let opened = Arc::new(Opened { file, names, content, unet, clips, vae });
+        let others = Others::default();
+        let opened = Arc::new(Opened { file, names, content, unet, clips, vae, others });
         *slot = Some(opened.clone());
         Ok(opened)
     }
@@ -194,10 +306,8 @@ impl ModelFile {
         }
         opened.file.verify_unchanged()?;
         let config = config(&opened)?;
-        let (file, names) = (opened.file.clone(), opened.names.clone());
-        let source = Arc::new(FileSource { file, names, precision: self.precision });
         let backend = place(&self.placement).clone();
-        let loader = Loader::new(source, backend.clone(), &prefix(&config));
+        let loader = Loader::new(opened.source(self.precision), backend.clone(), &prefix(&config));
         let part = Arc::new(load(config, backend, &loader)?);
         Ok(cell(&opened).get_or_init(|| part).clone())
     }
@@ -225,11 +335,114 @@ impl ModelFile {
 
     /// A text encoder.
     pub fn clip(&self, variant: ClipVariant) -> Result<Arc<ClipText>, ModelError> {
-        let config = |o: &Opened| {
-            let found = o.clip_configs().iter().find(|c| c.variant == variant);
-            found.cloned().ok_or_else(|| o.lacks("text encoder"))
-        };
+        let config = |o: &Opened| o.clip_config(variant);
         self.part(|o| &o.clips[variant as usize], config, |c| c.prefix.clone(), |p| &p.text, ClipText::load)
+    }
+
+    /// The diffusion model under patches, whose names begin with [`patch::DIFFUSION`].
+    pub fn patched_unet(&self, patches: &Patches) -> Result<Arc<Unet>, ModelError> {
+        if patches.is_empty() {
+            return self.unet();
+        }
+        let opened = self.open()?;
+        let key = (TypeId::of::<Unet>(), 0, patches.identity());
+        if let Some(unet) = opened.others.get(&key) {
+            return Ok(unet);
+        }
+        opened.file.verify_unchanged()?;
+        let config = opened.checkpoint("diffusion model")?.unet.clone();
+        let source = opened.source(self.precision);
+        let source = PatchedSource::new(source, patch::unet_names(&config), patches.clone());
+        let backend = self.placement.diffusion.clone();
+        let loader = Loader::new(Arc::new(source), backend.clone(), &config.prefix);
+        let unet = Arc::new(Unet::load(config, backend, &loader)?);
+        opened.others.insert(key, &unet);
+        Ok(unet)
+    }
+
+    /// A text encoder under patches, whose names begin as [`patch::clip_names`] says.
+    pub fn patched_clip(&self, variant: ClipVariant, patches: &Patches) -> Result<Arc<ClipText>, ModelError> {
+        if patches.is_empty() {
+            return self.clip(variant);
+        }
+        let opened = self.open()?;
+        let key = (TypeId::of::<ClipText>(), variant as usize, patches.identity());
+        if let Some(clip) = opened.others.get(&key) {
+            return Ok(clip);
+        }
+        opened.file.verify_unchanged()?;
+        let config = opened.clip_config(variant)?;
+        let source = opened.source(self.precision);
+        let source = PatchedSource::new(source, patch::clip_names(&config), patches.clone());
+        let backend = self.placement.text.clone();
+        let loader = Loader::new(Arc::new(source.rounded()), backend.clone(), &config.prefix);
+        let clip = Arc::new(ClipText::load(config, backend, &loader)?);
+        opened.others.insert(key, &clip);
+        Ok(clip)
+    }
+
+    /// The diffusion model's weights under patches, by patch name: what merges with another model are made of.
+    pub fn unet_values(&self, patches: &Patches) -> Result<Vec<(String, Values)>, ModelError> {
+        let opened = self.open()?;
+        let config = &opened.checkpoint("diffusion model")?.unet;
+        let source = opened.source(self.precision);
+        Ok(PatchedSource::new(source, patch::unet_names(config), patches.clone()).values(config.tensors()))
+    }
+
+    /// A text encoder's weights under patches, by patch name.
+    pub fn clip_values(
+        &self,
+        variant: ClipVariant,
+        patches: &Patches,
+    ) -> Result<Vec<(String, Values)>, ModelError> {
+        let opened = self.open()?;
+        let config = opened.clip_config(variant)?;
+        let source = opened.source(self.precision);
+        Ok(PatchedSource::new(source, patch::clip_names(&config), patches.clone()).values(config.tensors()))
+    }
+
+    /// The layers of the diffusion model and the names under which LoRA files know them.
+    pub fn unet_targets(&self) -> Result<Vec<lora::Target>, ModelError> {
+        Ok(lora::unet_targets(&self.open()?.checkpoint("diffusion model")?.unet))
+    }
+
+    /// The layers of a text encoder and the names under which LoRA files know them; `is_second` if there is
+    /// another one before it.
+    pub fn clip_targets(
+        &self,
+        variant: ClipVariant,
+        is_second: bool,
+    ) -> Result<Vec<lora::Target>, ModelError> {
+        Ok(lora::clip_targets(&self.open()?.clip_config(variant)?, is_second))
+    }
+
+    /// Whether the file has a tensor of that name.
+    pub fn has_tensor(&self, name: &str) -> Result<bool, ModelError> {
+        Ok(self.open()?.file.contains(name))
+    }
+
+    /// The file's only network, loaded when first asked for.
+    pub fn network<T: Network>(&self) -> Result<Arc<T>, ModelError> {
+        self.network_under(&Patches::default())
+    }
+
+    /// The file's only network under patches, whose names begin with [`patch::DIFFUSION`].
+    pub fn network_under<T: Network>(&self, patches: &Patches) -> Result<Arc<T>, ModelError> {
+        let opened = self.open()?;
+        let key = (TypeId::of::<T>(), 0, patches.identity());
+        if let Some(network) = opened.others.get(&key) {
+            return Ok(network);
+        }
+        opened.file.verify_unchanged()?;
+        let mut source = opened.source(self.precision);
+        if !patches.is_empty() {
+            let names = vec![(T::prefix(&opened.file).to_owned(), patch::DIFFUSION.to_owned())];
+            source = Arc::new(PatchedSource::new(source, names, patches.clone()));
+        }
+        let file = &opened.file;
+        let network = Arc::new(T::open(&Opening { file, source, placement: &self.placement })?);
+        opened.others.insert(key, &network);
+        Ok(network)
     }
 
     /// The autoencoder.

@@ -52,8 +52,8 @@ impl Node for InpaintModelConditioning {
     fn execute(&self, ctx: &mut NodeCtx<'_>, inputs: &Inputs) -> Result<NodeOutput, NodeError> {
         let (picture, [_, h, w, _]) = shapes::image(inputs, "pixels")?;
         let (mask, [masks, _, _]) = shapes::mask(inputs, "mask")?;
-        let vae = inputs.object::<VaeHandle>("vae")?.file.vae()?;
-        let unit = vae.config().downscale();
+        let vae = inputs.object::<VaeHandle>("vae")?.open()?;
+        let unit = vae.downscale();
         let mask = resample::upscale_masks(&mask, Resize::to(w, h, Method::Bilinear))
             .map_err(|e| NodeError::failed("ValueError", e))?;
         // The crop treats the mask as a one-channel picture.
@@ -61,8 +61,8 @@ impl Node for InpaintModelConditioning {
         let whole = crop_to_multiple(&picture, unit)?;
         let mut pixels = whole.clone();
         grey_out(&mut pixels, &mask);
-        let concat = encode(ctx, &vae, &pixels, None)?;
-        let samples = encode(ctx, &vae, &whole, None)?;
+        let concat = encode(ctx, &*vae, &pixels, None)?;
+        let samples = encode(ctx, &*vae, &whole, None)?;
         let planes = [masks, 1, mask.dim(1), mask.dim(2)];
         let mask = mask.reshape(&planes).unwrap_or_default();
         let noise_mask = inputs.boolean("noise_mask")?.then(|| mask.clone());
@@ -91,8 +91,8 @@ impl Node for InstructPixToPixConditioning {
 
     fn execute(&self, ctx: &mut NodeCtx<'_>, inputs: &Inputs) -> Result<NodeOutput, NodeError> {
         let (picture, _) = shapes::image(inputs, "pixels")?;
-        let vae = inputs.object::<VaeHandle>("vae")?.file.vae()?;
-        let concat = encode(ctx, &vae, &crop_to_multiple(&picture, vae.config().downscale())?, None)?;
+        let vae = inputs.object::<VaeHandle>("vae")?.open()?;
+        let concat = encode(ctx, &*vae, &crop_to_multiple(&picture, vae.downscale())?, None)?;
         let latent = Latent::new(HostTensor::zeros(concat.shape()));
         outputs(inputs, &[(CONCAT_LATENT, concat)], latent)
     }

@@ -3,12 +3,16 @@
 use std::sync::Arc;
 
 use super::sd_model::SdModel;
+use super::tiny_vae::{self, TinyVae};
 use super::{Inputs, Node, NodeCtx, NodeError, NodeOutput, Schema, Services, Value};
 use crate::diffusion::ModelHandle;
 use crate::files::ModelPath;
-use crate::graph::Input;
+use crate::graph::{FileList, Input};
+use crate::models::clip::ClipText;
 use crate::models::detect::ClipVariant;
+use crate::models::patch::Patches;
 use crate::models::text::TextKind;
+use crate::models::vae::Autoencoder;
 use crate::models::{ModelError, ModelFile, ModelSource, Precision};
 
 /// What travels on a `CLIP` link.
@@ -27,6 +31,15 @@ pub struct ClipPart {
     pub file: Arc<ModelFile>,
     /// Which of the file's encoders it is.
     pub variant: ClipVariant,
+    /// Patches of its weights.
+    pub patches: Patches,
+}
+
+impl ClipPart {
+    /// The encoder under its patches.
+    pub fn encoder(&self) -> Result<Arc<ClipText>, ModelError> {
+        self.file.patched_clip(self.variant, &self.patches)
+    }
 }
 
 impl ClipHandle {
@@ -35,7 +48,11 @@ impl ClipHandle {
         let mut parts = Vec::new();
         for file in files {
             let variants = file.clip_variants()?;
-            parts.extend(variants.into_iter().map(|variant| ClipPart { file: file.clone(), variant }));
+            parts.extend(variants.into_iter().map(|variant| ClipPart {
+                file: file.clone(),
+                variant,
+                patches: Patches::default(),
+            }));
         }
         parts.sort_by_key(|part| part.variant);
         Ok(Self { parts, layer: None })
@@ -58,8 +75,25 @@ impl ClipHandle {
 /// What travels on a `VAE` link.
 #[derive(Clone)]
 pub struct VaeHandle {
-    /// The file that holds the autoencoder.
+    /// The file that holds the autoencoder, or a tiny one's decoder.
     pub file: Arc<ModelFile>,
+    /// What a tiny autoencoder needs besides.
+    pub tiny: Option<TinyVae>,
+}
+
+impl VaeHandle {
+    /// The autoencoder in a file.
+    pub fn new(file: Arc<ModelFile>) -> Self {
+        Self { file, tiny: None }
+    }
+
+    /// The autoencoder, loaded.
+    pub fn open(&self) -> Result<Arc<dyn Autoencoder>, ModelError> {
+        match &self.tiny {
+            Some(tiny) => Ok(Arc::new(tiny.open(&self.file)?)),
+            None => Ok(self.file.vae()?),
+        }
+    }
 }
 
 impl From<ModelError> for NodeError {
@@ -78,7 +112,7 @@ fn model_source(services: &Services, folder: &str, name: &str) -> Result<ModelSo
     })
 }
 
-fn model_file(services: &Services, folder: &str, name: &str) -> Result<Arc<ModelFile>, NodeError> {
+pub(super) fn model_file(services: &Services, folder: &str, name: &str) -> Result<Arc<ModelFile>, NodeError> {
     Ok(services.models.file(model_source(services, folder, name)?))
 }
 
@@ -114,7 +148,7 @@ impl Node for CheckpointLoaderSimple {
         Ok(NodeOutput::many(vec![
             Value::object("MODEL", ModelHandle(Arc::new(model))),
             Value::object("CLIP", clip),
-            Value::object("VAE", VaeHandle { file }),
+            Value::object("VAE", VaeHandle::new(file)),
         ]))
     }
 }
@@ -127,14 +161,18 @@ impl Node for VaeLoader {
         Schema::new("VAELoader", "loaders")
             .display("Load VAE")
             .describe("Loads a separate VAE file.")
-            .input(Input::model_file("vae_name", "vae"))
+            .input(Input::files("vae_name", FileList::Vaes).bare())
             .output("VAE")
     }
 
     fn execute(&self, ctx: &mut NodeCtx<'_>, inputs: &Inputs) -> Result<NodeOutput, NodeError> {
-        let file = model_file(ctx.services, "vae", inputs.string("vae_name")?)?;
-        file.vae()?;
-        Ok(NodeOutput::one(Value::object("VAE", VaeHandle { file })))
+        let name = inputs.string("vae_name")?;
+        let vae = match tiny_vae::named(ctx.services, name) {
+            Some(tiny) => tiny?,
+            None => VaeHandle::new(model_file(ctx.services, "vae", name)?),
+        };
+        vae.open()?;
+        Ok(NodeOutput::one(Value::object("VAE", vae)))
     }
 }
 

@@ -9,6 +9,8 @@ pub mod canny;
 pub mod compositing;
 pub mod conditioning;
 mod context;
+pub mod control;
+pub mod controlnet;
 pub mod custom_sampling;
 #[cfg(test)]
 mod file_tests;
@@ -24,6 +26,7 @@ pub mod latent;
 pub mod latent_file;
 pub mod latent_math;
 pub mod loaders;
+pub mod lora;
 pub mod mask;
 mod model_inputs;
 mod plane;
@@ -35,6 +38,8 @@ mod sd_model;
 mod shapes;
 pub mod text;
 pub mod text_sdxl;
+pub mod tiny_vae;
+pub mod upscale_model;
 pub mod vae;
 mod value;
 
@@ -82,10 +87,12 @@ pub trait Node: Send + Sync {
 pub fn registry() -> Vec<Box<dyn Node>> {
     [
         loaders::nodes(),
+        lora::nodes(),
         text::nodes(),
         text_sdxl::nodes(),
         inpaint_model::nodes(),
         conditioning::nodes(),
+        controlnet::nodes(),
         sampling::nodes(),
         custom_sampling::nodes(),
         guidance::nodes(),
@@ -99,6 +106,7 @@ pub fn registry() -> Vec<Box<dyn Node>> {
         canny::nodes(),
         compositing::nodes(),
         image_file::nodes(),
+        upscale_model::nodes(),
         mask::nodes(),
     ]
     .into_iter()

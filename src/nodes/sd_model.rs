@@ -1,19 +1,26 @@
 //! A loaded UNet as the sampling loop sees it.
 
+use std::any::Any;
+use std::collections::HashMap;
 use std::sync::Arc;
 
+use super::control;
 use super::model_inputs::{Beside, beside, vector};
+use crate::diffusion::model::tokens_batch;
 use crate::diffusion::preview::{self, Latent2Rgb};
 use crate::diffusion::schedule::{Betas, ModelSampling, Prediction};
-use crate::diffusion::{DenoiseItem, DiffusionError, Model};
+use crate::diffusion::{CondEntry, DenoiseItem, DiffusionError, Model};
 use crate::models::detect::{Family, UnetConfig};
+use crate::models::patch::{Patch, Patches};
 use crate::models::unet::UnetInput;
 use crate::models::{ModelError, ModelFile, detect};
 use crate::tensor::HostTensor;
 
 /// The diffusion model of an SD-family checkpoint.
+#[derive(Clone)]
 pub struct SdModel {
     file: Arc<ModelFile>,
+    patches: Patches,
     family: Family,
     sampling: ModelSampling,
     latent_scale: f32,
@@ -36,11 +43,27 @@ impl SdModel {
         };
         let channels = file.unet()?.config().out_channels;
         let family = file.family()?;
-        Ok(Self { file, family, sampling, latent_scale: config.latent_scale as f32, channels })
+        let latent_scale = config.latent_scale as f32;
+        Ok(Self { file, patches: Patches::default(), family, sampling, latent_scale, channels })
+    }
+
+    /// The file that holds the network.
+    pub fn file(&self) -> &Arc<ModelFile> {
+        &self.file
+    }
+
+    /// The patches that the network's weights are under.
+    pub fn patches(&self) -> &Patches {
+        &self.patches
+    }
+
+    /// The same network with further patches of its weights.
+    pub fn patched(&self, more: HashMap<String, Patch>) -> Self {
+        Self { patches: self.patches.with(more), ..self.clone() }
     }
 
     fn run(&self, items: &[DenoiseItem<'_>], sigma: f32) -> Result<Vec<HostTensor>, ModelError> {
-        let unet = self.file.unet()?;
+        let unet = self.file.patched_unet(&self.patches)?;
         let batch = items.first().map_or(0, |i| i.x.dim(0));
         let x = stacked(items.iter().map(|i| i.x))?;
         let conds: Vec<_> = items.iter().map(|i| i.cond.cond.clone()).collect();
@@ -55,7 +78,8 @@ impl SdModel {
         }
         let vector = self.vectors(unet.config(), items)?;
         let call = UnetInput { x: &input, timesteps: &timesteps, context: &context, vector: vector.as_ref() };
-        let output = unet.forward(&call, None)?;
+        let controls = control::inputs(items, sigma, &self.sampling)?;
+        let output = unet.forward_controlled(&call, &controls, None)?;
         let denoised = self.sampling.calculate_denoised(sigma, &output, &x);
         Ok((0..items.len()).map(|i| denoised.rows(i * batch, batch)).collect())
     }
@@ -103,6 +127,22 @@ impl Model for SdModel {
 
     fn latent_scale(&self) -> f32 {
         self.latent_scale
+    }
+
+    fn can_batch(&self, a: &CondEntry, b: &CondEntry) -> bool {
+        let (x, y) = (&a.cond, &b.cond);
+        tokens_batch(x.dim(1), y.dim(1)) && x.dim(2) == y.dim(2) && control::is_same(a, b)
+    }
+
+    fn network(&self) -> &dyn Any {
+        self
+    }
+
+    fn preview_decoder(&self) -> Option<&'static str> {
+        Some(match self.family {
+            Family::Sd1 | Family::Sd2 | Family::Sd2Unclip => "taesd_decoder",
+            Family::Sdxl | Family::SdxlRefiner => "taesdxl_decoder",
+        })
     }
 
     fn latent_channels(&self) -> usize {

@@ -45,7 +45,7 @@ pub(super) fn encode(
     let kind = clip.kind()?;
     let mut parts = Vec::new();
     for part in &clip.parts {
-        let encoder = part.file.clip(part.variant)?;
+        let encoder = part.encoder()?;
         parts.push(TextPart { encoder, chunks: tokens(part)? });
     }
     let encoded = text::encode(kind, &parts, clip.layer)?;
@@ -59,7 +59,7 @@ pub(super) type Chunks = Vec<Vec<WeightedToken>>;
 
 /// The chunks of `text` for one encoder.
 pub(super) fn tokenize(services: &Services, text: &str, part: &ClipPart) -> Result<Chunks, NodeError> {
-    let width = part.file.clip(part.variant)?.config().width;
+    let width = part.encoder()?.config().width;
     let lookup = EmbeddingFiles { services, width, key: part.variant.key() };
     let options = TokenizerOptions { pad_token: part.variant.pad_token() };
     Ok(weighted_tokens(tokenizer::tokenize(text, &options, &lookup)))

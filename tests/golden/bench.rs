@@ -32,6 +32,12 @@ const MODELS: &[(&str, &str, &str)] = &[
     ("synth-sd21-v.safetensors", "checkpoints", "sd21-v"),
     ("synth-sdxl.safetensors", "checkpoints", "sdxl-base"),
     ("synth-embed-xl.safetensors", "embeddings", "sdxl-embedding"),
+    ("synth-sd15-lora.safetensors", "loras", "sd15-lora"),
+    ("synth-sd15-controlnet.safetensors", "controlnet", "sd15-controlnet"),
+    ("synth-esrgan-4x.safetensors", "upscale_models", "esrgan-4x"),
+    ("synth-esrgan-4x-oldkeys.safetensors", "upscale_models", "esrgan-4x-oldkeys"),
+    ("taesd_decoder.safetensors", "vae_approx", "taesd_decoder"),
+    ("taesd_encoder.safetensors", "vae_approx", "taesd_encoder"),
     ("synth-embed.safetensors", "embeddings", "sd15-embedding"),
     ("synth-embed-l.safetensors", "embeddings", "sd15-embedding-clip_l"),
 ];
@@ -170,10 +176,14 @@ impl Bench {
             return classes.into_iter().collect();
         }
         let mut models = BTreeSet::new();
+        if Json::Object(prompt.clone()).to_string().contains("\"taesd\"") {
+            self.model("taesd_encoder.safetensors");
+            self.model("taesd_decoder.safetensors");
+        }
         for node in prompt.values().filter(|n| class(n).contains("Loader")) {
             for name in node["inputs"].as_object().into_iter().flat_map(Map::values).filter_map(Json::as_str)
             {
-                if self.model(name).is_none() {
+                if name != "taesd" && self.model(name).is_none() {
                     models.insert(format!("{} of {name}", class(node)));
                 }
             }
@@ -276,12 +286,17 @@ impl Drop for Bench {
     }
 }
 
+/// Model folder types that synthetic models lie in.
+const FOLDERS: &[&str] =
+    &["checkpoints", "embeddings", "vae", "loras", "controlnet", "upscale_models", "vae_approx"];
+
 /// Tells the folders about the model folder that survives between runs.
 fn extra_paths(base: &Path) -> PathBuf {
     let path = base.join("golden.yaml");
     let text = format!(
-        "golden:\n  base_path: {}\n  checkpoints: checkpoints\n  embeddings: embeddings\n  vae: vae\n",
-        model_folder().display()
+        "golden:\n  base_path: {}\n{}",
+        model_folder().display(),
+        FOLDERS.iter().map(|folder| format!("  {folder}: {folder}\n")).collect::<String>()
     );
     std::fs::write(&path, text).expect("writing the model paths");
     path

@@ -117,6 +117,11 @@ impl Names {
         Some(RawTensor { dtype: entry.dtype, shape: &entry.shape, bytes })
     }
 
+    /// The extents of the tensor of that name.
+    pub fn shape(&self, name: &str) -> Option<&[usize]> {
+        self.entries.get(name).map(|e| e.shape.as_slice())
+    }
+
     /// The name in the file of the tensor that holds `name`.
     pub fn stored_name(&self, name: &str) -> Option<&str> {
         self.entries.get(name).map(|e| e.stored.as_str())
