@@ -9,6 +9,8 @@ pub mod canny;
 pub mod compositing;
 pub mod conditioning;
 mod context;
+pub mod control;
+pub mod controlnet;
 pub mod custom_sampling;
 #[cfg(test)]
 mod file_tests;
@@ -20,11 +22,14 @@ pub mod image;
 pub mod image_file;
 pub mod image_filter;
 pub mod image_transform;
+pub mod inpaint_model;
 pub mod latent;
 pub mod latent_file;
 pub mod latent_math;
 pub mod loaders;
+pub mod lora;
 pub mod mask;
+mod model_inputs;
 mod plane;
 mod pure;
 pub mod sampling;
@@ -33,6 +38,9 @@ mod sampling_tests;
 mod sd_model;
 mod shapes;
 pub mod text;
+pub mod text_sdxl;
+pub mod tiny_vae;
+pub mod upscale_model;
 pub mod vae;
 mod value;
 
@@ -81,8 +89,12 @@ pub fn registry() -> Vec<Box<dyn Node>> {
     [
         loaders::nodes(),
         guest_loaders::nodes(),
+        lora::nodes(),
         text::nodes(),
+        text_sdxl::nodes(),
+        inpaint_model::nodes(),
         conditioning::nodes(),
+        controlnet::nodes(),
         sampling::nodes(),
         custom_sampling::nodes(),
         guidance::nodes(),
@@ -96,6 +108,7 @@ pub fn registry() -> Vec<Box<dyn Node>> {
         canny::nodes(),
         compositing::nodes(),
         image_file::nodes(),
+        upscale_model::nodes(),
         mask::nodes(),
     ]
     .into_iter()
