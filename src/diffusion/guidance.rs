@@ -104,14 +104,17 @@ impl Guider {
             .map(|side| side.iter().map(|entry| resolve(entry, (h, w), sampling)).collect())
             .collect();
         match_areas(&mut sides);
-        let patches = self.model.0.guidance_patches().iter().map(|p| p.fresh()).collect();
-        Ok(PreparedGuider { guider: self, sides, patches })
+        let patches: Vec<_> = self.model.0.guidance_patches().iter().map(|p| p.fresh()).collect();
+        let model = patches.iter().fold(self.model.0.clone(), |model, patch| patch.model(model));
+        Ok(PreparedGuider { guider: self, model, sides, patches })
     }
 }
 
 /// A guider fitted to one latent size, with the state of one run.
 pub struct PreparedGuider<'a> {
     guider: &'a Guider,
+    /// The guider's model, as the patches watch it.
+    model: Arc<dyn Model>,
     sides: Vec<Vec<ResolvedCond>>,
     patches: Vec<Box<dyn GuidancePatch>>,
 }
@@ -128,7 +131,8 @@ impl PreparedGuider<'_> {
         sigma: f32,
         needs_uncond: bool,
     ) -> Result<Guided, DiffusionError> {
-        let model = &*self.guider.model.0;
+        let model = self.model.clone();
+        let model = &*model;
         let needs_uncond = needs_uncond || self.patches.iter().any(|p| p.needs_uncond());
         let skip = |scale: f64| is_one(scale) && !needs_uncond;
         let side = |i: usize| self.sides.get(i).map(Vec::as_slice);
@@ -188,7 +192,7 @@ impl PreparedGuider<'_> {
             return Err(DiffusionError::Empty { what: "prediction", hint: "give two sides" });
         };
         let mut preds = Predictions { cond, uncond, has_uncond };
-        let ctx = PatchContext { model: &*self.guider.model.0, sides: &self.sides, x, sigma, scale };
+        let ctx = PatchContext { model: &*self.model, sides: &self.sides, x, sigma, scale };
         for patch in &mut self.patches {
             patch.before(&ctx, &mut preds)?;
         }
@@ -209,7 +213,7 @@ impl PreparedGuider<'_> {
         at: At<'_>,
     ) -> Result<Guided, DiffusionError> {
         let At { x, sigma, scale } = at;
-        let ctx = PatchContext { model: &*self.guider.model.0, sides: &self.sides, x, sigma, scale };
+        let ctx = PatchContext { model: &*self.model, sides: &self.sides, x, sigma, scale };
         for patch in &mut self.patches {
             guided = patch.after(&ctx, &preds, guided)?;
         }
@@ -272,8 +276,10 @@ pub fn evaluate(
         pieces = rest;
         batch.reverse();
         let full_size = (x.dim(2), x.dim(3));
-        let items: Vec<DenoiseItem<'_>> =
-            batch.iter().map(|p| DenoiseItem { x: &p.x, cond: &p.cond.entry, full_size }).collect();
+        let items: Vec<DenoiseItem<'_>> = batch
+            .iter()
+            .map(|p| DenoiseItem { x: &p.x, cond: &p.cond.entry, full_size, side: p.side })
+            .collect();
         let outputs = model.denoise(&items, sigma)?;
         for (piece, output) in batch.iter().zip(outputs) {
             if output.shape() != piece.x.shape() {

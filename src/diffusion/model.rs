@@ -1,6 +1,7 @@
 //! A model as the sampling loop sees it: a function from noisy latents to
 //! denoised ones.
 
+use std::any::Any;
 use std::fmt;
 use std::sync::Arc;
 
@@ -20,13 +21,15 @@ pub struct DenoiseItem<'a> {
     pub cond: &'a CondEntry,
     /// Height and width of the whole latent, for models that are told the picture's size.
     pub full_size: (usize, usize),
+    /// The side that asks: 0 is the positive one, 1 the negative one.
+    pub side: usize,
 }
 
 /// A diffusion model.
 ///
 /// Implementations may split a call as memory demands; the result must not
 /// depend on it beyond rounding.
-pub trait Model: Send + Sync {
+pub trait Model: Any + Send + Sync {
     /// The denoised prediction for every item. Items of one call share the shape
     /// of `x` and are pairwise [batchable](Model::can_batch).
     ///
@@ -63,6 +66,19 @@ pub trait Model: Send + Sync {
     /// Patches of the guidance step, in the order they were attached.
     fn guidance_patches(&self) -> &[Arc<dyn GuidancePatch>] {
         &[]
+    }
+
+    /// The model below the guidance patches, unless this is it.
+    fn inner(&self) -> Option<&dyn Model> {
+        None
+    }
+}
+
+/// The model below all guidance patches, if it is a `T`.
+pub fn base_of<T: Model>(model: &dyn Model) -> Option<&T> {
+    match model.inner() {
+        Some(inner) => base_of(inner),
+        None => (model as &dyn Any).downcast_ref(),
     }
 }
 
@@ -102,6 +118,14 @@ impl ModelHandle {
         let mut patches = self.0.guidance_patches().to_vec();
         patches.push(patch);
         Self(Arc::new(PatchedModel { inner: self.0.clone(), patches }))
+    }
+
+    /// The same guidance patches on another model.
+    pub fn with_base(&self, inner: Arc<dyn Model>) -> Self {
+        match self.0.guidance_patches() {
+            [] => Self(inner),
+            patches => Self(Arc::new(PatchedModel { inner, patches: patches.to_vec() })),
+        }
     }
 
     /// An all-zero latent with the channels of this model; other latents as they are.
@@ -166,6 +190,10 @@ impl Model for PatchedModel {
 
     fn guidance_patches(&self) -> &[Arc<dyn GuidancePatch>] {
         &self.patches
+    }
+
+    fn inner(&self) -> Option<&dyn Model> {
+        Some(&*self.inner)
     }
 }
 

@@ -18,20 +18,30 @@ pub mod guidance;
 pub mod image;
 pub mod image_file;
 pub mod image_filter;
+pub mod image_quantize;
 pub mod image_transform;
 pub mod latent;
 pub mod latent_file;
 pub mod latent_math;
 pub mod loaders;
 pub mod mask;
+pub mod model_sampling;
+pub mod newer_families;
+#[cfg(test)]
+mod object_info_tests;
 mod plane;
+pub mod preview_any;
+pub mod primitive;
 mod pure;
+pub mod regex;
 pub mod sampling;
 #[cfg(test)]
 mod sampling_tests;
 mod sd_model;
 mod shapes;
+pub mod string;
 pub mod text;
+pub mod unet_patches;
 pub mod vae;
 mod value;
 
@@ -84,6 +94,9 @@ pub fn registry() -> Vec<Box<dyn Node>> {
         sampling::nodes(),
         custom_sampling::nodes(),
         guidance::nodes(),
+        unet_patches::nodes(),
+        model_sampling::nodes(),
+        newer_families::nodes(),
         latent::nodes(),
         latent_math::nodes(),
         latent_file::nodes(),
@@ -91,10 +104,15 @@ pub fn registry() -> Vec<Box<dyn Node>> {
         image::nodes(),
         image_transform::nodes(),
         image_filter::nodes(),
+        image_quantize::nodes(),
         canny::nodes(),
         compositing::nodes(),
         image_file::nodes(),
         mask::nodes(),
+        primitive::nodes(),
+        string::nodes(),
+        regex::nodes(),
+        preview_any::nodes(),
     ]
     .into_iter()
     .flatten()

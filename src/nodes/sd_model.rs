@@ -2,19 +2,24 @@
 
 use std::sync::Arc;
 
+use super::NodeError;
 use crate::diffusion::preview::Latent2Rgb;
 use crate::diffusion::schedule::{Betas, ModelSampling, Prediction};
-use crate::diffusion::{DenoiseItem, DiffusionError, Model};
+use crate::diffusion::{DenoiseItem, DiffusionError, Model, ModelHandle, base_of};
 use crate::models::unet::UnetInput;
+use crate::models::unet::hooks::{Hooks, UnetHook};
 use crate::models::{ModelError, ModelFile, detect};
 use crate::tensor::HostTensor;
 
-/// The diffusion model of an SD-family checkpoint.
+/// The diffusion model of an SD-family checkpoint, with what nodes attached to it.
+/// Cheap to copy: a node that changes it makes a copy with the change.
+#[derive(Clone)]
 pub struct SdModel {
     file: Arc<ModelFile>,
     sampling: ModelSampling,
     latent_scale: f32,
     channels: usize,
+    hooks: Vec<Arc<dyn UnetHook>>,
 }
 
 impl SdModel {
@@ -25,10 +30,38 @@ impl SdModel {
             detect::Prediction::Epsilon => Prediction::Eps,
             detect::Prediction::V => Prediction::V,
         };
-        let detect::BetaSchedule { start, end, steps } = config.beta_schedule;
-        let sampling = ModelSampling::discrete(prediction, Betas { start, end, steps, ..Betas::default() });
+        let sampling = ModelSampling::discrete(prediction, betas(&config));
         let channels = file.unet()?.config().in_channels;
-        Ok(Self { file, sampling, latent_scale: config.latent_scale as f32, channels })
+        let latent_scale = config.latent_scale as f32;
+        Ok(Self { file, sampling, latent_scale, channels, hooks: Vec::new() })
+    }
+
+    /// The model on a `MODEL` link, below its guidance patches.
+    pub fn of(handle: &ModelHandle) -> Result<&Self, NodeError> {
+        let what = "is no diffusion model that this node can change";
+        base_of(&*handle.0).ok_or_else(|| NodeError::input("model", what))
+    }
+
+    /// The betas that the model was trained with.
+    pub fn betas(&self) -> Result<Betas, ModelError> {
+        Ok(betas(&self.file.sampling()?))
+    }
+
+    /// The file that the model is from.
+    pub fn file(&self) -> &Arc<ModelFile> {
+        &self.file
+    }
+
+    /// The same model with one more hook.
+    pub fn with_hook(&self, hook: Arc<dyn UnetHook>) -> Self {
+        let mut copy = self.clone();
+        copy.hooks.push(hook);
+        copy
+    }
+
+    /// The same model with other noise levels or another meaning of its output.
+    pub fn with_sampling(&self, sampling: ModelSampling) -> Self {
+        Self { sampling, ..self.clone() }
     }
 
     fn run(&self, items: &[DenoiseItem<'_>], sigma: f32) -> Result<Vec<HostTensor>, ModelError> {
@@ -52,11 +85,18 @@ impl SdModel {
         let context = unet.context(&conds)?;
         let timesteps = vec![self.sampling.timestep(sigma); x.dim(0)];
         let input = self.sampling.calculate_input(sigma, &x);
-        let output =
-            unet.forward(&UnetInput { x: &input, timesteps: &timesteps, context: &context }, None)?;
+        let sides: Vec<usize> = items.iter().flat_map(|i| std::iter::repeat_n(i.side, batch)).collect();
+        let hooks = Hooks { list: &self.hooks, sigma, sides: &sides };
+        let input = UnetInput { x: &input, timesteps: &timesteps, context: &context };
+        let output = unet.forward_hooked(&input, hooks)?;
         let denoised = self.sampling.calculate_denoised(sigma, &output, &x);
         Ok((0..items.len()).map(|i| denoised.rows(i * batch, batch)).collect())
     }
+}
+
+fn betas(config: &detect::SamplingConfig) -> Betas {
+    let detect::BetaSchedule { start, end, steps } = config.beta_schedule;
+    Betas { start, end, steps, ..Betas::default() }
 }
 
 impl Model for SdModel {

@@ -2,6 +2,7 @@
 
 mod blocks;
 mod context;
+pub mod hooks;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,6 +12,7 @@ use super::detect::UnetConfig;
 use super::layers::{LazyConv, LazyLinear, LazyNorm, Loader, Ops};
 use crate::tensor::{Activation, Backend, Cols, Conv2d, GroupNorm, HostTensor, Linear, Tensor};
 use blocks::{ResBlock, Scope, SpatialTransformer};
+use hooks::{HookCall, HookScope, Hooks};
 
 /// Keys and values of every cross-attention for one text conditioning.
 ///
@@ -253,26 +255,48 @@ impl Unet {
         self.config.channel_mult.len()
     }
 
+    /// As [`forward`](Self::forward), with hooks. Such a pass is not recorded.
+    pub fn forward_hooked(&self, input: &UnetInput<'_>, hooks: Hooks<'_>) -> Result<HostTensor, ModelError> {
+        if hooks.list.is_empty() {
+            return self.forward(input, None);
+        }
+        self.check_channels(input)?;
+        let ops = Ops(self.backend.as_ref());
+        let size = (input.x.dim(2), input.x.dim(3));
+        let call = HookCall { ops, sigma: hooks.sigma, size, sides: hooks.sides };
+        let scope = HookScope { list: hooks.list, call };
+        let x = ops.upload_nchw(input.x)?;
+        let embedded = ops.timestep_embedding(input.timesteps, self.config.model_channels)?;
+        let context: Vec<&Tensor> = input.context.kv.iter().collect();
+        let out = self.layers(ops, &x, &embedded, &context, (&mut |_, _| {}, Some(&scope)))?;
+        ops.download_nchw(&out)
+    }
+
+    fn check_channels(&self, input: &UnetInput<'_>) -> Result<(), ModelError> {
+        let (expected, found) = (self.config.in_channels, input.x.dim(1));
+        if found == expected {
+            return Ok(());
+        }
+        Err(ModelError::Input { what: "latent channels", expected, found })
+    }
+
     /// The model's raw prediction `[B, out_channels, h, w]`.
     pub fn forward(&self, input: &UnetInput<'_>, probe: Option<Probe<'_>>) -> Result<HostTensor, ModelError> {
-        if input.x.dim(1) != self.config.in_channels {
-            let (expected, found) = (self.config.in_channels, input.x.dim(1));
-            return Err(ModelError::Input { what: "latent channels", expected, found });
-        }
+        self.check_channels(input)?;
         let ops = Ops(self.backend.as_ref());
         let x = ops.upload_nchw(input.x)?;
         let embedded = ops.timestep_embedding(input.timesteps, self.config.model_channels)?;
         let out = match probe {
             Some(probe) => {
                 let context: Vec<&Tensor> = input.context.kv.iter().collect();
-                self.layers(ops, &x, &embedded, &context, probe)?
+                self.layers(ops, &x, &embedded, &context, (probe, None))?
             }
             None => {
                 let inputs: Vec<&Tensor> = [&x, &embedded].into_iter().chain(&input.context.kv).collect();
                 self.backend
                     .record(self.id, &inputs, &mut |inputs| match inputs {
                         [x, embedded, context @ ..] => {
-                            Ok(self.layers(ops, x, embedded, context, &mut |_, _| {})?)
+                            Ok(self.layers(ops, x, embedded, context, (&mut |_, _| {}, None))?)
                         }
                         _ => Err("recorded without its inputs".into()),
                     })
@@ -289,22 +313,36 @@ impl Unet {
         x: &Tensor,
         embedded: &Tensor,
         context: &[&Tensor],
-        probe: Probe<'_>,
+        (probe, hooks): (Probe<'_>, Option<&HookScope<'_>>),
     ) -> Result<Tensor, ModelError> {
         let time = self.time(ops, embedded)?;
-        let mut scope = Scope { ops, time: &time, context, probe };
+        let mut scope = Scope { ops, time: &time, context, probe, hooks };
         let mut skips: Vec<Tensor> = Vec::with_capacity(self.input.len());
-        for stage in &self.input {
-            let next = run_stage(&mut scope, stage, skips.last().unwrap_or(x), None, None)?;
+        // What goes further down, where that is not the skip connection.
+        let mut down: Option<Tensor> = None;
+        for (i, stage) in self.input.iter().enumerate() {
+            let from = down.as_ref().or(skips.last()).unwrap_or(x);
+            let mut next = run_stage(&mut scope, stage, from, None, None)?;
+            if let Some(hooks) = hooks {
+                next = hooks.down(i, false, &next)?.unwrap_or(next);
+                down = hooks.down(i, true, &next)?;
+            }
             skips.push(next);
         }
-        let bottom = skips.last().unwrap_or(x);
+        let bottom = down.as_ref().or(skips.last()).unwrap_or(x);
         let first = run_stage(&mut scope, &self.middle[0], bottom, None, None)?;
         let mut x = run_stage(&mut scope, &self.middle[1], &first, None, None)?;
         drop(first);
         (scope.probe)("middle_block", &x);
+        drop(down);
         for stage in &self.output {
-            let skip = skips.pop();
+            let mut skip = skips.pop();
+            if let Some(hooks) = hooks
+                && let Some(taken) = skip.take()
+            {
+                let joined = hooks.up(x, taken)?;
+                (x, skip) = (joined.0, Some(joined.1));
+            }
             let target = skips.last().map(|t| (t.shape().h, t.shape().w));
             x = run_stage(&mut scope, stage, &x, skip.as_ref(), target)?;
         }
