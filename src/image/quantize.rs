@@ -232,8 +232,8 @@ pub fn map_floyd_steinberg(pixels: &[Rgb], width: usize, palette: &[Rgb]) -> Vec
             });
             let chosen = nearest.entry(wanted.map(|v| v as u8));
             out.push(chosen);
-            for c in 0..3 {
-                let error = wanted[c] - i32::from(chosen[c]);
+            for (c, (want, got)) in wanted.iter().zip(chosen).enumerate() {
+                let error = want - i32::from(got);
                 below[x][c] = 3 * error + under[c];
                 under[c] = 5 * error + beyond[c];
                 beyond[c] = error;
