@@ -53,7 +53,8 @@ template <class T> PTX void one_row(const Args& args) {
 }  // namespace attention
 
 #define ROWS(T, name)                                                                                          \
-    extern "C" __global__ __launch_bounds__(128, 4) void name(const __grid_constant__ attention::Args args) { \
+    extern "C" __global__ __launch_bounds__(128, 4) void name(const __grid_constant__ attention::Args args) {                 \
+        begin_kernel();                    \
         attention::one_row<T>(args);                                                                           \
     }                                                                                                          \
     SIMT_KERNEL(name)

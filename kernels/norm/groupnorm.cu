@@ -147,6 +147,7 @@ PTX Moments merge_runs(const GroupNormArgs& args, const float2* partial, int siz
 
 // grid (ceil(groups / warps of a block), samples)
 extern "C" __global__ __launch_bounds__(256) void groupnorm_merge(const __grid_constant__ GroupNormArgs args) {
+    begin_kernel();
     const int g = (blockIdx.x * blockDim.x + threadIdx.x) / 32, size = (args.c1 + args.c2) / args.groups;
     if (g >= args.groups) return;
     const size_t at = size_t(blockIdx.y) * args.groups + g;
@@ -281,7 +282,7 @@ template <class T> PTX void groupnorm_fused(const GroupNormArgs& args) {
 }
 
 #define GROUPNORM(op, call, T, suffix)                                                                                          \
-    extern "C" __global__ __launch_bounds__(kThreads, sizeof(T) == 4 ? 1 : 2) void op##_##suffix(const __grid_constant__ GroupNormArgs args) { call(args); } \
+    extern "C" __global__ __launch_bounds__(kThreads, sizeof(T) == 4 ? 1 : 2) void op##_##suffix(const __grid_constant__ GroupNormArgs args) { begin_kernel(); call(args); } \
     SIMT_KERNEL(op##_##suffix)
 #define GROUPNORM_ALL(T, suffix)                                       \
     GROUPNORM(groupnorm_stats, (groupnorm_stats<T, 8>), T, suffix)        \

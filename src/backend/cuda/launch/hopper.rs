@@ -4,6 +4,7 @@
 use bytemuck::{Pod, Zeroable, bytes_of};
 
 use super::super::{CudaError, Element, Geometry, Gpu, Kernel};
+use super::elementwise::Act;
 use super::epilogue::{Epilogue, EpilogueArgs, Rows};
 use crate::driver::{DevicePtr, MapElement, Swizzle, TensorMap, TensorMapDesc};
 
@@ -195,16 +196,55 @@ pub(super) fn epilogue_in_vectors(epilogue: &Epilogue, columns: usize) -> bool {
         && epilogue.time_bias.is_none_or(|rows| rows.is_vector())
 }
 
-/// Memory for the partial sums of a split product; null if it is not split.
+/// What a kernel does with a tile's sums: `Finish` in `hopper_tile.cuh`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Finish {
+    /// Bias and residual.
+    Plain,
+    /// Bias and the bias of the sample.
+    Time,
+    /// Value times gate, with their bias.
+    Geglu,
+    /// Sums as they are, which a second kernel adds up and finishes.
+    Partial,
+}
+
+impl Finish {
+    /// The one for this epilogue; kernels of `has_time` have [`Finish::Time`], the others [`Finish::Geglu`].
+    pub fn of(epilogue: &Epilogue, cut: Cut, has_time: bool) -> Self {
+        let Epilogue { act, geglu, out_f32, scale, .. } = *epilogue;
+        let (residual, time) = (epilogue.residual.is_some(), epilogue.time_bias.is_some());
+        match (geglu, residual, time) {
+            _ if cut.splits > 1 || act != Act::None || out_f32 || scale != 1.0 => Self::Partial,
+            (false, _, false) => Self::Plain,
+            (true, false, false) if !has_time => Self::Geglu,
+            (false, false, true) if has_time => Self::Time,
+            _ => Self::Partial,
+        }
+    }
+
+    /// As a part of the kernel's name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Plain => "",
+            Self::Time => "_time",
+            Self::Geglu => "_geglu",
+            Self::Partial => "_partial",
+        }
+    }
+}
+
+/// Memory for the partial sums of a product that a second kernel finishes; null for others.
 pub(super) fn partial_memory(
     gpu: &Gpu,
     plan: &Plan,
+    finish: Finish,
     rows: usize,
     columns: usize,
 ) -> Result<DevicePtr, CudaError> {
-    match plan.cut.splits {
-        1 => Ok(DevicePtr::NULL),
-        splits => gpu.workspace(splits * rows * columns * size_of::<f32>()),
+    match finish {
+        Finish::Partial => gpu.workspace(plan.cut.splits * rows * columns * size_of::<f32>()),
+        _ => Ok(DevicePtr::NULL),
     }
 }
 
@@ -224,7 +264,7 @@ pub(super) fn reduce(
     extent: [usize; 2],
     element: Element,
 ) -> Result<(), CudaError> {
-    if plan.cut.splits == 1 {
+    if epilogue.partial.is_null() {
         return Ok(());
     }
     let [rows, columns] = extent;
