@@ -189,6 +189,7 @@ fn services(args: &ServeArgs) -> anyhow::Result<Services> {
         save_metadata: !args.disable_metadata,
         preview: match args.preview_method {
             PreviewChoice::None => PreviewMethod::None,
+            PreviewChoice::Taesd => PreviewMethod::Taesd,
             _ => PreviewMethod::Latent2Rgb,
         },
         ..setup::services(&args.runtime, &options)?

@@ -21,15 +21,28 @@ pub struct DenoiseItem<'a> {
     pub cond: &'a CondEntry,
     /// Height and width of the whole latent, for models that are told the picture's size.
     pub full_size: (usize, usize),
-    /// The side that asks: 0 is the positive one, 1 the negative one.
-    pub side: usize,
+    /// Row and column of the latent where `x` begins.
+    pub offset: (usize, usize),
+    /// Whether the conditioning is one to denoise away from.
+    pub is_negative: bool,
+    /// What does not change during the run.
+    pub run: &'a RunInputs,
+}
+
+/// What a run starts from, for models that see more than the noisy latents (inpainting).
+#[derive(Clone, Debug, Default)]
+pub struct RunInputs {
+    /// The latent that the run began with, in the model's own scale.
+    pub latent: Option<Arc<HostTensor>>,
+    /// Where to sample `[B, C, h, w]`, if only in a part.
+    pub mask: Option<Arc<HostTensor>>,
 }
 
 /// A diffusion model.
 ///
 /// Implementations may split a call as memory demands; the result must not
 /// depend on it beyond rounding.
-pub trait Model: Any + Send + Sync {
+pub trait Model: Send + Sync {
     /// The denoised prediction for every item. Items of one call share the shape
     /// of `x` and are pairwise [batchable](Model::can_batch).
     ///
@@ -58,6 +71,11 @@ pub trait Model: Any + Send + Sync {
         None
     }
 
+    /// Name without ending of the tiny decoder that fits the model's latents, for previews.
+    fn preview_decoder(&self) -> Option<&'static str> {
+        None
+    }
+
     /// Whether two conditionings can run in one call.
     fn can_batch(&self, a: &CondEntry, b: &CondEntry) -> bool {
         tokens_batch(a.cond.dim(1), b.cond.dim(1)) && a.cond.dim(2) == b.cond.dim(2)
@@ -68,17 +86,14 @@ pub trait Model: Any + Send + Sync {
         &[]
     }
 
-    /// The model below the guidance patches, unless this is it.
-    fn inner(&self) -> Option<&dyn Model> {
-        None
-    }
-}
+    /// The network itself, below everything that was attached to it: nodes that
+    /// change its weights look for their own type here.
+    fn network(&self) -> &dyn Any;
 
-/// The model below all guidance patches, if it is a `T`.
-pub fn base_of<T: Model>(model: &dyn Model) -> Option<&T> {
-    match model.inner() {
-        Some(inner) => base_of(inner),
-        None => (model as &dyn Any).downcast_ref(),
+    /// The same attachments around another network; `None` if this is the network.
+    fn around(&self, network: Arc<dyn Model>) -> Option<Arc<dyn Model>> {
+        let _ = network;
+        None
     }
 }
 
@@ -113,19 +128,21 @@ impl fmt::Debug for ModelHandle {
 }
 
 impl ModelHandle {
+    /// The network below all attachments, if it is a `T`.
+    pub fn network<T: Any>(&self) -> Option<&T> {
+        self.0.network().downcast_ref()
+    }
+
+    /// Everything that was attached to this model, around another network.
+    pub fn with_network(&self, network: Arc<dyn Model>) -> Self {
+        Self(self.0.around(network.clone()).unwrap_or(network))
+    }
+
     /// The same model with one more guidance patch.
     pub fn with_patch(&self, patch: Arc<dyn GuidancePatch>) -> Self {
         let mut patches = self.0.guidance_patches().to_vec();
         patches.push(patch);
         Self(Arc::new(PatchedModel { inner: self.0.clone(), patches }))
-    }
-
-    /// The same guidance patches on another model.
-    pub fn with_base(&self, inner: Arc<dyn Model>) -> Self {
-        match self.0.guidance_patches() {
-            [] => Self(inner),
-            patches => Self(Arc::new(PatchedModel { inner, patches: patches.to_vec() })),
-        }
     }
 
     /// An all-zero latent with the channels of this model; other latents as they are.
@@ -184,6 +201,10 @@ impl Model for PatchedModel {
         self.inner.preview_factors()
     }
 
+    fn preview_decoder(&self) -> Option<&'static str> {
+        self.inner.preview_decoder()
+    }
+
     fn can_batch(&self, a: &CondEntry, b: &CondEntry) -> bool {
         self.inner.can_batch(a, b)
     }
@@ -192,8 +213,13 @@ impl Model for PatchedModel {
         &self.patches
     }
 
-    fn inner(&self) -> Option<&dyn Model> {
-        Some(&*self.inner)
+    fn network(&self) -> &dyn Any {
+        self.inner.network()
+    }
+
+    fn around(&self, network: Arc<dyn Model>) -> Option<Arc<dyn Model>> {
+        let inner = self.inner.around(network.clone()).unwrap_or(network);
+        Some(Arc::new(Self { inner, patches: self.patches.clone() }))
     }
 }
 

@@ -9,6 +9,8 @@ pub mod canny;
 pub mod compositing;
 pub mod conditioning;
 mod context;
+pub mod control;
+pub mod controlnet;
 pub mod custom_sampling;
 #[cfg(test)]
 mod file_tests;
@@ -20,12 +22,17 @@ pub mod image_file;
 pub mod image_filter;
 pub mod image_quantize;
 pub mod image_transform;
+pub mod inpaint_model;
 pub mod latent;
 pub mod latent_file;
 pub mod latent_math;
 pub mod loaders;
+pub mod lora;
 pub mod mask;
+mod model_inputs;
+pub mod model_merge;
 pub mod model_sampling;
+pub mod model_save;
 pub mod newer_families;
 #[cfg(test)]
 mod object_info_tests;
@@ -41,7 +48,10 @@ mod sd_model;
 mod shapes;
 pub mod string;
 pub mod text;
+pub mod text_sdxl;
+pub mod tiny_vae;
 pub mod unet_patches;
+pub mod upscale_model;
 pub mod vae;
 mod value;
 
@@ -89,13 +99,19 @@ pub trait Node: Send + Sync {
 pub fn registry() -> Vec<Box<dyn Node>> {
     [
         loaders::nodes(),
+        lora::nodes(),
         text::nodes(),
+        text_sdxl::nodes(),
+        inpaint_model::nodes(),
         conditioning::nodes(),
+        controlnet::nodes(),
         sampling::nodes(),
         custom_sampling::nodes(),
         guidance::nodes(),
         unet_patches::nodes(),
         model_sampling::nodes(),
+        model_merge::nodes(),
+        model_save::nodes(),
         newer_families::nodes(),
         latent::nodes(),
         latent_math::nodes(),
@@ -108,6 +124,7 @@ pub fn registry() -> Vec<Box<dyn Node>> {
         canny::nodes(),
         compositing::nodes(),
         image_file::nodes(),
+        upscale_model::nodes(),
         mask::nodes(),
         primitive::nodes(),
         string::nodes(),

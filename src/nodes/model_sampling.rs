@@ -36,7 +36,7 @@ fn schema(class: &'static str, about: &'static str) -> Schema {
 fn with_sampling(inputs: &Inputs, sampling: ModelSampling) -> Result<Vec<Value>, NodeError> {
     let model = inputs.object::<ModelHandle>("model")?;
     let changed = SdModel::of(&model)?.with_sampling(sampling);
-    Ok(vec![Value::object("MODEL", model.with_base(Arc::new(changed)))])
+    Ok(vec![Value::object("MODEL", model.with_network(Arc::new(changed)))])
 }
 
 fn discrete_schema() -> Schema {

@@ -78,6 +78,7 @@ fn main() -> ExitCode {
     let bench = bench::Bench::new(&folder);
     for group in groups(&folder) {
         run_group(&group, &bench, &mut report);
+        bench.release();
     }
     report.finish()
 }

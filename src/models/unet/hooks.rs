@@ -115,7 +115,7 @@ pub struct Hooks<'a> {
 }
 
 /// Hooks at work; without any, nothing is asked.
-pub(super) struct HookScope<'a> {
+pub(in crate::models) struct HookScope<'a> {
     pub list: &'a [Arc<dyn UnetHook>],
     pub call: HookCall<'a>,
 }

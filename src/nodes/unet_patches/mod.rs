@@ -42,7 +42,7 @@ pub(super) fn nodes() -> Vec<Box<dyn Node>> {
 fn attach(inputs: &Inputs, hook: Arc<dyn UnetHook>) -> Result<Vec<Value>, NodeError> {
     let model = inputs.object::<ModelHandle>("model")?;
     let hooked = SdModel::of(&model)?.with_hook(hook);
-    Ok(vec![Value::object("MODEL", model.with_base(Arc::new(hooked)))])
+    Ok(vec![Value::object("MODEL", model.with_network(Arc::new(hooked)))])
 }
 
 /// Uploads tokens `[B, S, C]` that the caller computed; the shape must fit.

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use crate::diffusion::guidance::evaluate;
 use crate::diffusion::guidance_patch::{GuidancePatch, PatchContext, Predictions};
-use crate::diffusion::{DiffusionError, ModelHandle, base_of};
+use crate::diffusion::{DiffusionError, ModelHandle};
 use crate::graph::Input;
 use crate::models::ModelError;
 use crate::models::unet::hooks::{HookCall, SelfAttention, Site, UnetHook};
@@ -56,7 +56,9 @@ impl GuidancePatch for PerturbedAttention {
         preds: &Predictions,
         guided: HostTensor,
     ) -> Result<HostTensor, DiffusionError> {
-        let (Some(model), Some(positive)) = (base_of::<SdModel>(ctx.model), ctx.sides.first()) else {
+        let (Some(model), Some(positive)) =
+            (ctx.model.network().downcast_ref::<SdModel>(), ctx.sides.first())
+        else {
             return Ok(guided);
         };
         if self.scale == 0.0 {

@@ -10,7 +10,7 @@ use rayon::prelude::*;
 
 use crate::diffusion::guidance::evaluate;
 use crate::diffusion::guidance_patch::{GuidancePatch, PatchContext, Predictions};
-use crate::diffusion::{DiffusionError, Model, ModelHandle, base_of};
+use crate::diffusion::{DiffusionError, Model, ModelHandle};
 use crate::graph::Input;
 use crate::models::ModelError;
 use crate::models::layers::head_scale;
@@ -72,7 +72,7 @@ impl GuidancePatch for SelfAttentionGuidance {
     }
 
     fn model(&self, model: Arc<dyn Model>) -> Arc<dyn Model> {
-        match base_of::<SdModel>(&*model) {
+        match model.network().downcast_ref::<SdModel>() {
             Some(base) => Arc::new(base.with_hook(Arc::new(Watch { drawn: self.drawn.clone() }))),
             None => model,
         }
