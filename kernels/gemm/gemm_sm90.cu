@@ -49,10 +49,12 @@ template <class T, int N, hopper::Finish F> PTX void gemm(const GemmSm90Args& ar
     GEMM_SM90(T, N, kPlain, gemm_sm90_128x##N##_##suffix)            \
     GEMM_SM90(T, N, kGeglu, gemm_sm90_128x##N##_geglu_##suffix)      \
     GEMM_SM90(T, N, kPartial, gemm_sm90_128x##N##_partial_##suffix)
-#define GEMM_SM90_ALL(T, suffix)    \
-    GEMM_SM90_WIDTH(T, 128, suffix) \
-    GEMM_SM90_WIDTH(T, 160, suffix) \
-    GEMM_SM90_WIDTH(T, 256, suffix)
+#define GEMM_SM90_ALL(T, suffix)                                      \
+    GEMM_SM90_WIDTH(T, 128, suffix)                                   \
+    GEMM_SM90_WIDTH(T, 160, suffix)                                   \
+    GEMM_SM90_WIDTH(T, 256, suffix)                                   \
+    GEMM_SM90(T, 128, kCluster, gemm_sm90_128x128_cluster_##suffix)   \
+    GEMM_SM90(T, 160, kCluster, gemm_sm90_128x160_cluster_##suffix)
 GEMM_SM90_ALL(__half, f16)
 GEMM_SM90_ALL(__nv_bfloat16, bf16)
 

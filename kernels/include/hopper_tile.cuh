@@ -44,14 +44,17 @@ struct Unit {  // of work
     int tile_m, tile_n, split, first, last;  // steps first to last - 1
 };
 
-// The units of a cluster: for (Walk w(t); w.more(); w.next()) ... w.unit() is this block's.
-struct Walk {
+// The units of a cluster: for (Walk w(t); w.more(); w.next()) ... w.unit() is this block's. kOnce: one unit a block, and the
+// blocks of a cluster are the splits of a tile.
+template <bool kOnce> struct Walk {
     const HopperTiles& t;
     int index, rows;  // rows of clusters
 
-    PTX explicit Walk(const HopperTiles& tiles) : t(tiles), index(blockIdx.x / tiles.cluster), rows((tiles.tiles_m + tiles.cluster - 1) / tiles.cluster) {}
+    PTX explicit Walk(const HopperTiles& tiles) : t(tiles), index(blockIdx.x / tiles.cluster), rows((tiles.tiles_m + tiles.cluster - 1) / tiles.cluster) {
+        if constexpr (kOnce) index = cluster_rank() * rows * t.tiles_n + blockIdx.x / t.splits;
+    }
     PTX bool more() const { return index < rows * t.tiles_n * t.splits; }
-    PTX void next() { index += gridDim.x / t.cluster; }
+    PTX void next() { index += kOnce ? 1 << 30 : gridDim.x / t.cluster; }
     PTX Unit unit() const {
         const int count = rows * t.tiles_n, split = index / count, tile = index - split * count;
         const int in_band = t.band * t.tiles_n, first = tile / in_band * t.band, high = min(t.band, rows - first), place = tile % in_band;
@@ -89,9 +92,9 @@ struct Place {  // in the ring
 };
 
 // One thread: load.begin(unit) before a unit, load(step, a, b, bar) for every step of it, which must bring kStageBytes.
-template <class S, class Load> PTX void produce(S& s, const HopperTiles& t, Load& load) {
+template <bool kOnce, class S, class Load> PTX void produce(S& s, const HopperTiles& t, Load& load) {
     Place at;
-    for (Walk walk(t); walk.more(); walk.next()) {
+    for (Walk<kOnce> walk(t); walk.more(); walk.next()) {
         const Unit unit = walk.unit();
         load.begin(unit);
         for (int step = unit.first; step < unit.last; step++) {
@@ -136,12 +139,13 @@ template <class T, int N> PTX void multiply(Smem<T, N>& s, const Unit& unit, int
 // ---- from fragments to rows -------------------------------------------------------------------------------------------
 // What becomes of a tile is a template argument, and only what layers of a UNet ask for is done here: all of it in one kernel
 // would be 200 KB of straight-line code, and fetching instructions would take several times as long as executing them
-// (measured: 12 us a tile). The rest goes through kPartial and reduce.
+// (measured: 12 us a tile). The rest goes through kCluster, or kPartial and reduce, whose last step is a loop.
 enum class Finish {
     kPlain,    // bias, residual
     kTime,     // bias, bias of the sample
     kGeglu,    // value times gate, with their bias
     kPartial,  // sums of K or of a part of it as they are
+    kCluster,  // the blocks of a cluster have a part of K each and add their sums up; any epilogue
 };
 
 // Lane c of a quad gives v[b], its two columns of block b of eight columns, and receives the eight columns of block c; and back.
@@ -263,31 +267,6 @@ template <class T, int N, Finish F, class Rows> PTX void write_tile(const Epilog
     }
 }
 
-// The kernel but for its loads: blocks of kThreads, the first warpgroup loads, the other two multiply.
-// row_of(unit) makes the `rows` of write_tile.
-template <class T, int N, Finish F, class Load, class RowOf>
-PTX void run(const EpilogueArgs& e, const HopperTiles& t, Load& load, const RowOf& row_of) {
-    auto& s = dynamic_smem<Smem<T, N>>();
-    next_kernel_may_start();
-    start_ring(s, t);
-    wait_for_previous_kernel();
-    if (threadIdx.x < 128) {
-        setmaxnreg_dec<56>();
-        if (threadIdx.x == 0) produce(s, t, load);
-    } else {
-        setmaxnreg_inc<224>();
-        Place at;
-        for (Walk walk(t); walk.more(); walk.next()) {
-            const Unit unit = walk.unit();
-            float acc[N / 2];
-            multiply<T, N>(s, unit, t.cluster, at, acc);
-            write_tile<T, N, F>(e, unit, acc, row_of(unit));
-        }
-    }
-    __syncwarp();
-    if (t.cluster > 1) cluster_sync();  // the neighbour may still write here
-}
-
 PTX void add8(float (&v)[8], const float (&r)[8]) {
 #pragma unroll
     for (int i = 0; i < 8; i++) v[i] += r[i];
@@ -297,25 +276,9 @@ template <class U> PTX void add8(float (&v)[8], const U* p) {
     load8(r, p);
     add8(v, r);
 }
-
-// Adds the sums of the parts of K in order and finishes, whatever the epilogue; eight columns of out a thread.
-template <class T> PTX void reduce(const EpilogueArgs& e, int splits) {
+// The whole epilogue on the sums of eight columns of out from `column` on: v, and with GEGLU the gates.
+template <class T> PTX void finish8(const EpilogueArgs& e, int row, int column, float (&v)[8], float (&gate)[8]) {
     const bool geglu = e.flags & kEpilogueGeglu;
-    const int blocks = epilogue::out_columns(e) / 8;
-    const int64_t index = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (index >= int64_t(e.rows) * blocks) return;
-    const int row = int(index / blocks), column = int(index % blocks) * 8;
-    const size_t at = size_t(row) * e.out_pitch + column;
-    uint4 residual = make_uint4(0, 0, 0, 0);
-    if (e.residual) residual = *reinterpret_cast<const uint4*>(static_cast<const T*>(e.residual) + size_t(row) * e.residual_pitch + column);
-    float v[8] = {}, gate[8] = {};
-    const size_t pitch = epilogue::partial_pitch(e);
-    const float* from = e.partial + row * pitch + (geglu ? 2 * column : column);
-#pragma unroll 4
-    for (int s = 0; s < splits; s++, from += e.rows * pitch) {
-        add8(v, from);
-        if (geglu) add8(gate, from + 8);
-    }
     if (e.bias) {
         const float* bias = e.bias + (geglu ? 2 * column : column);
         add8(v, bias);
@@ -325,15 +288,109 @@ template <class T> PTX void reduce(const EpilogueArgs& e, int splits) {
 #pragma unroll
         for (int i = 0; i < 8; i++) v[i] *= gelu_fast(gate[i]);
     } else {
-        if (e.time_bias) add8(v, static_cast<const T*>(e.time_bias) + size_t(row / e.rows_per_sample) * e.time_pitch + column);
+        if (e.time_bias) add8(v, static_cast<const T*>(e.time_bias) + int64_t(row / e.rows_per_sample) * e.time_pitch + column);
         epilogue::activate8(v, e.act);
     }
-    float r[8];
-    unpack2<T>(r[0], r[1], residual.x), unpack2<T>(r[2], r[3], residual.y), unpack2<T>(r[4], r[5], residual.z), unpack2<T>(r[6], r[7], residual.w);
 #pragma unroll
-    for (int i = 0; i < 8; i++) v[i] = v[i] * e.scale + (e.residual ? r[i] : 0.0f);
+    for (int i = 0; i < 8; i++) v[i] *= e.scale;
+    if (e.residual) add8(v, static_cast<const T*>(e.residual) + int64_t(row) * e.residual_pitch + column);
+    const int64_t at = int64_t(row) * e.out_pitch + column;
     if (e.flags & kEpilogueFloat) store8(static_cast<float*>(e.out) + at, v);
     else store8(static_cast<T*>(e.out) + at, v);
+}
+
+// The sums of a tile in shared memory, where the ring was. Rows a multiple of 32 banks and 8 apart: a warp's stores, 8 rows of
+// 8 floats, meet no bank twice.
+template <int N> constexpr int kStagedPitch = N + 8;
+template <class T, int N> PTX void stage_sums(Smem<T, N>& s, const float (&acc)[N / 2]) {
+    static_assert(N % 32 == 0 && sizeof s.a + sizeof s.b >= kM * kStagedPitch<N> * sizeof(float));
+    float* to = reinterpret_cast<float*>(s.a) + ((threadIdx.x - 128) / 32 * 16 + threadIdx.x % 32 / 4) * kStagedPitch<N> + threadIdx.x % 4 * 2;
+    named_barrier_sync(1, kConsumerWarps * 32);  // both warpgroups have read the last stage
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+#pragma unroll
+        for (int j = 0; j < N / 8; j++)
+            *reinterpret_cast<float2*>(to + half * 8 * kStagedPitch<N> + 8 * j) = make_float2(acc[4 * j + 2 * half], acc[4 * j + 2 * half + 1]);
+}
+
+// Block `rank` of a cluster adds up and finishes its share of the rows, in the order of the splits. Their number is a constant,
+// so that the loads of all of them are under way at once: one from another multiprocessor takes some 500 cycles.
+template <class T, int N, int kSplits, class Rows> PTX void add_up(Smem<T, N>& s, const EpilogueArgs& e, const Unit& unit, const Rows& rows) {
+    const bool geglu = e.flags & kEpilogueGeglu;
+    const int vectors = N / (geglu ? 16 : 8), columns = epilogue::out_columns(e), share = kM / kSplits;
+    for (int i = threadIdx.x - 128; i < share * vectors; i += kConsumerWarps * 32) {
+        const int r = unit.split * share + i / vectors, vector = i % vectors, row = rows(r), column = unit.tile_n * (geglu ? N / 2 : N) + vector * 8;
+        if (row < 0 || column >= columns) continue;
+        const float* from = reinterpret_cast<const float*>(s.a) + r * kStagedPitch<N> + vector * (geglu ? 16 : 8);
+        auto sum = [&](float (&v)[8], const float* p) {
+            float4 part[kSplits][2];
+#pragma unroll
+            for (int split = 0; split < kSplits; split++) part[split][0] = cluster_load4(p, split), part[split][1] = cluster_load4(p + 4, split);
+#pragma unroll
+            for (int split = 0; split < kSplits; split++) {
+                const float4 low = part[split][0], high = part[split][1];
+                add8(v, {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w});
+            }
+        };
+        float v[8] = {}, gate[8] = {};
+        sum(v, from);
+        if (geglu) sum(gate, from + 8);
+        finish8<T>(e, row, column, v, gate);
+    }
+}
+
+// The kernel but for its loads: blocks of kThreads, the first warpgroup loads, the other two multiply.
+// row_of(unit) makes the `rows` of write_tile.
+template <class T, int N, Finish F, class Load, class RowOf>
+PTX void run(const EpilogueArgs& e, const HopperTiles& t, Load& load, const RowOf& row_of) {
+    constexpr bool kOnce = F == Finish::kCluster;
+    auto& s = dynamic_smem<Smem<T, N>>();
+    next_kernel_may_start();
+    start_ring(s, t);
+    wait_for_previous_kernel();
+    if (threadIdx.x < 128) {
+        setmaxnreg_dec<56>();
+        if (threadIdx.x == 0) produce<kOnce>(s, t, load);
+        __syncwarp();
+        if constexpr (kOnce) cluster_sync();
+    } else {
+        setmaxnreg_inc<224>();
+        Place at;
+        for (Walk<kOnce> walk(t); walk.more(); walk.next()) {
+            const Unit unit = walk.unit();
+            float acc[N / 2];
+            multiply<T, N>(s, unit, t.cluster, at, acc);
+            if constexpr (kOnce) {
+                stage_sums<T, N>(s, acc);
+                cluster_sync();
+                if (t.splits == 2) add_up<T, N, 2>(s, e, unit, row_of(unit));
+                else if (t.splits == 4) add_up<T, N, 4>(s, e, unit, row_of(unit));
+                else add_up<T, N, 8>(s, e, unit, row_of(unit));
+            } else {
+                write_tile<T, N, F>(e, unit, acc, row_of(unit));
+            }
+        }
+        __syncwarp();
+    }
+    if (kOnce || t.cluster > 1) cluster_sync();  // a neighbour may still read or write here
+}
+
+// Adds the sums of the parts of K in order and finishes; eight columns of out a thread.
+template <class T> PTX void reduce(const EpilogueArgs& e, int splits) {
+    const bool geglu = e.flags & kEpilogueGeglu;
+    const int blocks = epilogue::out_columns(e) / 8;
+    const int64_t index = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (index >= int64_t(e.rows) * blocks) return;
+    const int row = int(index / blocks), column = int(index % blocks) * 8;
+    float v[8] = {}, gate[8] = {};
+    const size_t pitch = epilogue::partial_pitch(e);
+    const float* from = e.partial + row * pitch + (geglu ? 2 * column : column);
+#pragma unroll 4
+    for (int s = 0; s < splits; s++, from += e.rows * pitch) {
+        add8(v, from);
+        if (geglu) add8(gate, from + 8);
+    }
+    finish8<T>(e, row, column, v, gate);
 }
 
 }  // namespace hopper

@@ -16,6 +16,7 @@ pub mod custom_sampling;
 mod file_tests;
 #[cfg(test)]
 mod golden_tests;
+pub mod guest_loaders;
 pub mod guidance;
 pub mod image;
 pub mod image_file;
@@ -99,6 +100,7 @@ pub trait Node: Send + Sync {
 pub fn registry() -> Vec<Box<dyn Node>> {
     [
         loaders::nodes(),
+        guest_loaders::nodes(),
         lora::nodes(),
         text::nodes(),
         text_sdxl::nodes(),

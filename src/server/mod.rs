@@ -11,6 +11,7 @@
 //! | [`stream`], [`limits`] | what a peer may cost: time, bytes, memory |
 //! | [`router`], [`origin`], [`compress`] | what every request and answer passes |
 //! | [`http`], [`json`], [`download`] | bodies and answers |
+//! | [`frontend`] | files of an installed web page |
 //! | [`routes`] | one file a group of routes |
 //! | [`ws`] | events to clients |
 //!
@@ -34,6 +35,7 @@
 mod compress;
 mod connection;
 mod download;
+mod frontend;
 mod host;
 mod http;
 mod json;
@@ -46,6 +48,7 @@ mod stream;
 mod tests;
 mod ws;
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -82,6 +85,8 @@ pub struct ServerConfig {
     pub preview_size: Option<u32>,
     /// How long a running prompt may take to end at shutdown.
     pub shutdown_timeout: Duration,
+    /// A folder whose files are served where there is no route, `index.html` at `/`.
+    pub front_end_root: Option<PathBuf>,
     /// The command line, shown in `/system_stats`.
     pub argv: Vec<String>,
 }
@@ -94,6 +99,7 @@ impl Default for ServerConfig {
             compress: false,
             preview_size: None,
             shutdown_timeout: Duration::from_secs(60),
+            front_end_root: None,
             argv: Vec::new(),
         }
     }

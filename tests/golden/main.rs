@@ -16,6 +16,7 @@ mod bench;
 mod compare;
 mod report;
 mod special;
+mod steps;
 mod tensors;
 mod workflow;
 
