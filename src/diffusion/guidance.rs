@@ -122,14 +122,17 @@ impl Guider {
             .collect();
         match_areas(&mut sides);
         share_attachment(&mut sides, CONTROL, SHARES_CONTROL);
-        let patches = self.model.0.guidance_patches().iter().map(|p| p.fresh()).collect();
-        Ok(PreparedGuider { guider: self, sides, patches })
+        let patches: Vec<_> = self.model.0.guidance_patches().iter().map(|p| p.fresh()).collect();
+        let model = patches.iter().fold(self.model.0.clone(), |model, patch| patch.model(model));
+        Ok(PreparedGuider { guider: self, model, sides, patches })
     }
 }
 
 /// A guider fitted to one latent size, with the state of one run.
 pub struct PreparedGuider<'a> {
     guider: &'a Guider,
+    /// The guider's model, as the patches watch it.
+    model: Arc<dyn Model>,
     sides: Vec<Vec<ResolvedCond>>,
     patches: Vec<Box<dyn GuidancePatch>>,
 }
@@ -146,7 +149,8 @@ impl PreparedGuider<'_> {
         sigma: f32,
         needs_uncond: bool,
     ) -> Result<Guided, DiffusionError> {
-        let model = &*self.guider.model.0;
+        let model = self.model.clone();
+        let model = &*model;
         let needs_uncond = needs_uncond || self.patches.iter().any(|p| p.needs_uncond());
         let skip = |scale: f64| is_one(scale) && !needs_uncond;
         let side = |i: usize| self.sides.get(i).map(Vec::as_slice);
@@ -206,7 +210,7 @@ impl PreparedGuider<'_> {
             return Err(DiffusionError::Empty { what: "prediction", hint: "give two sides" });
         };
         let mut preds = Predictions { cond, uncond, has_uncond };
-        let ctx = PatchContext { model: &*self.guider.model.0, sides: &self.sides, x, sigma, scale };
+        let ctx = PatchContext { model: &*self.model, sides: &self.sides, x, sigma, scale };
         for patch in &mut self.patches {
             patch.before(&ctx, &mut preds)?;
         }
@@ -227,7 +231,7 @@ impl PreparedGuider<'_> {
         at: At<'_>,
     ) -> Result<Guided, DiffusionError> {
         let At { x, sigma, scale } = at;
-        let ctx = PatchContext { model: &*self.guider.model.0, sides: &self.sides, x, sigma, scale };
+        let ctx = PatchContext { model: &*self.model, sides: &self.sides, x, sigma, scale };
         for patch in &mut self.patches {
             guided = patch.after(&ctx, &preds, guided)?;
         }

@@ -47,6 +47,11 @@ pub trait GuidancePatch: Send + Sync {
     /// A copy without state, for one run.
     fn fresh(&self) -> Box<dyn GuidancePatch>;
 
+    /// The model that the run asks in place of `model`: a patch may watch it at work.
+    fn model(&self, model: Arc<dyn Model>) -> Arc<dyn Model> {
+        model
+    }
+
     /// Changes the predictions before they are combined.
     fn before(&mut self, ctx: &PatchContext<'_>, preds: &mut Predictions) -> Result<(), DiffusionError> {
         let _ = (ctx, preds);

@@ -105,6 +105,16 @@ impl Input {
         Self::new(name, InputKind::Float).opt("default", default).opt("min", min).opt("max", max)
     }
 
+    /// A whole number without default or range.
+    pub fn open_int(name: &'static str) -> Self {
+        Self::new(name, InputKind::Int)
+    }
+
+    /// A floating point number without default or range.
+    pub fn open_float(name: &'static str) -> Self {
+        Self::new(name, InputKind::Float)
+    }
+
     /// A text without default.
     pub fn string(name: &'static str) -> Self {
         Self::new(name, InputKind::String)

@@ -23,6 +23,7 @@ mod orientation;
 mod png_decode;
 mod png_text;
 mod python_json;
+pub mod quantize;
 pub mod resample;
 mod view;
 

@@ -416,6 +416,15 @@ impl ModelFile {
         Ok(lora::clip_targets(&self.open()?.clip_config(variant)?, is_second))
     }
 
+    /// The autoencoder's weights, by their names in a file of its own.
+    pub fn vae_values(&self) -> Result<Vec<(String, Values)>, ModelError> {
+        let opened = self.open()?;
+        let config = opened.vae_config()?;
+        let names = vec![(config.prefix.clone(), String::new())];
+        let source = opened.source(self.precision);
+        Ok(PatchedSource::new(source, names, Patches::default()).values(config.tensors()))
+    }
+
     /// Whether the file has a tensor of that name.
     pub fn has_tensor(&self, name: &str) -> Result<bool, ModelError> {
         Ok(self.open()?.file.contains(name))

@@ -42,6 +42,7 @@ impl Node for ImageOnlyCheckpointLoader {
         Schema::new("ImageOnlyCheckpointLoader", "loaders/video_models")
             .display("Image Only Checkpoint Loader (img2vid model)")
             .module("comfy_extras.nodes_video_model")
+            .describe("Loads the diffusion model and VAE of a checkpoint without text encoder.")
             .input(Input::model_file("ckpt_name", "checkpoints"))
             .output("MODEL")
             .output("CLIP_VISION")
@@ -64,7 +65,8 @@ impl Node for StyleModelLoader {
     fn schema(&self) -> Schema {
         Schema::new("StyleModelLoader", "loaders")
             .display("Load Style Model")
-            .input(Input::model_file("style_model_name", "style_models"))
+            .describe("Opens a style model's file; nothing here applies it yet.")
+            .input(Input::model_file("style_model_name", "style_models").bare())
             .output("STYLE_MODEL")
     }
 
@@ -81,7 +83,8 @@ impl Node for GligenLoader {
     fn schema(&self) -> Schema {
         Schema::new("GLIGENLoader", "loaders")
             .display("GLIGENLoader")
-            .input(Input::model_file("gligen_name", "gligen"))
+            .describe("Opens a GLIGEN file; nothing here applies it yet.")
+            .input(Input::model_file("gligen_name", "gligen").bare())
             .output("GLIGEN")
     }
 

@@ -192,7 +192,7 @@ impl Node for UnetLoader {
         Schema::new("UNETLoader", "advanced/loaders")
             .display("Load Diffusion Model")
             .describe("Loads a diffusion model alone; text encoder and VAE come from other loaders.")
-            .input(Input::model_file("unet_name", "diffusion_models"))
+            .input(Input::model_file("unet_name", "diffusion_models").bare())
             .input(Input::combo("weight_dtype", &WEIGHT_TYPES.map(|(name, _)| name)).bare())
             .output("MODEL")
     }
@@ -251,7 +251,7 @@ impl Node for ClipLoader {
         Schema::new("CLIPLoader", "advanced/loaders")
             .display("Load CLIP")
             .describe("Loads one text encoder: CLIP-L for SD 1.x, OpenCLIP-H for 2.x, OpenCLIP-bigG for the refiner.")
-            .input(Input::model_file("clip_name", "text_encoders"))
+            .input(Input::model_file("clip_name", "text_encoders").bare())
             .input(Input::combo("type", TYPES).bare())
             .input(device_input())
             .output("CLIP")
@@ -270,8 +270,8 @@ impl Node for DualClipLoader {
         const TYPES: &[&str] = &["sdxl", "sd3", "flux", "hunyuan_video", "hidream", "hunyuan_image"];
         Schema::new("DualCLIPLoader", "advanced/loaders")
             .describe("Loads the two text encoders of SDXL, CLIP-L and OpenCLIP-bigG, in any order.")
-            .input(Input::model_file("clip_name1", "text_encoders"))
-            .input(Input::model_file("clip_name2", "text_encoders"))
+            .input(Input::model_file("clip_name1", "text_encoders").bare())
+            .input(Input::model_file("clip_name2", "text_encoders").bare())
             .input(Input::combo("type", TYPES).bare())
             .input(device_input())
             .output("CLIP")

@@ -21,6 +21,7 @@ pub mod guidance;
 pub mod image;
 pub mod image_file;
 pub mod image_filter;
+pub mod image_quantize;
 pub mod image_transform;
 pub mod inpaint_model;
 pub mod latent;
@@ -30,16 +31,27 @@ pub mod loaders;
 pub mod lora;
 pub mod mask;
 mod model_inputs;
+pub mod model_merge;
+pub mod model_sampling;
+pub mod model_save;
+pub mod newer_families;
+#[cfg(test)]
+mod object_info_tests;
 mod plane;
+pub mod preview_any;
+pub mod primitive;
 mod pure;
+pub mod regex;
 pub mod sampling;
 #[cfg(test)]
 mod sampling_tests;
 mod sd_model;
 mod shapes;
+pub mod string;
 pub mod text;
 pub mod text_sdxl;
 pub mod tiny_vae;
+pub mod unet_patches;
 pub mod upscale_model;
 pub mod vae;
 mod value;
@@ -98,6 +110,11 @@ pub fn registry() -> Vec<Box<dyn Node>> {
         sampling::nodes(),
         custom_sampling::nodes(),
         guidance::nodes(),
+        unet_patches::nodes(),
+        model_sampling::nodes(),
+        model_merge::nodes(),
+        model_save::nodes(),
+        newer_families::nodes(),
         latent::nodes(),
         latent_math::nodes(),
         latent_file::nodes(),
@@ -105,11 +122,16 @@ pub fn registry() -> Vec<Box<dyn Node>> {
         image::nodes(),
         image_transform::nodes(),
         image_filter::nodes(),
+        image_quantize::nodes(),
         canny::nodes(),
         compositing::nodes(),
         image_file::nodes(),
         upscale_model::nodes(),
         mask::nodes(),
+        primitive::nodes(),
+        string::nodes(),
+        regex::nodes(),
+        preview_any::nodes(),
     ]
     .into_iter()
     .flatten()

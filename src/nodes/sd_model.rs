@@ -4,19 +4,21 @@ use std::any::Any;
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::control;
 use super::model_inputs::{Beside, beside, vector};
+use super::{NodeError, control};
 use crate::diffusion::model::tokens_batch;
 use crate::diffusion::preview::{self, Latent2Rgb};
 use crate::diffusion::schedule::{Betas, ModelSampling, Prediction};
-use crate::diffusion::{CondEntry, DenoiseItem, DiffusionError, Model};
+use crate::diffusion::{CondEntry, DenoiseItem, DiffusionError, Model, ModelHandle};
 use crate::models::detect::{Family, UnetConfig};
 use crate::models::patch::{Patch, Patches};
 use crate::models::unet::UnetInput;
+use crate::models::unet::hooks::{Hooks, UnetHook};
 use crate::models::{ModelError, ModelFile, detect};
 use crate::tensor::HostTensor;
 
-/// The diffusion model of an SD-family checkpoint.
+/// The diffusion model of an SD-family checkpoint, with what nodes attached to it.
+/// Cheap to copy: a node that changes it makes a copy with the change.
 #[derive(Clone)]
 pub struct SdModel {
     file: Arc<ModelFile>,
@@ -25,6 +27,7 @@ pub struct SdModel {
     sampling: ModelSampling,
     latent_scale: f32,
     channels: usize,
+    hooks: Vec<Arc<dyn UnetHook>>,
 }
 
 impl SdModel {
@@ -35,21 +38,43 @@ impl SdModel {
             detect::Prediction::Epsilon => Prediction::Eps,
             detect::Prediction::V => Prediction::V,
         };
-        let detect::BetaSchedule { start, end, steps } = config.beta_schedule;
-        let has_zero_terminal_snr = config.has_zero_terminal_snr;
         let sampling = match config.continuous {
             Some(range) => ModelSampling::continuous_edm(prediction, range.sigma_min, range.sigma_max, 1.0),
-            None => ModelSampling::discrete(prediction, Betas { start, end, steps, has_zero_terminal_snr }),
+            None => ModelSampling::discrete(prediction, betas(&config)),
         };
         let channels = file.unet()?.config().out_channels;
         let family = file.family()?;
-        let latent_scale = config.latent_scale as f32;
-        Ok(Self { file, patches: Patches::default(), family, sampling, latent_scale, channels })
+        let (latent_scale, patches) = (config.latent_scale as f32, Patches::default());
+        Ok(Self { file, patches, family, sampling, latent_scale, channels, hooks: Vec::new() })
+    }
+
+    /// The model on a `MODEL` link, below its guidance patches.
+    pub fn of(handle: &ModelHandle) -> Result<&Self, NodeError> {
+        handle
+            .network()
+            .ok_or_else(|| NodeError::input("model", "is no diffusion model that this node can change"))
+    }
+
+    /// The betas that the model was trained with.
+    pub fn betas(&self) -> Result<Betas, ModelError> {
+        Ok(betas(&self.file.sampling()?))
     }
 
     /// The file that holds the network.
     pub fn file(&self) -> &Arc<ModelFile> {
         &self.file
+    }
+
+    /// The same model with one more hook.
+    pub fn with_hook(&self, hook: Arc<dyn UnetHook>) -> Self {
+        let mut copy = self.clone();
+        copy.hooks.push(hook);
+        copy
+    }
+
+    /// The same model with other noise levels or another meaning of its output.
+    pub fn with_sampling(&self, sampling: ModelSampling) -> Self {
+        Self { sampling, ..self.clone() }
     }
 
     /// The patches that the network's weights are under.
@@ -79,7 +104,10 @@ impl SdModel {
         let vector = self.vectors(unet.config(), items)?;
         let call = UnetInput { x: &input, timesteps: &timesteps, context: &context, vector: vector.as_ref() };
         let controls = control::inputs(items, sigma, &self.sampling)?;
-        let output = unet.forward_controlled(&call, &controls, None)?;
+        let negative = |i: &DenoiseItem<'_>| usize::from(i.is_negative);
+        let sides: Vec<usize> = items.iter().flat_map(|i| std::iter::repeat_n(negative(i), batch)).collect();
+        let hooks = Hooks { list: &self.hooks, sigma, sides: &sides };
+        let output = unet.forward_hooked(&call, &controls, hooks)?;
         let denoised = self.sampling.calculate_denoised(sigma, &output, &x);
         Ok((0..items.len()).map(|i| denoised.rows(i * batch, batch)).collect())
     }
@@ -114,6 +142,11 @@ fn stacked<'a>(parts: impl Iterator<Item = &'a HostTensor> + Clone) -> Result<Ho
         expected,
         found,
     })
+}
+
+fn betas(config: &detect::SamplingConfig) -> Betas {
+    let detect::BetaSchedule { start, end, steps } = config.beta_schedule;
+    Betas { start, end, steps, has_zero_terminal_snr: config.has_zero_terminal_snr }
 }
 
 impl Model for SdModel {

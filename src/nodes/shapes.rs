@@ -133,6 +133,12 @@ pub(super) fn fit_latent(x: &HostTensor, like: [usize; 4], method: Method) -> Re
     Ok(upscale(x, Resize { width: like[3], height: like[2], method, crop: Crop::Center })?)
 }
 
+/// Smallest and largest value; `None` without values.
+pub(super) fn extremes(x: &HostTensor) -> Option<(f32, f32)> {
+    let first = *x.data().first()?;
+    Some(x.data().iter().fold((first, first), |(low, high), &v| (low.min(v), high.max(v))))
+}
+
 /// Exactly `count` samples: cut, or repeated from the start.
 pub(super) fn repeat_to(x: &HostTensor, count: usize) -> Result<HostTensor, NodeError> {
     let batch = x.dim(0).max(1);

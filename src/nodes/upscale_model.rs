@@ -37,7 +37,7 @@ impl Node for UpscaleModelLoader {
             .display("Load Upscale Model")
             .module(MODULE)
             .describe("Loads a network that enlarges pictures: ESRGAN, RealESRGAN or a compact one.")
-            .input(Input::model_file("model_name", "upscale_models"))
+            .input(Input::model_file("model_name", "upscale_models").opt("multiselect", false))
             .output("UPSCALE_MODEL");
         flags(schema)
     }

@@ -18,9 +18,12 @@ mod file;
 mod header;
 mod mmap;
 #[forbid(unsafe_code)]
+mod save;
+#[forbid(unsafe_code)]
 mod sniff;
 #[forbid(unsafe_code)]
 pub mod synth;
 
 pub use error::{HeaderFault, WeightsError};
 pub use file::{OpenOptions, TensorInfo, WeightsFile};
+pub use save::{SaveEntry, SaveError, save};

@@ -6,6 +6,7 @@ mod preview;
 mod rng;
 mod sampler_nodes;
 mod samplers;
+mod saved;
 mod schedules;
 mod tokenizer;
 mod toy;
@@ -28,7 +29,10 @@ pub fn run(group: &Group, bench: &Bench, report: &mut Report) -> bool {
     } else if ["ksampler", "nodes", "model_sampling"].iter().any(|key| json.get(key).is_some()) {
         schedules::run(group, bench, report);
     } else if json.get("keys").is_some() && json.get("metadata").is_some() {
-        report.case(&group.name, "keys", Outcome::Later(vec!["CheckpointSave".to_owned()]));
+        if report.wants(&group.name, "keys") {
+            let outcome = saved::compare(group, bench).unwrap_or_else(|outcome| outcome);
+            report.case(&group.name, "keys", outcome);
+        }
     } else {
         return by_cases(group, bench, report);
     }

@@ -80,6 +80,10 @@ impl Model for Told {
     fn latent_scale(&self) -> f32 {
         self.inner.0.latent_scale()
     }
+
+    fn network(&self) -> &dyn std::any::Any {
+        self.inner.0.network()
+    }
 }
 
 /// Compares the latent of each step with the recorded ones, `[steps, …]`.

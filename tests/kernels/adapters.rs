@@ -3,6 +3,8 @@
 #[path = "../adapters/files.rs"]
 mod files;
 
+use kiln::driver::Driver;
+
 use crate::pipeline::{cpu, engine, picture, psnr, run, simt};
 
 /// f16 (bf16 in the autoencoders) against f32. What adapters add are more sums of the same kind, so the bound is that

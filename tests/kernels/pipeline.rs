@@ -123,6 +123,31 @@ fn the_demo_picture_is_that_of_the_cpu() {
     engine_on_simt.shutdown();
 }
 
+/// Hooks inside the network and guidance that asks it again, as on the CPU.
+#[test]
+fn a_patched_model_draws_what_it_draws_on_the_cpu() {
+    let mut prompt = workflow(128, 2, 3);
+    let patches = json!({
+        "20": {"class_type": "HyperTile", "inputs": {"model": ["4", 0], "tile_size": 32, "swap_size": 1,
+            "max_depth": 1, "scale_depth": false}},
+        "21": {"class_type": "FreeU", "inputs": {"model": ["20", 0], "b1": 1.1, "b2": 1.2, "s1": 0.9, "s2": 0.2}},
+        "22": {"class_type": "PerturbedAttentionGuidance", "inputs": {"model": ["21", 0], "scale": 1.0}},
+        "23": {"class_type": "SelfAttentionGuidance", "inputs": {"model": ["22", 0], "scale": 0.5, "blur_sigma": 2.0}},
+    });
+    prompt.as_object_mut().unwrap().extend(patches.as_object().unwrap().clone());
+    let plain = prompt.clone();
+    prompt["3"]["inputs"]["model"] = json!(["23", 0]);
+    let (ours, theirs) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let on_cpu = engine(cpu(), theirs.path());
+    let patched = picture(&run(&on_cpu, prompt.clone()), theirs.path());
+    let unpatched = picture(&run(&on_cpu, plain), theirs.path());
+    let change = psnr(&patched, &unpatched);
+    let on_simt = picture(&run(&engine(simt().1, ours.path()), prompt), ours.path());
+    let db = psnr(&on_simt, &patched);
+    println!("{db:.1} dB to the CPU; the patches make {change:.1} dB");
+    assert!(db >= 35.0 && change < 30.0, "{db:.1} dB, {change:.1} dB");
+}
+
 /// From the third step on: one graph, no memory from the driver, and the host waits for the result only.
 #[test]
 fn a_steady_step_is_one_graph_without_allocation() {

@@ -28,6 +28,10 @@ const ABOVE_ALL_SIGMAS: f64 = 999_999_999.9;
 /// because sigma would be infinite.
 const ZERO_SNR_ALPHA: f64 = 4.897_345_189_085_343_5e-8;
 
+/// Deviation of the data in a consistency model's boundary condition; its input
+/// is scaled as for any other discrete model.
+const CONSISTENCY_SIGMA_DATA: f32 = 0.5;
+
 /// What the network's output stands for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Prediction {
@@ -109,7 +113,7 @@ impl ModelSampling {
         valid.reverse();
         let (log_sigmas, sigmas) = rounded_tables(&valid);
         let axis = Axis::Discrete { log_sigmas, stride };
-        Self { prediction: Prediction::Lcm, axis, sigmas, sigma_data: 0.5 }
+        Self { prediction: Prediction::Lcm, axis, sigmas, sigma_data: 1.0 }
     }
 
     /// Rectified flow (SD3, AuraFlow): sigma = shift·t / (1 + (shift - 1)·t)
@@ -263,6 +267,7 @@ impl ModelSampling {
             }
             Prediction::X0 | Prediction::ImageToImage => output.clone(),
             Prediction::Lcm => {
+                let data = CONSISTENCY_SIGMA_DATA;
                 let scaled = self.timestep(sigma) * 10.0;
                 let total = scaled * scaled + data * data;
                 let (skip, out_share) = (data * data / total, scaled / total.sqrt());

@@ -164,7 +164,8 @@ impl ControlNet {
         let ops = pass.ops;
         let time = self.time(pass)?;
         let mut probe = |_: &str, _: &Tensor| {};
-        let mut scope = Scope { ops, time: &time, context: pass.unet.context, probe: &mut probe };
+        let context = pass.unet.context;
+        let mut scope = Scope { ops, time: &time, context, probe: &mut probe, hooks: None };
         let mut skips = Vec::with_capacity(self.zero.len());
         let mut h: Option<Tensor> = None;
         for (i, (stage, zero)) in self.input.iter().zip(&self.zero).enumerate() {

@@ -1,8 +1,9 @@
 //! The UNet's building blocks: ResBlock, spatial transformer, upsampling.
 
+use super::hooks::{HookScope, SelfAttention, Site};
 use crate::models::ModelError;
 use crate::models::detect::UnetConfig;
-use crate::models::layers::{LazyConv, LazyLinear, LazyNorm, Loader, Ops, fused_self_attention, head_scale};
+use crate::models::layers::{LazyConv, LazyLinear, LazyNorm, Loader, Ops, head_scale};
 use crate::tensor::{Attention, Cols, Conv2d, ConvWeight, GroupNorm, Linear, Tensor};
 
 /// What all blocks of one forward pass share.
@@ -13,6 +14,7 @@ pub(in crate::models) struct Scope<'a, 'p> {
     /// Keys and values of every cross-attention.
     pub context: &'a [&'a Tensor],
     pub probe: &'p mut dyn FnMut(&str, &Tensor),
+    pub hooks: Option<&'a HookScope<'a>>,
 }
 
 /// GroupNorm-SiLU-conv twice, with the time bias in the middle and a skip connection.
@@ -163,7 +165,7 @@ impl SpatialTransformer {
         let mut h = ops.linear(&Linear::new(&normed, self.proj_in.get()?))?;
         drop(normed);
         for (i, block) in self.blocks.iter().enumerate() {
-            h = self.block(scope, block, h, self.context_start + i, &format!("{stage}.1.tb{i}"))?;
+            h = self.block(scope, block, h, self.context_start + i, Site { stage, index: i })?;
         }
         h.reshape(x.shape())?;
         let y = ops.linear(&Linear { residual: Some(x), ..Linear::new(&h, self.proj_out.get()?) })?;
@@ -177,13 +179,17 @@ impl SpatialTransformer {
         block: &TransformerBlock,
         x: Tensor,
         context: usize,
-        name: &str,
+        site: Site<'_>,
     ) -> Result<Tensor, ModelError> {
         let (ops, heads, c) = (scope.ops, self.heads, x.shape().c);
         let normed = ops.layer_norm(&x, &block.norm1, 1e-5)?;
-        (scope.probe)(&format!("{name}.norm1"), &normed);
+        (scope.probe)(&format!("{}.1.tb{}.norm1", site.stage, site.index), &normed);
         let qkv = ops.linear(&Linear::new(&normed, block.qkv.get()?))?;
-        let attended = ops.attention(&fused_self_attention(&qkv, heads, false))?;
+        let attention = SelfAttention { normed: &normed, qkv: &qkv, heads };
+        let attended = match scope.hooks {
+            Some(hooks) => hooks.attend(site, &attention)?,
+            None => attention.plain(ops)?,
+        };
         drop(qkv);
         let x = ops.linear(&Linear { residual: Some(&x), ..Linear::new(&attended, block.out1.get()?) })?;
 

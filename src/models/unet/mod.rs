@@ -4,6 +4,7 @@
 
 mod blocks;
 mod context;
+pub mod hooks;
 pub mod vector;
 
 use std::sync::Arc;
@@ -17,6 +18,7 @@ use crate::tensor::{Activation, Backend, Cols, Conv2d, GroupNorm, HostTensor, Li
 pub(super) use blocks::Scope;
 use blocks::{ResBlock, SpatialTransformer};
 pub(super) use context::ContextCache;
+use hooks::{HookCall, HookScope, Hooks};
 
 /// Keys and values of every cross-attention for one text conditioning.
 ///
@@ -287,6 +289,29 @@ impl Unet {
         self.config.channel_mult.len()
     }
 
+    /// As [`forward_controlled`](Self::forward_controlled), with hooks. Such a pass is not recorded.
+    pub fn forward_hooked(
+        &self,
+        input: &UnetInput<'_>,
+        controls: &[ControlInput],
+        hooks: Hooks<'_>,
+    ) -> Result<HostTensor, ModelError> {
+        if hooks.list.is_empty() {
+            return self.forward_controlled(input, controls, None);
+        }
+        let (ops, size) = (Ops(self.backend.as_ref()), (input.x.dim(2), input.x.dim(3)));
+        let call = HookCall { ops, sigma: hooks.sigma, size, sides: hooks.sides };
+        self.pass(input, controls, (None, Some(&HookScope { list: hooks.list, call })))
+    }
+
+    fn check_channels(&self, input: &UnetInput<'_>) -> Result<(), ModelError> {
+        let (expected, found) = (self.config.in_channels, input.x.dim(1));
+        if found == expected {
+            return Ok(());
+        }
+        Err(ModelError::Input { what: "latent channels", expected, found })
+    }
+
     /// The model's raw prediction `[B, out_channels, h, w]`.
     pub fn forward(&self, input: &UnetInput<'_>, probe: Option<Probe<'_>>) -> Result<HostTensor, ModelError> {
         self.forward_controlled(input, &[], probe)
@@ -299,10 +324,17 @@ impl Unet {
         controls: &[ControlInput],
         probe: Option<Probe<'_>>,
     ) -> Result<HostTensor, ModelError> {
-        if input.x.dim(1) != self.config.in_channels {
-            let (expected, found) = (self.config.in_channels, input.x.dim(1));
-            return Err(ModelError::Input { what: "latent channels", expected, found });
-        }
+        self.pass(input, controls, (probe, None))
+    }
+
+    /// Upload, all layers, download. A pass that nobody looks into is recorded.
+    fn pass(
+        &self,
+        input: &UnetInput<'_>,
+        controls: &[ControlInput],
+        (probe, hooks): (Option<Probe<'_>>, Option<&HookScope<'_>>),
+    ) -> Result<HostTensor, ModelError> {
+        self.check_channels(input)?;
         let ops = Ops(self.backend.as_ref());
         let x = ops.upload_nchw(input.x)?;
         let embedded = ops.timestep_embedding(input.timesteps, self.config.model_channels)?;
@@ -312,18 +344,19 @@ impl Unet {
         let nets = latents.iter().chain(controls.iter().flat_map(ControlInput::tensors));
         let count = own.clone().count();
         let inputs: Vec<&Tensor> = own.chain(nets).collect();
-        let run = |inputs: &[&Tensor], probe: Probe<'_>| {
+        let run = |inputs: &[&Tensor], watched: (Probe<'_>, Option<&HookScope<'_>>)| {
             let (own, nets) = inputs.split_at(count.min(inputs.len()));
             let own = self.split(own)?;
             let added = controlnet::run_all(ops, &own, controls, nets)?;
-            self.layers(ops, &own, added, probe)
+            self.layers(ops, &own, added, watched)
         };
         let out = match probe {
-            Some(probe) => run(&inputs, probe)?,
+            Some(probe) => run(&inputs, (probe, hooks))?,
+            None if hooks.is_some() => run(&inputs, (&mut |_, _| {}, hooks))?,
             None => self
                 .backend
                 .record(controlnet::key(self.id, controls), &inputs, &mut |inputs| {
-                    Ok(run(inputs, &mut |_, _| {})?)
+                    Ok(run(inputs, (&mut |_, _| {}, None))?)
                 })
                 .map_err(ModelError::from_recorded)?,
         };
@@ -363,27 +396,42 @@ impl Unet {
         ops: Ops<'_>,
         inputs: &LayerInputs<'_>,
         mut added: Additions,
-        probe: Probe<'_>,
+        (probe, hooks): (Probe<'_>, Option<&HookScope<'_>>),
     ) -> Result<Tensor, ModelError> {
         let (x, context) = (inputs.x, inputs.context);
         let time = self.time(ops, inputs.embedded, inputs.vector)?;
-        let mut scope = Scope { ops, time: &time, context, probe };
+        let mut scope = Scope { ops, time: &time, context, probe, hooks };
         let mut skips: Vec<Tensor> = Vec::with_capacity(self.input.len());
-        for stage in &self.input {
-            let next = run_stage(&mut scope, stage, skips.last().unwrap_or(x), None, None)?;
-            skips.push(controlnet::add(ops, next, added.input(skips.len()))?);
+        // What goes further down, where that is not the skip connection.
+        let mut down: Option<Tensor> = None;
+        for (i, stage) in self.input.iter().enumerate() {
+            let from = down.as_ref().or(skips.last()).unwrap_or(x);
+            let next = run_stage(&mut scope, stage, from, None, None)?;
+            let mut next = controlnet::add(ops, next, added.input(i))?;
+            if let Some(hooks) = hooks {
+                next = hooks.down(i, false, &next)?.unwrap_or(next);
+                down = hooks.down(i, true, &next)?;
+            }
+            skips.push(next);
         }
-        let bottom = skips.last().unwrap_or(x);
+        let bottom = down.as_ref().or(skips.last()).unwrap_or(x);
         let first = run_stage(&mut scope, &self.middle[0], bottom, None, None)?;
         let mut x = run_stage(&mut scope, &self.middle[1], &first, None, None)?;
         drop(first);
         x = controlnet::add(ops, x, added.middle.take())?;
         (scope.probe)("middle_block", &x);
+        drop(down);
         for stage in &self.output {
-            let skip = match skips.pop() {
+            let mut skip = match skips.pop() {
                 Some(skip) => Some(controlnet::add(ops, skip, added.skips.pop())?),
                 None => None,
             };
+            if let Some(hooks) = hooks
+                && let Some(taken) = skip.take()
+            {
+                let joined = hooks.up(x, taken)?;
+                (x, skip) = (joined.0, Some(joined.1));
+            }
             let target = skips.last().map(|t| (t.shape().h, t.shape().w));
             x = run_stage(&mut scope, stage, &x, skip.as_ref(), target)?;
         }

@@ -1,0 +1,154 @@
+//! Hooks into a UNet's forward pass.
+//!
+//! Some techniques change what happens inside the network: attention over parts
+//! of the picture, scaled skip connections, smaller feature maps for the first
+//! steps. They attach as [`UnetHook`]s, which the blocks ask at three places; the
+//! network itself knows none of them, and without hooks nothing is asked. Hooks may
+//! copy to and from the host, so a pass with hooks is never recorded.
+
+use std::sync::Arc;
+
+use crate::models::ModelError;
+use crate::models::layers::{Ops, fused_self_attention};
+use crate::tensor::Tensor;
+
+/// A transformer block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Site<'a> {
+    /// Name of its stage: `input_blocks.4`, `middle_block.0`, ….
+    pub stage: &'a str,
+    /// Its place among the stage's transformer blocks.
+    pub index: usize,
+}
+
+impl Site<'_> {
+    /// Whether the stage is the lowest one.
+    pub fn is_middle(&self) -> bool {
+        self.stage.starts_with("middle")
+    }
+}
+
+/// The pass that a hook works in.
+#[derive(Clone, Copy)]
+pub struct HookCall<'a> {
+    /// Ops of the backend that the network runs on.
+    pub ops: Ops<'a>,
+    /// Noise level of the latents.
+    pub sigma: f32,
+    /// Height and width of the latents.
+    pub size: (usize, usize),
+    /// What every sample is denoised towards, by number (0: the positive side, 1: the negative one).
+    pub sides: &'a [usize],
+}
+
+/// Self-attention that is about to happen.
+#[derive(Clone, Copy)]
+pub struct SelfAttention<'a> {
+    /// The block's normalised tokens `[B, 1, S, C]`.
+    pub normed: &'a Tensor,
+    /// Queries, keys and values side by side `[B, 1, S, 3·C]`.
+    pub qkv: &'a Tensor,
+    /// Number of heads.
+    pub heads: usize,
+}
+
+impl SelfAttention<'_> {
+    /// The attention as it is without hooks.
+    pub fn plain(&self, ops: Ops<'_>) -> Result<Tensor, ModelError> {
+        ops.attention(&fused_self_attention(self.qkv, self.heads, false))
+    }
+}
+
+/// What a hook makes of the input of a stage on the way up; `None` leaves a part as it is.
+#[derive(Default)]
+pub struct Joined {
+    /// The feature map from below.
+    pub h: Option<Tensor>,
+    /// The skip connection.
+    pub skip: Option<Tensor>,
+}
+
+/// A change to the inside of a forward pass.
+pub trait UnetHook: Send + Sync {
+    /// Takes the place of a block's self-attention: `[B, 1, S, C]` before the output projection.
+    /// Of several hooks that answer, the one attached last counts.
+    fn self_attention(
+        &self,
+        call: &HookCall<'_>,
+        site: Site<'_>,
+        attention: &SelfAttention<'_>,
+    ) -> Result<Option<Tensor>, ModelError> {
+        let _ = (call, site, attention);
+        Ok(None)
+    }
+
+    /// Changes the output of stage `block` on the way down, for the stages below
+    /// and, unless `is_after_skip`, for the skip connection too. Called once with
+    /// `is_after_skip` false and once with it true.
+    fn way_down(
+        &self,
+        call: &HookCall<'_>,
+        block: usize,
+        is_after_skip: bool,
+        h: &Tensor,
+    ) -> Result<Option<Tensor>, ModelError> {
+        let _ = (call, block, is_after_skip, h);
+        Ok(None)
+    }
+
+    /// Changes what a stage on the way up joins.
+    fn way_up(&self, call: &HookCall<'_>, h: &Tensor, skip: &Tensor) -> Result<Joined, ModelError> {
+        let _ = (call, h, skip);
+        Ok(Joined::default())
+    }
+}
+
+/// The hooks of one forward pass.
+#[derive(Clone, Copy)]
+pub struct Hooks<'a> {
+    /// The hooks, in the order they were attached.
+    pub list: &'a [Arc<dyn UnetHook>],
+    /// Noise level of the latents.
+    pub sigma: f32,
+    /// See [`HookCall::sides`].
+    pub sides: &'a [usize],
+}
+
+/// Hooks at work; without any, nothing is asked.
+pub(in crate::models) struct HookScope<'a> {
+    pub list: &'a [Arc<dyn UnetHook>],
+    pub call: HookCall<'a>,
+}
+
+impl HookScope<'_> {
+    /// A block's self-attention.
+    pub fn attend(&self, site: Site<'_>, attention: &SelfAttention<'_>) -> Result<Tensor, ModelError> {
+        for hook in self.list.iter().rev() {
+            if let Some(attended) = hook.self_attention(&self.call, site, attention)? {
+                return Ok(attended);
+            }
+        }
+        attention.plain(self.call.ops)
+    }
+
+    /// A stage's output on the way down, if a hook changes it.
+    pub fn down(&self, block: usize, is_after_skip: bool, h: &Tensor) -> Result<Option<Tensor>, ModelError> {
+        let mut held: Option<Tensor> = None;
+        for hook in self.list {
+            let changed = hook.way_down(&self.call, block, is_after_skip, held.as_ref().unwrap_or(h))?;
+            held = changed.or(held);
+        }
+        Ok(held)
+    }
+
+    /// The two inputs of a stage on the way up.
+    pub fn up(&self, h: Tensor, skip: Tensor) -> Result<(Tensor, Tensor), ModelError> {
+        let (mut h, mut skip) = (h, skip);
+        for hook in self.list {
+            let joined = hook.way_up(&self.call, &h, &skip)?;
+            h = joined.h.unwrap_or(h);
+            skip = joined.skip.unwrap_or(skip);
+        }
+        Ok((h, skip))
+    }
+}

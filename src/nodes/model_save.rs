@@ -1,0 +1,219 @@
+//! Writing models to files: weights as they are under their patches.
+//!
+//! Types are those that ComfyUI has in memory: diffusion model and VAE in the type
+//! that they compute in, text encoders in f16.
+
+use super::image_file::metadata;
+use super::loaders::{ClipHandle, VaeHandle};
+use super::sd_model::SdModel;
+use super::{Inputs, Node, NodeCtx, NodeError, NodeOutput, Schema};
+use crate::diffusion::ModelHandle;
+use crate::files::Kind;
+use crate::graph::Input;
+use crate::models::detect::{ClipVariant, Prediction};
+use crate::models::patch::{DIFFUSION, Values};
+use crate::tensor::{Backend, DType};
+use crate::weights::{SaveEntry, SaveError, save};
+
+/// What names of the parts begin with in a checkpoint.
+const UNET: &str = "model.diffusion_model.";
+const CLIP: &str = "cond_stage_model.transformer.";
+const VAE: &str = "first_stage_model.";
+
+/// The saving nodes.
+pub(super) fn nodes() -> Vec<Box<dyn Node>> {
+    vec![Box::new(CheckpointSave), Box::new(ClipSave), Box::new(VaeSave), Box::new(ModelSave)]
+}
+
+impl From<SaveError> for NodeError {
+    fn from(error: SaveError) -> Self {
+        NodeError::failed("OSError", error)
+    }
+}
+
+fn schema(class: &'static str, about: &'static str) -> Schema {
+    Schema::new(class, "advanced/model_merging").module("comfy_extras.nodes_model_merging").describe(about)
+}
+
+fn with_file(schema: Schema, prefix: &'static str) -> Schema {
+    schema
+        .input(Input::string("filename_prefix").opt("default", prefix))
+        .input(Input::hidden("prompt", "PROMPT"))
+        .input(Input::hidden("extra_pnginfo", "EXTRA_PNGINFO"))
+        .sink()
+}
+
+/// The type that a backend computes in, as a file holds it.
+fn computed_in(backend: &dyn Backend) -> DType {
+    if backend.info().element_bytes == 2 { DType::F16 } else { DType::F32 }
+}
+
+/// Tensors on their way into a file; no values: an empty mark.
+#[derive(Default)]
+struct Tensors(Vec<(SaveEntry, Option<Values>)>);
+
+impl Tensors {
+    /// Adds values whose names begin with `from`, under names that begin with `to`.
+    fn add(&mut self, values: Vec<(String, Values)>, (from, to): (&str, &str), dtype: DType) {
+        let renamed = values.into_iter().map(|(name, values)| {
+            let name = format!("{to}{}", name.strip_prefix(from).unwrap_or(&name));
+            (SaveEntry { name, dtype, shape: values.shape() }, Some(values))
+        });
+        self.0.extend(renamed);
+    }
+
+    fn add_model(&mut self, ctx: &NodeCtx<'_>, model: &SdModel) -> Result<(), NodeError> {
+        let dtype = computed_in(ctx.services.models.placement().diffusion.as_ref());
+        self.add(model.file().unet_values(model.patches())?, (DIFFUSION, UNET), dtype);
+        if model.file().sampling()?.prediction == Prediction::V {
+            self.0.push((SaveEntry { name: "v_pred".to_owned(), dtype: DType::F32, shape: vec![0] }, None));
+        }
+        Ok(())
+    }
+
+    /// The text encoder of SD1.x; those of other families have layouts of their own in checkpoints.
+    fn add_clip(&mut self, clip: &ClipHandle) -> Result<(), NodeError> {
+        let [part] = clip.parts.as_slice() else {
+            return Err(NodeError::input(
+                "clip",
+                "has several encoders; save them with CLIPSave, and the model with ModelSave",
+            ));
+        };
+        if part.variant != ClipVariant::L {
+            return Err(NodeError::input(
+                "clip",
+                "is no CLIP-L; save it with CLIPSave, and the model with ModelSave",
+            ));
+        }
+        let from = format!("{}.transformer.", part.variant.key());
+        self.add(part.file.clip_values(part.variant, &part.patches)?, (&from, CLIP), DType::F16);
+        Ok(())
+    }
+
+    fn add_vae(&mut self, ctx: &NodeCtx<'_>, vae: &VaeHandle, prefix: &str) -> Result<(), NodeError> {
+        if vae.tiny.is_some() {
+            return Err(NodeError::input("vae", "is a tiny autoencoder, which is no part of a checkpoint"));
+        }
+        let dtype = computed_in(ctx.services.models.placement().vae.as_ref());
+        self.add(vae.file.vae_values()?, ("", prefix), dtype);
+        Ok(())
+    }
+
+    /// Writes the file under the next free name of the output folder.
+    fn write(
+        &self,
+        ctx: &NodeCtx<'_>,
+        prefix: &str,
+        texts: &[(String, String)],
+    ) -> Result<NodeOutput, NodeError> {
+        let mut target = ctx.services.folders.save_path(Kind::Output, prefix, 0, 0)?;
+        let entries: Vec<SaveEntry> = self.0.iter().map(|(entry, _)| entry.clone()).collect();
+        let read =
+            |i: usize| self.0.get(i).and_then(|(_, v)| v.as_ref()).map(Values::read).unwrap_or_default();
+        loop {
+            let name = target.next_name(0, "safetensors");
+            let path = target.folder.join(name);
+            // Another prompt may have taken the name since the folder was read.
+            match save(&path, &entries, texts, read) {
+                Err(SaveError::Exists(_)) => {}
+                result => return Ok(result.map(|()| NodeOutput::default())?),
+            }
+        }
+    }
+}
+
+/// What the model predicts, then prompt and workflow.
+fn texts(ctx: &NodeCtx<'_>, model: &SdModel) -> Result<Vec<(String, String)>, NodeError> {
+    let predicts = match model.file().sampling()?.prediction {
+        Prediction::Epsilon => "epsilon",
+        Prediction::V => "v",
+    };
+    let mut texts = vec![("modelspec.predict_key".to_owned(), predicts.to_owned())];
+    texts.extend(metadata(ctx));
+    Ok(texts)
+}
+
+/// `CheckpointSave`.
+pub struct CheckpointSave;
+
+impl Node for CheckpointSave {
+    fn schema(&self) -> Schema {
+        let schema = schema("CheckpointSave", "Writes model, text encoder and VAE as one checkpoint file.")
+            .display("Save Checkpoint")
+            .input(Input::link("model", "MODEL").bare())
+            .input(Input::link("clip", "CLIP").bare())
+            .input(Input::link("vae", "VAE").bare());
+        with_file(schema, "checkpoints/ComfyUI")
+    }
+
+    fn execute(&self, ctx: &mut NodeCtx<'_>, inputs: &Inputs) -> Result<NodeOutput, NodeError> {
+        let handle = inputs.object::<ModelHandle>("model")?;
+        let (model, clip) = (SdModel::of(&handle)?, inputs.object::<ClipHandle>("clip")?);
+        let mut tensors = Tensors::default();
+        tensors.add_model(ctx, model)?;
+        tensors.add_clip(&clip)?;
+        tensors.add_vae(ctx, &*inputs.object::<VaeHandle>("vae")?, VAE)?;
+        tensors.write(ctx, inputs.string("filename_prefix")?, &texts(ctx, model)?)
+    }
+}
+
+/// `ModelSave`.
+pub struct ModelSave;
+
+impl Node for ModelSave {
+    fn schema(&self) -> Schema {
+        let schema = schema("ModelSave", "Writes a diffusion model to a file.");
+        with_file(schema.input(Input::link("model", "MODEL").bare()), "diffusion_models/ComfyUI")
+    }
+
+    fn execute(&self, ctx: &mut NodeCtx<'_>, inputs: &Inputs) -> Result<NodeOutput, NodeError> {
+        let handle = inputs.object::<ModelHandle>("model")?;
+        let model = SdModel::of(&handle)?;
+        let mut tensors = Tensors::default();
+        tensors.add_model(ctx, model)?;
+        tensors.write(ctx, inputs.string("filename_prefix")?, &texts(ctx, model)?)
+    }
+}
+
+/// `CLIPSave`.
+pub struct ClipSave;
+
+impl Node for ClipSave {
+    fn schema(&self) -> Schema {
+        let schema = schema("CLIPSave", "Writes a text encoder to a file.");
+        with_file(schema.input(Input::link("clip", "CLIP").bare()), "clip/ComfyUI")
+    }
+
+    fn execute(&self, ctx: &mut NodeCtx<'_>, inputs: &Inputs) -> Result<NodeOutput, NodeError> {
+        let clip = inputs.object::<ClipHandle>("clip")?;
+        let mut texts = metadata(ctx);
+        if !texts.is_empty() {
+            texts.insert(0, ("format".to_owned(), "pt".to_owned()));
+        }
+        let name = inputs.string("filename_prefix")?;
+        for part in &clip.parts {
+            let key = part.variant.key();
+            let mut tensors = Tensors::default();
+            let values = part.file.clip_values(part.variant, &part.patches)?;
+            tensors.add(values, (&format!("{key}.transformer."), ""), DType::F16);
+            tensors.write(ctx, &format!("{name}_{key}"), &texts)?;
+        }
+        Ok(NodeOutput::default())
+    }
+}
+
+/// `VAESave`.
+pub struct VaeSave;
+
+impl Node for VaeSave {
+    fn schema(&self) -> Schema {
+        let schema = schema("VAESave", "Writes a VAE to a file.");
+        with_file(schema.input(Input::link("vae", "VAE").bare()), "vae/ComfyUI_vae")
+    }
+
+    fn execute(&self, ctx: &mut NodeCtx<'_>, inputs: &Inputs) -> Result<NodeOutput, NodeError> {
+        let mut tensors = Tensors::default();
+        tensors.add_vae(ctx, &*inputs.object::<VaeHandle>("vae")?, "")?;
+        tensors.write(ctx, inputs.string("filename_prefix")?, &metadata(ctx))
+    }
+}

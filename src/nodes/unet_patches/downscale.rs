@@ -1,0 +1,106 @@
+//! Smaller feature maps below one stage for the first part of the sampling, so
+//! that large pictures get one composition instead of several.
+
+use std::sync::Arc;
+
+use super::attach;
+use crate::diffusion::ModelHandle;
+use crate::graph::Input;
+use crate::image::{Method, Resize, upscale};
+use crate::models::ModelError;
+use crate::models::unet::hooks::{HookCall, Joined, UnetHook};
+use crate::nodes::pure::PureNode;
+use crate::nodes::shapes::{method, newer, round};
+use crate::nodes::string::choice;
+use crate::nodes::{Inputs, Node, NodeError, Schema, Value};
+use crate::tensor::Tensor;
+
+const METHODS: [&str; 5] = ["bicubic", "nearest-exact", "bilinear", "area", "bislerp"];
+
+/// The node.
+pub(super) fn nodes() -> Vec<Box<dyn Node>> {
+    vec![PureNode::boxed(schema, patch)]
+}
+
+fn schema() -> Schema {
+    let share = |name, default| Input::float(name, default, 0.0, 1.0).opt("step", 0.001);
+    let schema = Schema::new("PatchModelAddDownscale", "model_patches/unet")
+        .display("PatchModelAddDownscale (Kohya Deep Shrink)")
+        .module("comfy_extras.nodes_model_downscale")
+        .describe("Shrinks the feature maps below a block for a part of the sampling, for large pictures.")
+        .input(Input::link("model", "MODEL"))
+        .input(Input::int("block_number", 3, 1, 32).opt("step", 1))
+        .input(Input::float("downscale_factor", 2.0, 0.1, 9.0).opt("step", 0.001))
+        .input(share("start_percent", 0.0))
+        .input(share("end_percent", 0.35))
+        .input(Input::boolean("downscale_after_skip").opt("default", true))
+        .input(choice("downscale_method", &METHODS))
+        .input(choice("upscale_method", &METHODS))
+        .output("MODEL");
+    newer(schema, false)
+}
+
+fn patch(inputs: &Inputs) -> Result<Vec<Value>, NodeError> {
+    let model = inputs.object::<ModelHandle>("model")?;
+    let sampling = model.0.sampling();
+    let hook = Downscale {
+        block: inputs.size("block_number")?,
+        factor: inputs.float("downscale_factor")?,
+        start: sampling.percent_to_sigma(inputs.float("start_percent")?),
+        end: sampling.percent_to_sigma(inputs.float("end_percent")?),
+        is_after_skip: inputs.boolean("downscale_after_skip")?,
+        down: method(inputs, "downscale_method")?,
+        up: method(inputs, "upscale_method")?,
+    };
+    attach(inputs, Arc::new(hook))
+}
+
+struct Downscale {
+    block: usize,
+    factor: f64,
+    /// Used from this sigma …
+    start: f64,
+    /// … down to this one.
+    end: f64,
+    is_after_skip: bool,
+    down: Method,
+    up: Method,
+}
+
+fn resized(
+    call: &HookCall<'_>,
+    x: &Tensor,
+    (h, w): (usize, usize),
+    method: Method,
+) -> Result<Tensor, ModelError> {
+    let map = call.ops.download_nchw(x)?;
+    let map = upscale(&map, Resize::to(w, h, method)).map_err(|e| ModelError::File(e.to_string()))?;
+    call.ops.upload_nchw(&map)
+}
+
+impl UnetHook for Downscale {
+    fn way_down(
+        &self,
+        call: &HookCall<'_>,
+        block: usize,
+        is_after_skip: bool,
+        h: &Tensor,
+    ) -> Result<Option<Tensor>, ModelError> {
+        let sigma = f64::from(call.sigma);
+        let is_active = sigma <= self.start && sigma >= self.end;
+        if block != self.block || is_after_skip != self.is_after_skip || !is_active {
+            return Ok(None);
+        }
+        let side = |n: usize| round(n as f64 * (1.0 / self.factor)).max(1);
+        let size = (side(h.shape().h), side(h.shape().w));
+        resized(call, h, size, self.down).map(Some)
+    }
+
+    fn way_up(&self, call: &HookCall<'_>, h: &Tensor, skip: &Tensor) -> Result<Joined, ModelError> {
+        let (have, want) = (h.shape(), skip.shape());
+        if have.h == want.h {
+            return Ok(Joined::default());
+        }
+        Ok(Joined { h: Some(resized(call, h, (want.h, want.w), self.up)?), skip: None })
+    }
+}

@@ -1,0 +1,54 @@
+//! Changes to the inside of the UNet, attached to a model: one file a technique.
+//!
+//! What acts inside the network is a [`UnetHook`]; what acts on the guided
+//! prediction as well is a [`GuidancePatch`](crate::diffusion::guidance_patch::GuidancePatch)
+//! that asks the model again, with a hook of its own.
+
+mod downscale;
+mod freeu;
+mod hypertile;
+mod perturbed_attention;
+mod self_attention_guidance;
+#[cfg(test)]
+mod tests;
+mod token_merging;
+
+use std::sync::Arc;
+
+use super::sd_model::SdModel;
+use super::{Inputs, Node, NodeError, Value};
+use crate::diffusion::ModelHandle;
+use crate::models::ModelError;
+use crate::models::layers::Ops;
+use crate::models::unet::hooks::UnetHook;
+use crate::tensor::{HostTensor, Tensor};
+
+/// The nodes of this folder.
+pub(super) fn nodes() -> Vec<Box<dyn Node>> {
+    [
+        freeu::nodes(),
+        hypertile::nodes(),
+        perturbed_attention::nodes(),
+        self_attention_guidance::nodes(),
+        token_merging::nodes(),
+        downscale::nodes(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+/// The input `model` with one more hook.
+fn attach(inputs: &Inputs, hook: Arc<dyn UnetHook>) -> Result<Vec<Value>, NodeError> {
+    let model = inputs.object::<ModelHandle>("model")?;
+    let hooked = SdModel::of(&model)?.with_hook(hook);
+    Ok(vec![Value::object("MODEL", model.with_network(Arc::new(hooked)))])
+}
+
+/// Uploads tokens `[B, S, C]` that the caller computed; the shape must fit.
+fn tokens(ops: Ops<'_>, shape: [usize; 3], data: Vec<f32>) -> Result<Tensor, ModelError> {
+    let (expected, found) = (shape.iter().product(), data.len());
+    let x = HostTensor::new(&shape, data);
+    let x = x.ok_or(ModelError::Input { what: "values of a hook's tokens", expected, found })?;
+    ops.upload_tokens(&x)
+}
