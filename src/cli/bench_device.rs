@@ -53,7 +53,16 @@ pub(super) fn run(args: &ModelArgs, options: &DeviceOptions) -> Result<()> {
     println!();
     println!(
         "{:<18} {:>9} {:>9} {:>9} {:>10} {:>9} {:>10} {:>9} {:>7} {:>6}",
-        "stage", "first ms", "ms", "least ms", "GFLOP", "TFLOP/s", "of ceiling", "launches", "allocs", "syncs"
+        "stage",
+        "first ms",
+        "ms",
+        "least ms",
+        "GFLOP",
+        "TFLOP/s",
+        "of ceiling",
+        "launches",
+        "allocs",
+        "syncs"
     );
     let cond = stage(&text).text()?;
     for &size in &args.size {
@@ -69,7 +78,9 @@ pub(super) fn run(args: &ModelArgs, options: &DeviceOptions) -> Result<()> {
         memory.weights as f64 / 1e9,
         memory.peak as f64 / 1e9
     );
-    println!("a step is the UNet on the cfg pair (batch 2); first: with packing of weights; allocs, syncs: of one repetition");
+    println!(
+        "a step is the UNet on the cfg pair (batch 2); first: with packing of weights; allocs, syncs: of one repetition"
+    );
     Ok(())
 }
 

@@ -11,6 +11,7 @@
 //! | [`stream`], [`limits`] | what a peer may cost: time, bytes, memory |
 //! | [`router`], [`origin`], [`compress`] | what every request and answer passes |
 //! | [`http`], [`json`], [`download`] | bodies and answers |
+//! | [`users`], [`log`] | whose data it is; the last lines of the log |
 //! | [`routes`] | one file a group of routes |
 //! | [`ws`] | events to clients |
 //!
@@ -38,12 +39,14 @@ mod host;
 mod http;
 mod json;
 mod limits;
+mod log;
 mod origin;
 mod router;
 mod routes;
 mod stream;
 #[cfg(test)]
 mod tests;
+mod users;
 mod ws;
 
 use std::sync::Arc;
@@ -59,8 +62,11 @@ use crate::files::Folders;
 pub use connection::run;
 use limits::BodyBudget;
 pub use limits::Limits;
+pub use log::LogTail;
 pub use origin::OriginPolicy;
 use router::Router;
+use users::Users;
+pub use users::UsersError;
 use ws::Sockets;
 
 /// The ComfyUI version whose API this is; clients compare it.
@@ -84,6 +90,10 @@ pub struct ServerConfig {
     pub shutdown_timeout: Duration,
     /// The command line, shown in `/system_stats`.
     pub argv: Vec<String>,
+    /// Whether clients name the user whose data they ask for.
+    pub multi_user: bool,
+    /// What `/internal/logs` shows.
+    pub log: LogTail,
 }
 
 impl Default for ServerConfig {
@@ -95,6 +105,8 @@ impl Default for ServerConfig {
             preview_size: None,
             shutdown_timeout: Duration::from_secs(60),
             argv: Vec::new(),
+            multi_user: false,
+            log: LogTail::default(),
         }
     }
 }
@@ -103,6 +115,7 @@ impl Default for ServerConfig {
 pub struct App {
     engine: Arc<Engine>,
     folders: Arc<Folders>,
+    users: Users,
     config: ServerConfig,
     router: Router,
     sockets: Sockets,
@@ -114,8 +127,14 @@ pub struct App {
 
 /// A server that can't be set up.
 #[derive(Debug, thiserror::Error)]
-#[error("the routes contradict each other: {0}")]
-pub struct SetupError(#[from] matchit::InsertError);
+pub enum SetupError {
+    /// Two routes claim one path.
+    #[error("the routes contradict each other: {0}")]
+    Routes(#[from] matchit::InsertError),
+    /// The list of users can't be used.
+    #[error(transparent)]
+    Users(#[from] UsersError),
+}
 
 impl App {
     /// A server over an engine; [`run`] starts it.
@@ -126,6 +145,7 @@ impl App {
     ) -> Result<Arc<Self>, SetupError> {
         Ok(Arc::new(Self {
             engine,
+            users: Users::open(folders.clone(), config.multi_user)?,
             folders,
             body_budget: BodyBudget::new(config.limits.buffered_bytes),
             config,
