@@ -14,8 +14,10 @@ template <class T> PTX void one_row(const Args& args) {
     const int64_t rows = int64_t(args.batch) * args.heads * args.queries;
     const int64_t mine = int64_t(blockIdx.x) * (blockDim.x / 32) + warp, row = min(mine, rows - 1);  // [batch][heads][queries]
     const int64_t query = row % args.queries, column = row / args.queries % args.heads * args.dim, sample = row / args.queries / args.heads;
-    float* q = dynamic_smem<float[1]>() + warp * 2 * args.dim;
-    float* acc = q + args.dim;
+    // An even number apart: the compiler reads q in pairs, and the one behind an odd end must not be somebody's result.
+    const int even = (args.dim + 1) / 2 * 2;
+    float* q = dynamic_smem<float[1]>() + warp * 2 * even;
+    float* acc = q + even;
     const T* q_row = static_cast<const T*>(args.q) + (sample * args.queries + query) * args.q_pitch + column;
     const T* k = static_cast<const T*>(args.k) + sample / args.share * args.keys * args.k_pitch + column;
     const T* v = static_cast<const T*>(args.v) + sample / args.share * args.keys * args.v_pitch + column;

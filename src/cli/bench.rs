@@ -15,6 +15,7 @@ use crate::backend::{self, Device};
 use crate::diffusion::noise::Generator;
 use crate::driver::DriverError;
 use crate::models::clip::{ClipToken, WeightedToken};
+use crate::models::text::{self, TextKind, TextPart};
 use crate::models::unet::UnetInput;
 use crate::models::{ModelFile, ModelSource, ModelStore};
 use crate::tensor::{Backend, DType, HostTensor, Placement};
@@ -124,8 +125,19 @@ fn best(repeats: usize, meter: &Metered, mut run: impl FnMut() -> Result<()>) ->
     best.context("no repetition ran")
 }
 
+/// A prompt of twenty tokens for every text encoder of a checkpoint.
+pub(super) fn text_parts(checkpoint: &ModelFile) -> Result<(TextKind, Vec<TextPart>)> {
+    let variants = checkpoint.clip_variants()?;
+    let kind = TextKind::of(&variants).context("no text encoders that belong together")?;
+    let mut parts = Vec::new();
+    for variant in variants {
+        parts.push(TextPart { encoder: checkpoint.clip(variant)?, chunks: vec![chunk()] });
+    }
+    Ok((kind, parts))
+}
+
 /// The tokens of a prompt of nineteen words.
-pub(super) fn chunk() -> Vec<WeightedToken> {
+fn chunk() -> Vec<WeightedToken> {
     let mut chunk = vec![WeightedToken { token: ClipToken::Id(49407), weight: 1.0 }; 77];
     for (i, token) in chunk.iter_mut().take(20).enumerate() {
         token.token = ClipToken::Id(if i == 0 { 49406 } else { 300 + 17 * i as u32 });
@@ -164,24 +176,26 @@ impl Stage<'_> {
     }
 
     fn text(&self) -> Result<Arc<HostTensor>> {
-        let clip = self.checkpoint.clip()?;
-        let chunk = chunk();
-        let mut cond = None;
+        let (kind, parts) = text_parts(self.checkpoint)?;
+        let mut encoded = None;
         let timing = best(self.args.repeats, self.meter, || {
-            cond = Some(clip.encode(std::slice::from_ref(&chunk), 0)?.cond);
+            encoded = Some(text::encode(kind, &parts, None)?);
             Ok(())
         })?;
         self.print("text, one prompt", &timing);
-        cond.map(Arc::new).context("no encoding")
+        encoded.map(|e| Arc::new(e.cond)).context("no encoding")
     }
 
     fn step(&self, size: usize, cond: &Arc<HostTensor>) -> Result<()> {
         let unet = self.checkpoint.unet()?;
         let x = Generator::new(1).randn(&[2, unet.config().in_channels, size / 8, size / 8]);
         let conds = [cond.clone(), cond.clone()];
+        let vector = unet.config().adm_channels.map(|width| HostTensor::full(&[2, width], 0.5));
         let timing = best(self.args.repeats, self.meter, || {
             let context = unet.context(&conds)?;
-            unet.forward(&UnetInput { x: &x, timesteps: &[801.0; 2], context: &context }, None)?;
+            let input =
+                UnetInput { x: &x, timesteps: &[801.0; 2], context: &context, vector: vector.as_ref() };
+            unet.forward(&input, None)?;
             Ok(())
         })?;
         self.print(&format!("cfg step {size}"), &timing);
@@ -225,7 +239,9 @@ fn model(args: &ModelArgs) -> Result<()> {
     let store = ModelStore::new(Placement::all(meter.clone()), OpenOptions::default());
     let checkpoint = store.file(ModelSource::File(path));
     checkpoint.unet()?;
-    checkpoint.clip()?;
+    for variant in checkpoint.clip_variants()? {
+        checkpoint.clip(variant)?;
+    }
     checkpoint.vae()?;
     println!("open and check: {:.3} s (nothing is copied yet)", began.elapsed().as_secs_f64());
     println!();

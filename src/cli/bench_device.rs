@@ -10,13 +10,14 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result};
 
-use super::bench::{ModelArgs, checkpoint_file, chunk};
+use super::bench::{ModelArgs, checkpoint_file, text_parts};
 use crate::backend::cuda::check::{Ceiling, measure_ceiling};
 use crate::backend::cuda::{self, Gpu};
 use crate::backend::metered::Metered;
 use crate::backend::{DeviceOptions, cpu_backend};
 use crate::diffusion::noise::Generator;
 use crate::driver::Driver;
+use crate::models::text;
 use crate::models::unet::UnetInput;
 use crate::models::{ModelFile, ModelSource, ModelStore};
 use crate::tensor::{HostTensor, Placement};
@@ -128,21 +129,21 @@ impl Stage<'_> {
     }
 
     fn text(&self) -> Result<Arc<HostTensor>> {
-        let clip = self.checkpoint.clip()?;
-        let chunk = chunk();
-        let mut cond = None;
+        let (kind, parts) = text_parts(self.checkpoint)?;
+        let mut encoded = None;
         self.time("text, one prompt", || {
-            cond = Some(clip.encode(std::slice::from_ref(&chunk), 0)?.cond);
+            encoded = Some(text::encode(kind, &parts, None)?);
             Ok(())
         })?;
-        cond.map(Arc::new).context("no encoding")
+        encoded.map(|e| Arc::new(e.cond)).context("no encoding")
     }
 
     fn step(&self, size: usize, cond: &Arc<HostTensor>) -> Result<()> {
         let unet = self.checkpoint.unet()?;
         let x = Generator::new(1).randn(&[2, unet.config().in_channels, size / 8, size / 8]);
         let context = unet.context(&[cond.clone(), cond.clone()])?;
-        let input = UnetInput { x: &x, timesteps: &[801.0; 2], context: &context };
+        let vector = unet.config().adm_channels.map(|width| HostTensor::full(&[2, width], 0.5));
+        let input = UnetInput { x: &x, timesteps: &[801.0; 2], context: &context, vector: vector.as_ref() };
         self.time(&format!("cfg step {size}"), || {
             unet.forward(&input, None)?;
             Ok(())

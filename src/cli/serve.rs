@@ -121,6 +121,10 @@ pub struct ServeArgs {
     #[arg(long)]
     pub multi_user: bool,
 
+    /// Folder of a web page to serve instead of the built-in one, such as that of comfyui-frontend-package
+    #[arg(long, value_name = "DIR")]
+    pub front_end_root: Option<PathBuf>,
+
     /// ComfyUI's flags without effect here
     #[command(flatten)]
     pub ignored: IgnoredFlags,
@@ -213,6 +217,7 @@ fn services(args: &ServeArgs) -> anyhow::Result<Services> {
         save_metadata: !args.disable_metadata,
         preview: match args.preview_method {
             PreviewChoice::None => PreviewMethod::None,
+            PreviewChoice::Taesd => PreviewMethod::Taesd,
             _ => PreviewMethod::Latent2Rgb,
         },
         ..setup::services(&args.runtime, &options)?
@@ -224,6 +229,10 @@ fn config(args: &ServeArgs) -> anyhow::Result<ServerConfig> {
     if !(1.0..1e15).contains(&bytes) {
         bail!("--max-upload-size {}: must be a positive number of megabytes", args.max_upload_size);
     }
+    let front_end_root = args.front_end_root.clone();
+    if let Some(root) = front_end_root.as_ref().filter(|root| !root.join("index.html").is_file()) {
+        bail!("--front-end-root {}: there is no index.html in it", root.display());
+    }
     Ok(ServerConfig {
         limits: Limits { max_body_bytes: bytes as u64, queued_prompts: args.max_queue, ..Limits::default() },
         origin: OriginPolicy {
@@ -233,6 +242,7 @@ fn config(args: &ServeArgs) -> anyhow::Result<ServerConfig> {
         compress: args.enable_compress_response_body,
         preview_size: Some(args.preview_size),
         shutdown_timeout: Duration::from_secs(args.shutdown_timeout),
+        front_end_root,
         argv: std::env::args().collect(),
         multi_user: args.multi_user,
         ..ServerConfig::default()
@@ -372,6 +382,16 @@ mod tests {
         std::fs::write(dir.path().join("d.png"), b"x").unwrap();
         empty(dir.path());
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_front_end_root_must_hold_a_page() {
+        let dir = tempfile::tempdir().unwrap();
+        let args = parse(&format!("--front-end-root {}", dir.path().display())).unwrap();
+        let refused = config(&args).unwrap_err().to_string();
+        assert!(refused.contains("there is no index.html"), "{refused}");
+        std::fs::write(dir.path().join("index.html"), "x").unwrap();
+        assert_eq!(config(&args).unwrap().front_end_root.as_deref(), Some(dir.path()));
     }
 
     #[test]

@@ -336,7 +336,10 @@ impl Folders {
     pub fn user_data(&self, user: &str) -> Result<Sandbox, PathError> {
         let user = names::single(user)?;
         let all = Sandbox::at(&self.user, "user")?;
-        all.dir.create_dir_all(user).map_err(|e| all.refuse(user, e))?;
+        match all.dir.create_dir(user) {
+            Err(error) if error.kind() != ErrorKind::AlreadyExists => return Err(all.refuse(user, error)),
+            _ => {}
+        }
         let dir = all.dir.open_dir(user).map_err(|e| all.refuse(user, e))?;
         Ok(Sandbox { dir: Arc::new(dir), root: "user" })
     }

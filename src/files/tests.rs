@@ -374,7 +374,7 @@ fn links_in_user_data_stay_inside() {
     assert_eq!(std::fs::read(server.base.join("user/ann/secret")).unwrap(), b"x");
     let listed = data.list("", ListOptions { recurse: true, hidden: true }).unwrap();
     let listed: Vec<&str> = listed.iter().map(|l| l.name.as_str()).collect();
-    assert_eq!(listed, ["alias", "real", "secret", "real/a", "real/loop"]);
+    assert_eq!(listed, ["alias", "real", "secret", "real/a"], "a link upwards is not shown, nor gone into");
     // A user's folder that is itself a link to elsewhere is not entered.
     symlink(server.base.join("user/ann"), server.base.join("user/eve")).unwrap();
     symlink(&server.base, server.base.join("user/mallory")).unwrap();

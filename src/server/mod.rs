@@ -12,6 +12,7 @@
 //! | [`router`], [`origin`], [`compress`] | what every request and answer passes |
 //! | [`http`], [`json`], [`download`] | bodies and answers |
 //! | [`users`], [`log`] | whose data it is; the last lines of the log |
+//! | [`frontend`] | files of an installed web page |
 //! | [`routes`] | one file a group of routes |
 //! | [`ws`] | events to clients |
 //!
@@ -35,6 +36,7 @@
 mod compress;
 mod connection;
 mod download;
+mod frontend;
 mod host;
 mod http;
 mod json;
@@ -49,6 +51,7 @@ mod tests;
 mod users;
 mod ws;
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -88,6 +91,8 @@ pub struct ServerConfig {
     pub preview_size: Option<u32>,
     /// How long a running prompt may take to end at shutdown.
     pub shutdown_timeout: Duration,
+    /// A folder whose files are served where there is no route, `index.html` at `/`.
+    pub front_end_root: Option<PathBuf>,
     /// The command line, shown in `/system_stats`.
     pub argv: Vec<String>,
     /// Whether clients name the user whose data they ask for.
@@ -104,6 +109,7 @@ impl Default for ServerConfig {
             compress: false,
             preview_size: None,
             shutdown_timeout: Duration::from_secs(60),
+            front_end_root: None,
             argv: Vec::new(),
             multi_user: false,
             log: LogTail::default(),

@@ -14,6 +14,7 @@ use hyper::{Method, Request, StatusCode};
 
 use super::App;
 use super::compress;
+use super::frontend;
 use super::http::{self, Call, Failure, Peer, Response};
 use super::origin::Refusal;
 
@@ -127,7 +128,7 @@ fn refuse(refusal: Refusal, host: Option<&HeaderValue>) -> Response {
 
 async fn route(app: Arc<App>, peer: Peer, request: Request<Incoming>) -> Response {
     let (entry, params) = match app.router.table.at(request.uri().path()) {
-        Err(_) => return http::empty(StatusCode::NOT_FOUND),
+        Err(_) => return no_route(&app, &request).await,
         Ok(found) => {
             let params = found.params.iter().map(|(k, v)| (k.to_owned(), http::decode(v))).collect();
             (found.value.clone(), params)
@@ -136,7 +137,7 @@ async fn route(app: Arc<App>, peer: Peer, request: Request<Incoming>) -> Respons
     let method = request.method();
     let Some(handler) = entry.find(method) else {
         if matches!(*method, Method::GET | Method::HEAD) {
-            return http::empty(StatusCode::NOT_FOUND);
+            return no_route(&app, &request).await;
         }
         let mut response = http::text(StatusCode::METHOD_NOT_ALLOWED, "405: Method Not Allowed");
         if let Ok(allow) = HeaderValue::from_str(&entry.allowed()) {
@@ -150,6 +151,22 @@ async fn route(app: Arc<App>, peer: Peer, request: Request<Incoming>) -> Respons
             tracing::debug!(target: "kiln::http", %failure);
             failure.into_response()
         }
+    }
+}
+
+/// A file of `--front-end-root`, or 404.
+async fn no_route(app: &App, request: &Request<Incoming>) -> Response {
+    let root = app.config.front_end_root.as_ref();
+    match root.filter(|_| matches!(*request.method(), Method::GET | Method::HEAD)) {
+        Some(root) => {
+            frontend::serve(root, request.uri().path(), request.headers()).await.unwrap_or_else(|failure| {
+                match failure {
+                    Failure::Status(StatusCode::NOT_FOUND) => frontend::missing(request.uri().path()),
+                    other => other.into_response(),
+                }
+            })
+        }
+        None => http::empty(StatusCode::NOT_FOUND),
     }
 }
 

@@ -3,6 +3,7 @@
 mod history;
 mod internal;
 mod models;
+mod page;
 mod prompt;
 mod queue;
 mod settings;
@@ -23,7 +24,9 @@ use crate::files::{PathError, names};
 /// Every route of this server.
 pub(super) fn all() -> Router {
     Router::default()
-        .get("/", system::page)
+        .get("/", page::index)
+        .get("/kiln/{file}", page::asset)
+        .get("/templates/{file}", page::templates)
         .get("/ws", ws::upgrade)
         .get("/system_stats", system::stats)
         .get("/features", system::features)
