@@ -12,7 +12,9 @@ use anyhow::{Context, bail};
 use clap::{Args, ValueEnum};
 use tokio::net::TcpListener;
 use tokio::signal;
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, fmt};
 
 pub use ignored::IgnoredFlags;
 
@@ -21,10 +23,13 @@ use super::setup::{self, RuntimeArgs};
 use crate::engine::{Engine, EngineConfig};
 use crate::files::{FolderOptions, Folders, Kind};
 use crate::nodes::{self, PreviewMethod, Services};
-use crate::server::{App, Limits, OriginPolicy, ServerConfig};
+use crate::server::{App, Limits, LogTail, OriginPolicy, ServerConfig};
 
 /// What `--listen` without an address means.
 const EVERYWHERE: &str = "0.0.0.0,::";
+
+/// Open files besides connections: models, uploads, results.
+const SPARE_FILES: u64 = 512;
 
 /// `--preview-method`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -112,6 +117,10 @@ pub struct ServeArgs {
     #[arg(long, value_name = "N", default_value_t = 10_000)]
     pub max_queue: usize,
 
+    /// Keep the data of several users apart
+    #[arg(long)]
+    pub multi_user: bool,
+
     /// Folder of a web page to serve instead of the built-in one, such as that of comfyui-frontend-package
     #[arg(long, value_name = "DIR")]
     pub front_end_root: Option<PathBuf>,
@@ -123,11 +132,13 @@ pub struct ServeArgs {
 
 /// Runs the server until it is told to stop.
 pub fn run(args: &ServeArgs) -> anyhow::Result<()> {
-    start_log(&args.verbose);
+    let log = LogTail::default();
+    start_log(&args.verbose, log.clone());
     if !args.ignored.given.is_empty() {
         tracing::info!(flags = args.ignored.given.join(" "), "flags without effect in kiln");
     }
-    let config = config(args)?;
+    let config = ServerConfig { log, ..config(args)? };
+    allow_open_files(config.limits.connections);
     // Sets up the heap, which must come before any thread.
     let services = services(args)?;
     if let Some(threads) = args.runtime.device.threads {
@@ -156,7 +167,19 @@ pub fn run(args: &ServeArgs) -> anyhow::Result<()> {
     outcome
 }
 
-fn start_log(level: &str) {
+/// Every socket is an open file; systems often allow fewer than the server does.
+fn allow_open_files(connections: usize) {
+    let wanted = connections as u64 + SPARE_FILES;
+    match rlimit::increase_nofile_limit(wanted) {
+        Ok(allowed) if allowed < wanted => {
+            tracing::warn!(allowed, wanted, "the system allows few open files: connections may be refused");
+        }
+        Ok(_) => {}
+        Err(error) => tracing::warn!(%error, "the limit of open files can't be raised"),
+    }
+}
+
+fn start_log(level: &str, tail: LogTail) {
     let level = match level.to_ascii_uppercase().as_str() {
         "DEBUG" => "debug",
         "WARNING" => "warn",
@@ -164,9 +187,10 @@ fn start_log(level: &str) {
         _ => "info",
     };
     let filter = EnvFilter::try_from_env("KILN_LOG").unwrap_or_else(|_| EnvFilter::new(level));
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let stderr = fmt::layer().with_writer(std::io::stderr).with_ansi(std::io::stderr().is_terminal());
+    let tail = fmt::layer().with_writer(tail).with_ansi(false).without_time();
     // an embedding program may have a log of its own
-    let _ = log.with_ansi(std::io::stderr().is_terminal()).try_init();
+    let _ = tracing_subscriber::registry().with(filter).with(stderr).with(tail).try_init();
 }
 
 /// Throws away the temporary results of the last run.
@@ -220,6 +244,8 @@ fn config(args: &ServeArgs) -> anyhow::Result<ServerConfig> {
         shutdown_timeout: Duration::from_secs(args.shutdown_timeout),
         front_end_root,
         argv: std::env::args().collect(),
+        multi_user: args.multi_user,
+        ..ServerConfig::default()
     })
 }
 

@@ -29,10 +29,22 @@ pub struct LocalTime {
 impl LocalTime {
     /// The time now in the machine's time zone.
     pub fn now() -> Self {
-        let utc = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs() as i64);
+        Self::at(SystemTime::now())
+    }
+
+    /// A time in the machine's time zone.
+    pub fn at(time: SystemTime) -> Self {
+        let utc = time.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs() as i64);
         let offset =
             zone_file().and_then(|path| std::fs::read(path).ok()).and_then(|data| offset_at(&data, utc));
         Self::from_seconds(utc + offset.unwrap_or(0))
+    }
+
+    /// A time in the machine's time zone as `2026-03-07T04:05:59.000123`.
+    pub fn iso(time: SystemTime) -> String {
+        let Self { year, month, day, hour, minute, second } = Self::at(time);
+        let micros = time.duration_since(UNIX_EPOCH).map_or(0, |d| d.subsec_micros());
+        format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{micros:06}")
     }
 
     /// The time `seconds` after the start of 1970.

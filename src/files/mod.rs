@@ -3,10 +3,12 @@
 //!
 //! A name from the network is first read as text ([`names`]): absolute names,
 //! `..`, backslashes, drive letters, control characters and the like are
-//! refused whatever the operating system makes of them. What is left is joined
-//! to its root, and the result must still lie inside the root after symbolic
-//! links are followed ([`Folders::resolve`]). Whoever can *create* links inside
-//! a folder while the server runs could still race that check; clients cannot.
+//! refused whatever the operating system makes of them. What a route reads or
+//! writes is then opened below an open directory, which no link leads out of
+//! ([`Sandbox`]). Nodes, which hand paths on, get them joined to their root and
+//! checked once more with symbolic links followed ([`Folders::resolve`]):
+//! whoever can *create* links inside a folder while the server runs could race
+//! that check; clients cannot.
 //!
 //! Model folders are the operator's: links inside them are followed, names are
 //! checked as text all the same ([`models`]).
@@ -17,6 +19,7 @@ mod extra_paths;
 mod listing;
 pub mod models;
 pub mod names;
+mod sandbox;
 mod save;
 #[cfg(test)]
 mod tests;
@@ -27,6 +30,7 @@ use std::path::{Path, PathBuf};
 pub use clock::LocalTime;
 pub use error::{FoldersError, PathError};
 pub use models::{DEMO_BYTES, DEMO_CHECKPOINT, ModelEntry, ModelPath};
+pub use sandbox::{FileFacts, ListOptions, Listed, Sandbox, Staged, below};
 pub use save::{SaveTarget, write_atomic, write_new};
 
 use models::ModelFolder;
@@ -180,20 +184,6 @@ impl Folders {
         let (name, kind) = names::split_annotation(name);
         let kind = kind.unwrap_or(default);
         inside(self.root(kind), &names::file(name, kind.name())?, kind.name())
-    }
-
-    /// The path of a file or folder among the data of `user` (`default` in
-    /// single-user mode). An empty name is the user's folder itself.
-    ///
-    /// # Errors
-    /// As [`Folders::resolve`].
-    pub fn resolve_user(&self, user: &str, name: &str) -> Result<PathBuf, PathError> {
-        let mut parts = vec![names::single(user)?];
-        parts.extend(names::folders(name, "user")?);
-        let path = inside(&self.user, &parts, "user")?;
-        // A link must not lead from one user's data to another's.
-        let own = self.user.join(user);
-        if own.exists() { inside(&own, &parts[1..], "user") } else { Ok(path) }
     }
 }
 

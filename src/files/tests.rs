@@ -122,15 +122,13 @@ fn no_hostile_name_reaches_the_canary() {
             folders.resolve(Kind::Input, name, "canary"),
             folders.resolve_folder(Kind::Input, name),
             folders.resolve_annotated(name, Kind::Input),
-            folders.resolve_user("default", name),
-            folders.resolve_user(name, "canary"),
             folders.save_path(Kind::Input, name, 1, 1).map(|t| t.folder.join(t.name)),
             folders.model_path("loras", name).and_then(|p| match p {
                 ModelPath::File(path) => Ok(path),
                 ModelPath::Embedded { .. } => Err(PathError::UnknownFolder(String::new())),
             }),
         ];
-        let roots = ["input", "input", "input", "input", "user", "user", "input", "models/loras"];
+        let roots = ["input", "input", "input", "input", "input", "models/loras"];
         for (result, root) in results.into_iter().zip(roots) {
             let Ok(path) = result else {
                 refused += 1;
@@ -145,7 +143,7 @@ fn no_hostile_name_reaches_the_canary() {
             }
         }
     }
-    assert!(refused > names.len() * 4, "{refused} of {} were refused", names.len() * 8);
+    assert!(refused > names.len() * 3, "{refused} of {} were refused", names.len() * 6);
     for canary in canaries {
         assert_eq!(std::fs::read(canary).unwrap(), b"x");
     }
@@ -166,8 +164,6 @@ fn harmless_names_pass() {
     let nested = server.folders.resolve(Kind::Input, "x//./y/", "a.png").unwrap();
     assert_eq!(nested, input.join("x/y/a.png"));
     assert_eq!(server.folders.resolve_folder(Kind::Temp, "").unwrap(), server.base.join("temp"));
-    let user = server.folders.resolve_user("default", "workflows/a.json").unwrap();
-    assert_eq!(user, server.base.join("user/default/workflows/a.json"));
 }
 
 #[test]
@@ -227,11 +223,162 @@ fn links_may_not_lead_outside() {
     let options = FolderOptions { base: server.base.clone(), input: Some(linked), ..Default::default() };
     let folders = Folders::open(&options).unwrap();
     assert!(folders.resolve(Kind::Input, "", "b.png").unwrap().is_file());
-    // One user's link must not reach another user's data.
+    let open = |folder, name| server.folders.open_file(Kind::Input, folder, name);
+    symlink("real", input.join("near")).unwrap();
+    assert!(open("", "a.png").is_err() && open("near", "a.png").is_ok() && open("real/", "a.png").is_ok());
+    for (folder, name) in
+        [("", "out.png"), ("up", "secret.png"), ("up/input/real", "a.png"), ("alias", "a.png")]
+    {
+        let error = open(folder, name).unwrap_err();
+        assert!(matches!(error, PathError::OutsideRoot { .. }), "{folder}/{name}: {error}");
+    }
+    for name in ["dangling.png", "real", "none.png"] {
+        let error = open("", name).unwrap_err();
+        assert!(!matches!(error, PathError::Io { .. }), "{name}: {error}");
+    }
+}
+
+/// Writes a file among a user's data; whether it was kept.
+fn store(data: &Sandbox, name: &str, content: &[u8], overwrite: bool) -> Result<bool, PathError> {
+    let mut staged = data.stage()?;
+    std::io::Write::write_all(staged.file(), content).unwrap();
+    staged.keep(name, overwrite)
+}
+
+fn content(data: &Sandbox, name: &str) -> Result<String, PathError> {
+    data.open(name).map(|file| std::io::read_to_string(file).unwrap())
+}
+
+#[test]
+fn user_data_is_stored_listed_moved_and_removed() {
+    let server = server();
+    assert!(!server.folders.has_user_data("default"));
+    let data = server.folders.user_data("default").unwrap();
+    assert!(server.folders.has_user_data("default") && !server.folders.has_user_data(".."));
+    assert!(store(&data, "workflows/a.json", b"one", false).unwrap());
+    assert!(!store(&data, "workflows/a.json", b"two", false).unwrap());
+    assert_eq!(content(&data, "workflows/a.json").unwrap(), "one");
+    assert!(store(&data, "workflows/a.json", b"three", true).unwrap());
+    assert_eq!(content(&data, "workflows//./a.json").unwrap(), "three");
+    assert!(store(&data, "b.txt", b"12345", true).unwrap() && store(&data, ".hidden", b"", true).unwrap());
+    let facts = data.facts("b.txt").unwrap().unwrap();
+    assert_eq!(facts.size, 5);
+    assert!(facts.modified > 1.7e9 && facts.created > 1.7e9, "{facts:?}");
+    assert_eq!((data.facts("workflows").unwrap(), data.facts("").unwrap()), (None, None));
+    let names = |folder: &str, recurse, hidden| -> Vec<String> {
+        let listed = data.list(folder, ListOptions { recurse, hidden }).unwrap();
+        listed.into_iter().map(|l| l.name).collect()
+    };
+    let unfinished = data.stage().unwrap();
+    assert_eq!(names("", false, false), ["b.txt", "workflows"]);
+    assert_eq!(names("", true, true), [".hidden", "b.txt", "workflows", "workflows/a.json"]);
+    assert_eq!(names("workflows/", true, false), ["a.json"]);
+    drop(unfinished);
+    assert!(data.rename("b.txt", "deep/er/c.txt", false).unwrap());
+    assert!(store(&data, "b.txt", b"b", true).unwrap());
+    assert!(!data.rename("b.txt", "deep/er/c.txt", false).unwrap());
+    assert!(data.rename("b.txt", "deep/er/c.txt", true).unwrap());
+    assert_eq!(content(&data, "deep/er/c.txt").unwrap(), "b");
+    assert!(data.rename("deep", "moved", false).unwrap(), "folders too");
+    assert_eq!(content(&data, "moved/er/c.txt").unwrap(), "b");
+    data.remove("moved/er/c.txt").unwrap();
+    for error in [
+        content(&data, "moved/er/c.txt").unwrap_err(),
+        content(&data, "workflows").unwrap_err(),
+        content(&data, "workflows/a.json/x").unwrap_err(),
+        data.remove("none").unwrap_err(),
+        data.rename("none", "x", true).unwrap_err(),
+        data.list("none", ListOptions::default()).unwrap_err(),
+        data.list(".hidden", ListOptions::default()).unwrap_err(),
+    ] {
+        assert!(matches!(error, PathError::NotFound { .. }), "{error}");
+    }
+    for error in [
+        data.remove("moved").unwrap_err(),
+        store(&data, "moved", b"x", true).unwrap_err(),
+        store(&data, "workflows/a.json/x", b"x", true).unwrap_err(),
+        store(&data, "", b"x", true).unwrap_err(),
+    ] {
+        assert!(matches!(error, PathError::Invalid { .. }), "{error}");
+    }
+    assert_eq!(names("", true, true), [".hidden", "moved", "workflows", "moved/er", "workflows/a.json"]);
+    let left = std::fs::read_dir(server.base.join("user/default")).unwrap().count();
+    assert_eq!(left, 3, "no unfinished file stays");
+}
+
+#[test]
+fn no_name_leads_out_of_user_data() {
+    let server = server();
+    let canary = server.base.join("user/canary");
+    put(&canary);
+    put(server.base.join("canary"));
     put(server.base.join("user/ann/secret"));
-    std::fs::create_dir_all(server.base.join("user/bob")).unwrap();
-    symlink(server.base.join("user/ann"), server.base.join("user/bob/ann")).unwrap();
-    assert!(server.folders.resolve_user("bob", "ann/secret").is_err());
+    let data = server.folders.user_data("default").unwrap();
+    assert!(store(&data, "sub/own", b"own", true).unwrap());
+    let mut outside = 0;
+    for name in hostile_names() {
+        assert_ne!(content(&data, &name).ok().as_deref(), Some("x"), "{name:?}");
+        let outcomes = [
+            store(&data, &name, b"bad", true).map(drop),
+            data.rename("sub/own", &name, true).map(drop),
+            data.remove(&name),
+            data.list(&name, ListOptions { recurse: true, hidden: true }).map(drop),
+        ];
+        if store(&data, "sub/own", b"own", true).is_err() {
+            // A file is where the folder was.
+            data.remove("sub").unwrap();
+            assert!(store(&data, "sub/own", b"own", true).unwrap());
+        }
+        outside += usize::from(matches!(outcomes[0], Err(PathError::OutsideRoot { .. })));
+        if let Ok(other) = server.folders.user_data(&name) {
+            assert!(content(&other, "secret").is_err() && content(&other, "canary").is_err(), "{name:?}");
+        }
+    }
+    assert!(outside > 100, "{outside}");
+    for path in [canary, server.base.join("canary"), server.base.join("user/ann/secret")] {
+        assert_eq!(std::fs::read(path).unwrap(), b"x");
+    }
+    let mut roots: Vec<String> = std::fs::read_dir(&server.base)
+        .unwrap()
+        .map(|e| e.unwrap().file_name().into_string().unwrap())
+        .collect();
+    roots.sort();
+    assert_eq!(roots, ["canary", "input", "output", "temp", "user"]);
+}
+
+#[test]
+#[cfg(unix)]
+fn links_in_user_data_stay_inside() {
+    use std::os::unix::fs::symlink;
+    let server = server();
+    put(server.base.join("user/ann/secret"));
+    let user = server.base.join("user/bob");
+    let data = server.folders.user_data("bob").unwrap();
+    assert!(store(&data, "real/a", b"a", true).unwrap());
+    symlink(server.base.join("user/ann"), user.join("ann")).unwrap();
+    symlink("real", user.join("alias")).unwrap();
+    symlink("../ann/secret", user.join("secret")).unwrap();
+    symlink("..", user.join("real/loop")).unwrap();
+    assert_eq!(content(&data, "alias/a").unwrap(), "a");
+    for outcome in [
+        content(&data, "ann/secret").map(drop),
+        content(&data, "secret").map(drop),
+        store(&data, "ann/new", b"x", true).map(drop),
+        data.rename("real/a", "ann/a", true).map(drop),
+        data.remove("ann/secret"),
+        data.list("ann", ListOptions::default()).map(drop),
+    ] {
+        assert!(matches!(outcome, Err(PathError::OutsideRoot { .. })), "{outcome:?}");
+    }
+    assert!(store(&data, "secret", b"own", true).unwrap(), "a link is replaced, not followed");
+    assert_eq!(std::fs::read(server.base.join("user/ann/secret")).unwrap(), b"x");
+    let listed = data.list("", ListOptions { recurse: true, hidden: true }).unwrap();
+    let listed: Vec<&str> = listed.iter().map(|l| l.name.as_str()).collect();
+    assert_eq!(listed, ["alias", "real", "secret", "real/a"], "a link upwards is not shown, nor gone into");
+    // A user's folder that is itself a link to elsewhere is not entered.
+    symlink(server.base.join("user/ann"), server.base.join("user/eve")).unwrap();
+    symlink(&server.base, server.base.join("user/mallory")).unwrap();
+    assert!(matches!(server.folders.user_data("mallory"), Err(PathError::OutsideRoot { .. })));
 }
 
 #[test]

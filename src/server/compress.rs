@@ -11,8 +11,8 @@ use tokio::io::AsyncWriteExt;
 
 use super::http::{self, Body, Response};
 
-/// Smaller answers don't become smaller.
-const MIN_BYTES: usize = 512;
+/// Larger answers are compressed on a blocking thread.
+const INLINE_BYTES: usize = 16 * 1024;
 
 /// Whether `Accept-Encoding` names gzip (or `*`) with a weight above zero.
 pub(super) fn accepts_gzip(headers: &HeaderMap) -> bool {
@@ -32,21 +32,28 @@ fn is_text(headers: &HeaderMap) -> bool {
     kind.starts_with("application/json") || kind.starts_with("text/")
 }
 
-fn encode(plain: &Bytes) -> std::io::Result<Vec<u8>> {
-    tokio::runtime::Handle::current().block_on(async {
-        let mut encoder = GzipEncoder::new(Vec::with_capacity(plain.len() / 4));
-        encoder.write_all(plain).await?;
-        encoder.shutdown().await?;
-        Ok(encoder.into_inner())
-    })
+async fn encode(plain: Bytes) -> std::io::Result<Vec<u8>> {
+    let mut encoder = GzipEncoder::new(Vec::with_capacity(plain.len() / 4));
+    encoder.write_all(&plain).await?;
+    encoder.shutdown().await?;
+    Ok(encoder.into_inner())
 }
 
-/// Compresses an answer where that pays; on a blocking thread.
+/// Large texts keep a thread busy for milliseconds: not one that answers others.
+async fn encode_anywhere(plain: Bytes) -> std::io::Result<Vec<u8>> {
+    if plain.len() <= INLINE_BYTES {
+        return encode(plain).await;
+    }
+    let work = move || tokio::runtime::Handle::current().block_on(encode(plain));
+    tokio::task::spawn_blocking(work).await.map_err(std::io::Error::other)?
+}
+
+/// Compresses an answer made of text, however short, as ComfyUI does.
 pub(super) async fn gzip(response: Response) -> Response {
     let (mut head, body) = response.into_parts();
     let plain = match body {
         Body::Bytes(bytes)
-            if bytes.len() >= MIN_BYTES
+            if !bytes.is_empty()
                 && is_text(&head.headers)
                 && !head.headers.contains_key(CONTENT_ENCODING) =>
         {
@@ -54,15 +61,14 @@ pub(super) async fn gzip(response: Response) -> Response {
         }
         other => return Response::from_parts(head, other),
     };
-    let source = plain.clone();
-    match tokio::task::spawn_blocking(move || encode(&source)).await {
-        Ok(Ok(small)) => {
+    match encode_anywhere(plain.clone()).await {
+        Ok(small) => {
             head.headers.insert(CONTENT_ENCODING, HeaderValue::from_static("gzip"));
             let mut response = Response::from_parts(head, Body::Bytes(small.into()));
             http::set(&mut response, VARY, "Accept-Encoding");
             response
         }
-        _ => Response::from_parts(head, Body::Bytes(plain)),
+        Err(_) => Response::from_parts(head, Body::Bytes(plain)),
     }
 }
 

@@ -38,6 +38,7 @@ pub async fn run(
     let places = Arc::new(Semaphore::new(capacity));
     let (stop, stopping) = watch::channel(false);
     let pump = tokio::spawn(super::ws::pump(app.clone(), app.engine.subscribe()));
+    let log_pump = tokio::spawn(super::ws::pump_log(app.clone()));
     let mut accepting = JoinSet::new();
     for listener in listeners {
         accepting.spawn(accept(listener, app.clone(), places.clone(), stopping.clone()));
@@ -54,6 +55,7 @@ pub async fn run(
         tracing::warn!("connections were still open when the server stopped");
     }
     pump.abort();
+    log_pump.abort();
     Ok(())
 }
 

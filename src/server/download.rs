@@ -4,12 +4,13 @@
 //! can't carry script are shown inline; everything else is a download without
 //! a telling type. `sandbox` and `nosniff` say it again to the browser.
 
-use std::path::Path;
-use std::time::UNIX_EPOCH;
+use std::fs::Metadata;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use hyper::header::{
     ACCEPT_RANGES, CONTENT_DISPOSITION, CONTENT_RANGE, CONTENT_SECURITY_POLICY, CONTENT_TYPE, ETAG,
-    HeaderValue, IF_NONE_MATCH, IF_RANGE, RANGE, VARY,
+    HeaderName, HeaderValue, IF_MATCH, IF_MODIFIED_SINCE, IF_NONE_MATCH, IF_RANGE, IF_UNMODIFIED_SINCE,
+    LAST_MODIFIED, RANGE, VARY,
 };
 use hyper::{HeaderMap, StatusCode};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
@@ -109,22 +110,70 @@ fn span(range: Option<&str>, size: u64) -> Span {
     }
 }
 
-/// Answers with a user's file under its own name.
-pub(super) async fn serve(path: &Path, name: &str, headers: &HeaderMap) -> Result<Response, Failure> {
-    let mut file = tokio::fs::File::open(path).await.map_err(|_| Failure::NOT_FOUND)?;
+/// What tells one content of a file from another: a tag, and the time of the last change in whole seconds.
+struct Validators {
+    tag: String,
+    modified: SystemTime,
+}
+
+fn text(headers: &HeaderMap, name: HeaderName) -> Option<&str> {
+    headers.get(name)?.to_str().ok()
+}
+
+fn date(headers: &HeaderMap, name: HeaderName) -> Option<SystemTime> {
+    httpdate::parse_http_date(text(headers, name)?).ok()
+}
+
+impl Validators {
+    fn of(facts: &Metadata) -> Self {
+        let since = facts.modified().ok().and_then(|t| t.duration_since(UNIX_EPOCH).ok()).unwrap_or_default();
+        let tag = format!("\"{:x}-{:x}\"", since.as_nanos(), facts.len());
+        Self { tag, modified: UNIX_EPOCH + Duration::from_secs(since.as_secs()) }
+    }
+
+    fn is_among(&self, list: &str) -> bool {
+        list.split(',').map(str::trim).any(|t| t == "*" || t.strip_prefix("W/").unwrap_or(t) == self.tag)
+    }
+
+    /// The answer without content that the request's conditions call for, in the order of RFC 9110, 13.2.2.
+    fn precondition(&self, headers: &HeaderMap) -> Option<StatusCode> {
+        let has_changed = match text(headers, IF_MATCH) {
+            Some(list) => !self.is_among(list),
+            None => date(headers, IF_UNMODIFIED_SINCE).is_some_and(|date| self.modified > date),
+        };
+        if has_changed {
+            return Some(StatusCode::PRECONDITION_FAILED);
+        }
+        let is_known = match text(headers, IF_NONE_MATCH) {
+            Some(list) => self.is_among(list),
+            None => date(headers, IF_MODIFIED_SINCE).is_some_and(|date| self.modified <= date),
+        };
+        is_known.then_some(StatusCode::NOT_MODIFIED)
+    }
+
+    /// Whether the ranges asked for are of this content.
+    fn may_split(&self, headers: &HeaderMap) -> bool {
+        match text(headers, IF_RANGE) {
+            Some(value) if value.starts_with('"') => value == self.tag,
+            Some(_) => date(headers, IF_RANGE).is_some_and(|date| self.modified <= date),
+            None => !headers.contains_key(IF_RANGE),
+        }
+    }
+}
+
+/// Answers with a user's open file under its own name.
+pub(super) async fn serve(file: std::fs::File, name: &str, headers: &HeaderMap) -> Result<Response, Failure> {
+    let mut file = tokio::fs::File::from_std(file);
     let facts = file.metadata().await.map_err(Failure::internal)?;
     if !facts.is_file() {
         return Err(Failure::NOT_FOUND);
     }
     let size = facts.len();
-    let modified = facts.modified().ok().and_then(|t| t.duration_since(UNIX_EPOCH).ok()).unwrap_or_default();
-    let tag = format!("\"{:x}-{size:x}\"", modified.as_nanos());
-    let is_tag = |name| headers.get(name).and_then(|v| v.to_str().ok()).is_some_and(|v| v.contains(&tag));
+    let validators = Validators::of(&facts);
     let (kind, is_inline) = content_type(name, headers);
-    let range = headers.get(RANGE).and_then(|v| v.to_str().ok());
-    let range = range.filter(|_| !headers.contains_key(IF_RANGE) || is_tag(IF_RANGE));
-    let mut response = if is_tag(IF_NONE_MATCH) {
-        http::empty(StatusCode::NOT_MODIFIED)
+    let range = text(headers, RANGE).filter(|_| validators.may_split(headers));
+    let mut response = if let Some(status) = validators.precondition(headers) {
+        http::empty(status)
     } else {
         match span(range, size) {
             Span::Whole => Response::new(Body::file(file, size)),
@@ -145,11 +194,12 @@ pub(super) async fn serve(path: &Path, name: &str, headers: &HeaderMap) -> Resul
     };
     mark_user_file(&mut response, name, kind, is_inline);
     http::set(&mut response, ACCEPT_RANGES, "bytes");
-    insert(&mut response, ETAG, &tag);
+    insert(&mut response, ETAG, &validators.tag);
+    insert(&mut response, LAST_MODIFIED, &httpdate::fmt_http_date(validators.modified));
     Ok(response)
 }
 
-fn insert(response: &mut Response, name: hyper::header::HeaderName, value: &str) {
+fn insert(response: &mut Response, name: HeaderName, value: &str) {
     if let Ok(value) = HeaderValue::from_str(value) {
         response.headers_mut().insert(name, value);
     }
@@ -180,6 +230,44 @@ mod tests {
         ] {
             assert_eq!(span(range, size), wanted, "{range:?} of {size}");
         }
+    }
+
+    #[test]
+    fn conditions() {
+        let modified = httpdate::parse_http_date("Sat, 07 Mar 2026 04:05:59 GMT").unwrap();
+        let file = Validators { tag: "\"1a-5\"".to_owned(), modified };
+        let (before, same, after) = (
+            "Sat, 07 Mar 2026 04:05:58 GMT",
+            "Sat, 07 Mar 2026 04:05:59 GMT",
+            "Sun, 08 Mar 2026 00:00:00 GMT",
+        );
+        for (headers, status) in [
+            (vec![], None),
+            (vec![("if-none-match", "\"1a-5\"")], Some(304)),
+            (vec![("if-none-match", "\"x\", W/\"1a-5\"")], Some(304)),
+            (vec![("if-none-match", "*")], Some(304)),
+            (vec![("if-none-match", "\"1a-55\"")], None),
+            (vec![("if-none-match", "\"other\""), ("if-modified-since", after)], None),
+            (vec![("if-modified-since", before)], None),
+            (vec![("if-modified-since", same)], Some(304)),
+            (vec![("if-modified-since", after)], Some(304)),
+            (vec![("if-modified-since", "yesterday")], None),
+            (vec![("if-match", "\"1a-5\"")], None),
+            (vec![("if-match", "\"other\"")], Some(412)),
+            (vec![("if-unmodified-since", before)], Some(412)),
+            (vec![("if-unmodified-since", same)], None),
+            (vec![("if-match", "*"), ("if-unmodified-since", before)], None),
+        ] {
+            let map = headers.iter().map(|(k, v)| (k.parse().unwrap(), v.parse().unwrap())).collect();
+            assert_eq!(file.precondition(&map).map(|s| s.as_u16()), status, "{headers:?}");
+        }
+        for (value, wanted) in
+            [("\"1a-5\"", true), ("\"x\"", false), (before, false), (same, true), ("?", false)]
+        {
+            let map = HeaderMap::from_iter([(IF_RANGE, value.parse().unwrap())]);
+            assert_eq!(file.may_split(&map), wanted, "{value}");
+        }
+        assert!(file.may_split(&HeaderMap::new()));
     }
 
     #[test]

@@ -6,6 +6,7 @@
 //! (`assets/index-B3xZ01ab.js`) never change and are kept by browsers for good;
 //! everything else is checked at each load.
 
+use std::fs::File;
 use std::path::Path;
 
 use hyper::HeaderMap;
@@ -42,12 +43,10 @@ pub(super) async fn serve(root: &Path, path: &str, headers: &HeaderMap) -> Resul
     let name = http::decode(path.trim_start_matches('/'));
     let name = if name.is_empty() { "index.html".to_owned() } else { name };
     let (root, wanted) = (root.to_owned(), name.clone());
-    let file = tokio::task::spawn_blocking(move || files::resolve_below(&root, &wanted))
-        .await
-        .map_err(Failure::internal)?
-        // what is no file here is no route either
-        .map_err(|_| Failure::NOT_FOUND)?;
-    let mut response = download::serve(&file, &name, headers).await?;
+    let open = move || File::open(files::resolve_below(&root, &wanted).ok()?).ok();
+    let file = tokio::task::spawn_blocking(open).await.map_err(Failure::internal)?;
+    // what is no file here is no route either
+    let mut response = download::serve(file.ok_or(Failure::NOT_FOUND)?, &name, headers).await?;
     // these files are the operator's, and work as a page
     response.headers_mut().remove(CONTENT_SECURITY_POLICY);
     response.headers_mut().remove(CONTENT_DISPOSITION);

@@ -47,7 +47,7 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             connections: 1024,
-            web_sockets: 512,
+            web_sockets: 1000,
             header_timeout: Duration::from_secs(12),
             body_idle: Duration::from_secs(30),
             body_bytes_per_idle_span: 30 * 1024,

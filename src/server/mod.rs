@@ -11,6 +11,7 @@
 //! | [`stream`], [`limits`] | what a peer may cost: time, bytes, memory |
 //! | [`router`], [`origin`], [`compress`] | what every request and answer passes |
 //! | [`http`], [`json`], [`download`] | bodies and answers |
+//! | [`users`], [`log`] | whose data it is; the last lines of the log |
 //! | [`frontend`] | files of an installed web page |
 //! | [`routes`] | one file a group of routes |
 //! | [`ws`] | events to clients |
@@ -40,12 +41,14 @@ mod host;
 mod http;
 mod json;
 mod limits;
+mod log;
 mod origin;
 mod router;
 mod routes;
 mod stream;
 #[cfg(test)]
 mod tests;
+mod users;
 mod ws;
 
 use std::path::PathBuf;
@@ -62,8 +65,11 @@ use crate::files::Folders;
 pub use connection::run;
 use limits::BodyBudget;
 pub use limits::Limits;
+pub use log::LogTail;
 pub use origin::OriginPolicy;
 use router::Router;
+use users::Users;
+pub use users::UsersError;
 use ws::Sockets;
 
 /// The ComfyUI version whose API this is; clients compare it.
@@ -89,6 +95,10 @@ pub struct ServerConfig {
     pub front_end_root: Option<PathBuf>,
     /// The command line, shown in `/system_stats`.
     pub argv: Vec<String>,
+    /// Whether clients name the user whose data they ask for.
+    pub multi_user: bool,
+    /// What `/internal/logs` shows.
+    pub log: LogTail,
 }
 
 impl Default for ServerConfig {
@@ -101,6 +111,8 @@ impl Default for ServerConfig {
             shutdown_timeout: Duration::from_secs(60),
             front_end_root: None,
             argv: Vec::new(),
+            multi_user: false,
+            log: LogTail::default(),
         }
     }
 }
@@ -109,6 +121,7 @@ impl Default for ServerConfig {
 pub struct App {
     engine: Arc<Engine>,
     folders: Arc<Folders>,
+    users: Users,
     config: ServerConfig,
     router: Router,
     sockets: Sockets,
@@ -120,8 +133,14 @@ pub struct App {
 
 /// A server that can't be set up.
 #[derive(Debug, thiserror::Error)]
-#[error("the routes contradict each other: {0}")]
-pub struct SetupError(#[from] matchit::InsertError);
+pub enum SetupError {
+    /// Two routes claim one path.
+    #[error("the routes contradict each other: {0}")]
+    Routes(#[from] matchit::InsertError),
+    /// The list of users can't be used.
+    #[error(transparent)]
+    Users(#[from] UsersError),
+}
 
 impl App {
     /// A server over an engine; [`run`] starts it.
@@ -132,6 +151,7 @@ impl App {
     ) -> Result<Arc<Self>, SetupError> {
         Ok(Arc::new(Self {
             engine,
+            users: Users::open(folders.clone(), config.multi_user)?,
             folders,
             body_budget: BodyBudget::new(config.limits.buffered_bytes),
             config,

@@ -1,14 +1,19 @@
 //! The routes, one file a group.
 
 mod history;
+mod internal;
 mod models;
 mod page;
 mod prompt;
 mod queue;
+mod settings;
 mod system;
 mod upload;
+mod userdata;
 mod view;
+mod web;
 
+use hyper::Method;
 use serde_json::Value as Json;
 
 use super::http::Failure;
@@ -47,6 +52,27 @@ pub(super) fn all() -> Router {
         .get("/view", view::view)
         .post("/upload/image", upload::image)
         .post("/upload/mask", upload::mask)
+        .get("/userdata", userdata::list)
+        .get("/v2/userdata", userdata::list_all)
+        .get("/userdata/{file}", userdata::get)
+        .post("/userdata/{file}", userdata::put)
+        .on(Method::DELETE, "/userdata/{file}", userdata::delete)
+        .post("/userdata/{file}/move/{dest}", userdata::rename)
+        .get("/settings", settings::all)
+        .post("/settings", settings::store)
+        .get("/settings/{id}", settings::one)
+        .post("/settings/{id}", settings::store_one)
+        .get("/users", settings::users)
+        .post("/users", settings::add_user)
+        .get("/workflow_templates", web::workflow_templates)
+        .get("/i18n", web::translations)
+        .get("/global_subgraphs", web::subgraphs)
+        .get("/global_subgraphs/{id}", web::subgraph)
+        .get("/internal/logs", internal::logs)
+        .get("/internal/logs/raw", internal::logs_raw)
+        .on(Method::PATCH, "/internal/logs/subscribe", internal::subscribe)
+        .get("/internal/folder_paths", internal::folder_paths)
+        .get("/internal/files/{type}", internal::files)
 }
 
 /// Runs file or CPU work on a blocking thread.

@@ -1,5 +1,6 @@
 //! `/models`, `/experiment/models`, `/view_metadata`, `/embeddings`: what the model folders hold.
 
+use std::fs::File;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use hyper::StatusCode;
@@ -72,11 +73,13 @@ pub(in crate::server) async fn entries(call: Call) -> Result<Response, Failure> 
 pub(in crate::server) async fn preview(call: Call) -> Result<Response, Failure> {
     let app = call.app.clone();
     let root: usize = call.param("index").parse().map_err(|_| Failure::NOT_FOUND)?;
-    let picture =
-        blocking(move || call.app.folders.model_preview(call.param("folder"), root, call.param("file")))
-            .await?;
+    let picture = blocking(move || {
+        let path = call.app.folders.model_preview(call.param("folder"), root, call.param("file"));
+        File::open(path.ok_or(Failure::NOT_FOUND)?).map_err(|_| Failure::NOT_FOUND)
+    })
+    .await?;
     let form = Form::Preview(Preview { format: PreviewFormat::Webp, quality: 90, rgb: false });
-    let (bytes, media_type) = convert(&app, picture.ok_or(Failure::NOT_FOUND)?, form).await?;
+    let (bytes, media_type) = convert(&app, picture?, form).await?;
     let mut response = Response::new(Body::Bytes(bytes.into()));
     http::set(&mut response, CONTENT_TYPE, media_type);
     Ok(response)

@@ -20,7 +20,7 @@ use tokio::io::AsyncWriteExt;
 
 use super::view::{read_picture, refuse_picture};
 use super::{blocking, names, refuse_path};
-use crate::files::{Folders, Kind};
+use crate::files::{Folders, Kind, PathError, below};
 use crate::image;
 use crate::server::App;
 use crate::server::http::{Call, Failure, Response, decode, json_response};
@@ -160,34 +160,37 @@ async fn finish(app: Arc<App>, form: Form) -> Result<Response, Failure> {
     Ok(json_response(StatusCode::OK, &json!({"name": name, "subfolder": subfolder, "type": kind})))
 }
 
-/// Moves the temporary file to its place; returns the name it got.
+/// Gives the temporary file its name; returns it.
 fn keep(folders: &Folders, form: Form) -> Result<String, Failure> {
-    let Form { mut staged, filename, kind, subfolder, overwrite, .. } = form;
-    let resolve = |name: &str| folders.resolve(kind, &subfolder, name).map_err(|_| Failure::BAD_REQUEST);
-    let first = resolve(&filename)?;
-    if let Some(parent) = first.parent() {
-        std::fs::create_dir_all(parent).map_err(Failure::internal)?;
+    let Form { staged, filename, kind, subfolder, overwrite, .. } = form;
+    let refuse = |error: PathError| match error {
+        PathError::Io { .. } => Failure::internal(error),
+        _ => Failure::BAD_REQUEST,
+    };
+    if filename.contains('/') {
+        return Err(Failure::BAD_REQUEST);
     }
+    let target = folders.sandbox(kind).map_err(Failure::internal)?;
     if overwrite {
-        if first.is_dir() {
-            return Err(bad(format!("'{filename}' is a folder")));
-        }
-        move_to(staged, &first, true).map_err(|(error, _)| Failure::internal(error))?;
+        target.take_in(&staged, &below(&subfolder, &filename), true).map_err(refuse)?;
         return Ok(filename);
     }
     for attempt in 0..MAX_RENAMES {
         let name = numbered(&filename, attempt);
-        let path = resolve(&name)?;
-        if path.is_file() && has_same_content(&path, staged.path()).map_err(Failure::internal)? {
-            return Ok(name);
-        }
-        if path.exists() {
-            continue;
-        }
-        match move_to(staged, &path, false) {
-            Ok(()) => return Ok(name),
-            Err((error, file)) if error.kind() == io::ErrorKind::AlreadyExists => staged = file,
-            Err((error, _)) => return Err(Failure::internal(error)),
+        let place = below(&subfolder, &name);
+        match target.open(&place) {
+            Ok(mut other) => {
+                let mut own = staged.reopen().map_err(Failure::internal)?;
+                if has_same_content(&mut other, &mut own).map_err(Failure::internal)? {
+                    return Ok(name);
+                }
+            }
+            Err(PathError::NotFound { .. }) => {
+                if target.take_in(&staged, &place, false).map_err(refuse)? {
+                    return Ok(name);
+                }
+            }
+            Err(error) => return Err(refuse(error)),
         }
     }
     Err(bad(format!("there are too many files called '{filename}'")))
@@ -203,34 +206,7 @@ fn numbered(filename: &str, attempt: usize) -> String {
     }
 }
 
-/// Renames, or copies where the temp folder lies on another file system.
-fn move_to(staged: NamedTempFile, target: &Path, overwrite: bool) -> Result<(), (io::Error, NamedTempFile)> {
-    let persist = |file: NamedTempFile| {
-        let outcome = if overwrite { file.persist(target) } else { file.persist_noclobber(target) };
-        outcome.map(drop).map_err(|e| (e.error, e.file))
-    };
-    match persist(staged) {
-        Err((error, file)) if error.kind() == io::ErrorKind::CrossesDevices => {
-            let copied = copy_beside(&file, target);
-            match copied {
-                Ok(copy) => persist(copy),
-                Err(error) => Err((error, file)),
-            }
-        }
-        outcome => outcome,
-    }
-}
-
-fn copy_beside(file: &NamedTempFile, target: &Path) -> io::Result<NamedTempFile> {
-    let folder = target.parent().unwrap_or(Path::new("."));
-    let mut copy = tempfile::Builder::new().prefix(".kiln-").suffix(".part").tempfile_in(folder)?;
-    io::copy(&mut file.reopen()?, copy.as_file_mut())?;
-    copy.as_file().set_permissions(file.as_file().metadata()?.permissions())?;
-    Ok(copy)
-}
-
-fn has_same_content(a: &Path, b: &Path) -> io::Result<bool> {
-    let (mut a, mut b) = (File::open(a)?, File::open(b)?);
+fn has_same_content(a: &mut File, b: &mut File) -> io::Result<bool> {
     if a.metadata()?.len() != b.metadata()?.len() {
         return Ok(false);
     }
@@ -260,9 +236,11 @@ fn masked(folders: &Folders, reference: &str, mask: NamedTempFile) -> Result<Nam
         Some(kind) => kind,
         None => Kind::from_name(text("type").unwrap_or(Kind::Output.name())).ok_or(Failure::BAD_REQUEST)?,
     };
-    let path = folders.resolve(kind, text("subfolder").unwrap_or_default(), name).map_err(refuse_path)?;
+    let original =
+        folders.open_file(kind, text("subfolder").unwrap_or_default(), name).map_err(refuse_path)?;
+    let mask = mask.reopen().map_err(Failure::internal)?;
     let picture =
-        image::replace_alpha(&read_picture(&path)?, &read_picture(mask.path())?).map_err(refuse_picture)?;
+        image::replace_alpha(&read_picture(original)?, &read_picture(mask)?).map_err(refuse_picture)?;
     let mut staged = staging(folders).map_err(Failure::internal)?;
     io::Write::write_all(&mut staged, &picture).map_err(Failure::internal)?;
     Ok(staged)

@@ -1,6 +1,7 @@
 //! `/view`: pictures and other results, as files or in another form.
 
-use std::path::{Path, PathBuf};
+use std::fs::File;
+use std::io::Read;
 
 use hyper::StatusCode;
 
@@ -51,29 +52,25 @@ pub(in crate::server) async fn view(call: Call) -> Result<Response, Failure> {
         }
     };
     let subfolder = call.query("subfolder").unwrap_or_default();
-    let path = {
+    let file = {
         let (app, name) = (call.app.clone(), name.clone());
-        blocking(move || app.folders.resolve(kind, &subfolder, &name)).await?.map_err(super::refuse_path)?
+        blocking(move || app.folders.open_file(kind, &subfolder, &name)).await?.map_err(super::refuse_path)?
     };
     let form = Form::of(&call);
     if let Form::File = form {
-        return download::serve(&path, &name, call.headers()).await;
+        return download::serve(file, &name, call.headers()).await;
     }
-    let (bytes, media_type) = convert(&call.app, path, form).await?;
+    let (bytes, media_type) = convert(&call.app, file, form).await?;
     let mut response = Response::new(Body::Bytes(bytes.into()));
     download::mark_user_file(&mut response, &name, media_type, true);
     Ok(response)
 }
 
 /// Decodes and encodes on one of a few blocking threads.
-pub(super) async fn convert(
-    app: &App,
-    path: PathBuf,
-    form: Form,
-) -> Result<(Vec<u8>, &'static str), Failure> {
+pub(super) async fn convert(app: &App, file: File, form: Form) -> Result<(Vec<u8>, &'static str), Failure> {
     let _slot = app.image_slots.acquire().await.map_err(Failure::internal)?;
     blocking(move || {
-        let bytes = read_picture(&path)?;
+        let bytes = read_picture(file)?;
         let (result, media_type) = match form {
             Form::Preview(preview) => (image::preview(&bytes, &preview), preview.format.media_type()),
             Form::Rgb => (image::channel_rgb(&bytes), "image/png"),
@@ -86,17 +83,16 @@ pub(super) async fn convert(
 }
 
 /// A whole picture file in memory.
-pub(super) fn read_picture(path: &Path) -> Result<Vec<u8>, Failure> {
-    let facts = std::fs::metadata(path).map_err(|_| Failure::NOT_FOUND)?;
-    if !facts.is_file() {
-        return Err(Failure::NOT_FOUND);
-    }
+pub(super) fn read_picture(file: File) -> Result<Vec<u8>, Failure> {
+    let facts = file.metadata().map_err(Failure::internal)?;
     if facts.len() > MAX_PICTURE_BYTES {
         let message =
             format!("the file has {} bytes; pictures up to {MAX_PICTURE_BYTES} are read", facts.len());
         return Err(Failure::Text(StatusCode::BAD_REQUEST, message));
     }
-    std::fs::read(path).map_err(Failure::internal)
+    let mut bytes = Vec::new();
+    file.take(MAX_PICTURE_BYTES).read_to_end(&mut bytes).map_err(Failure::internal)?;
+    Ok(bytes)
 }
 
 /// A file that can't be shown is the request's fault.

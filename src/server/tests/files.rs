@@ -200,7 +200,12 @@ async fn view_knows_ranges_and_tags() {
     );
     let beyond = server.send("GET", path, &[("Range", "bytes=10-")], b"").await;
     assert_eq!((beyond.status, beyond.header("content-range")), (416, Some("bytes */10")));
-    assert_eq!(server.send("GET", path, &[("If-None-Match", &tag)], b"").await.status, 304);
+    let modified = whole.header("last-modified").unwrap().to_owned();
+    for (name, value) in [("If-None-Match", &tag), ("If-Modified-Since", &modified)] {
+        let known = server.send("GET", path, &[(name, value)], b"").await;
+        assert_eq!((known.status, known.body.len(), known.header("etag")), (304, 0, Some(&*tag)), "{name}");
+    }
+    assert_eq!(server.send("GET", path, &[("If-Match", "\"other\"")], b"").await.status, 412);
     let changed = server.send("GET", path, &[("Range", "bytes=2-4"), ("If-Range", "\"other\"")], b"").await;
     assert_eq!((changed.status, changed.body.len()), (200, 10));
     let head = server.send("HEAD", path, &[], b"").await;

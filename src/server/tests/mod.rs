@@ -6,6 +6,7 @@ mod hostile;
 mod nodes;
 mod routes;
 mod sockets;
+mod user;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -100,7 +101,7 @@ impl Server {
         if !headers.iter().any(|(name, _)| *name == "Host") {
             request.push_str(&format!("Host: {}\r\n", self.addr));
         }
-        if !body.is_empty() || method == "POST" {
+        if !body.is_empty() || matches!(method, "POST" | "PATCH") {
             request.push_str(&format!("Content-Length: {}\r\n", body.len()));
         }
         headers.iter().for_each(|(name, value)| request.push_str(&format!("{name}: {value}\r\n")));

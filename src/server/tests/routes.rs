@@ -209,7 +209,14 @@ async fn cors_and_gzip_on_request() {
     .await;
     let answer = server.send("GET", "/prompt", &[("Origin", "http://other.example")], b"").await;
     assert_eq!((answer.status, answer.header("access-control-allow-origin")), (200, Some("*")));
-    assert_eq!(answer.header("content-encoding"), None, "small answers stay as they are");
+    assert_eq!(answer.header("content-encoding"), None, "not asked for");
+    for accepted in ["gzip", "br, gzip;q=0.5", "*"] {
+        let small = server.send("GET", "/prompt", &[("Accept-Encoding", accepted)], b"").await;
+        assert_eq!(small.header("content-encoding"), Some("gzip"), "{accepted}");
+        assert_eq!(small.header("vary"), Some("Accept-Encoding"));
+    }
+    let missing = server.send("GET", "/none", &[("Accept-Encoding", "gzip")], b"").await;
+    assert_eq!((missing.header("content-encoding"), missing.body.len()), (None, 0));
     let options = server.send("OPTIONS", "/prompt", &[("Origin", "http://other.example")], b"").await;
     assert_eq!(options.header("access-control-allow-headers"), Some("Content-Type, Authorization"));
     let packed = server.send("GET", "/object_info", &[("Accept-Encoding", "gzip")], b"").await;

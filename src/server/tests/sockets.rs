@@ -241,6 +241,82 @@ async fn pictures_arrive_as_png() {
 }
 
 #[tokio::test]
+async fn lines_of_the_log_go_to_those_who_asked() {
+    use std::io::Write as _;
+    use tracing_subscriber::fmt::MakeWriter as _;
+    let log = super::super::LogTail::default();
+    let tail = log.clone();
+    let server = Server::with(|config| config.log = tail).await;
+    let mut reader = Client::connect(&server, "/ws?clientId=reader").await;
+    let mut other = Client::connect(&server, "/ws?clientId=other").await;
+    reader.next().await;
+    other.next().await;
+    let subscribe = |on: bool| json!({"clientId": "reader", "enabled": on}).to_string();
+    let patch = async |body: String| {
+        let answer = server.send("PATCH", "/internal/logs/subscribe", &[], body.as_bytes()).await;
+        assert_eq!((answer.status, answer.body.len()), (200, 0));
+    };
+    writeln!(log.make_writer(), "before").unwrap();
+    patch(subscribe(true)).await;
+    sleep(Duration::from_millis(300)).await;
+    reader.drain().await;
+    writeln!(log.make_writer(), "one").unwrap();
+    writeln!(log.make_writer(), "two").unwrap();
+    let message = reader.next().await;
+    assert_eq!((&message["type"], &message["data"]["size"]["cols"]), (&json!("logs"), &json!(80)));
+    let texts: Vec<&Json> = message["data"]["entries"].as_array().unwrap().iter().map(|e| &e["m"]).collect();
+    assert_eq!(texts, [&json!("one\n"), &json!("two\n")]);
+    patch(subscribe(false)).await;
+    writeln!(log.make_writer(), "three").unwrap();
+    assert_eq!((reader.drain().await, other.drain().await), (vec![], vec![]));
+    server.stop().await;
+}
+
+/// Queues ten prompts and reads to the end of the last: `(prompt, type)` of what it was sent.
+async fn queue_ten(server: &Server, id: usize) -> (Vec<String>, Vec<(String, String)>) {
+    let client_id = format!("client{id}");
+    let mut client = Client::connect(server, &format!("/ws?clientId={client_id}")).await;
+    client.next().await;
+    let mut prompts = Vec::new();
+    for i in 0..10 {
+        prompts.push(server.queue(show((id * 10 + i) as u64), Some(&client_id)).await);
+    }
+    let mut seen = Vec::new();
+    for prompt in &prompts {
+        seen.extend(client.until_done(prompt).await);
+    }
+    seen.extend(client.drain().await);
+    let own = seen.iter().filter(|m| !matches!(m["type"].as_str(), Some("status" | "progress_state")));
+    let own = own.map(|m| (m["data"]["prompt_id"].as_str().unwrap().to_owned(), name(m)));
+    (prompts, own.collect())
+}
+
+#[tokio::test]
+async fn five_clients_with_ten_prompts_each_get_exactly_their_own() {
+    let server = Server::start().await;
+    let all = futures_util::future::join_all((0..5).map(|id| queue_ten(&server, id))).await;
+    let events = [
+        "execution_start",
+        "execution_cached",
+        "executing:1",
+        "executing:2",
+        "executed:2",
+        "execution_success",
+        "executing",
+    ];
+    for (id, (prompts, seen)) in all.into_iter().enumerate() {
+        let wanted: Vec<(String, String)> = prompts
+            .iter()
+            .flat_map(|prompt| events.iter().map(move |event| (prompt.clone(), (*event).to_owned())))
+            .collect();
+        assert_eq!(seen, wanted, "client {id}");
+    }
+    let history = server.get("/history").await.json();
+    assert_eq!(history.as_object().unwrap().len(), 50);
+    server.stop().await;
+}
+
+#[tokio::test]
 async fn rude_clients_are_closed_and_nobody_else_notices() {
     let server = Server::start().await;
     let mut honest = Client::connect(&server, "/ws?clientId=honest").await;

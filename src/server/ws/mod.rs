@@ -9,7 +9,7 @@
 mod frames;
 mod outbox;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -43,10 +43,17 @@ const MAX_INCOMING: usize = 1024 * 1024;
 /// Largest message that may be written: bounds a picture, not what piles up
 /// (messages are written one at a time; [`outbox`] bounds what waits).
 const MAX_OUTGOING: usize = 256 * 1024 * 1024;
+/// Memory that every socket holds for reading; clients say little.
+const READ_BUFFER: usize = 4 * 1024;
+/// Bytes that are written together.
+const WRITE_BUFFER: usize = 16 * 1024;
 /// How often an idle connection is kept alive.
 const PING_INTERVAL: Duration = Duration::from_secs(25);
 /// Longest time for one message; with it a client that reads nothing is given up.
 const SEND_TIMEOUT: Duration = Duration::from_secs(25);
+
+/// How far apart messages with lines of the log are.
+const LOG_INTERVAL: Duration = Duration::from_millis(200);
 
 /// One client's connection.
 #[derive(Debug, Default)]
@@ -59,6 +66,8 @@ struct Socket {
 #[derive(Debug, Default)]
 pub(super) struct Sockets {
     by_client: Mutex<HashMap<String, Arc<Socket>>>,
+    /// Clients that want new lines of the log; each is connected.
+    want_log: Mutex<HashSet<String>>,
     open: AtomicUsize,
     closing: watch::Sender<bool>,
 }
@@ -90,7 +99,27 @@ impl Sockets {
         let mut by_client = self.by_client();
         if by_client.get(client_id).is_some_and(|current| Arc::ptr_eq(current, socket)) {
             by_client.remove(client_id);
+            self.want_log().remove(client_id);
         }
+    }
+
+    fn want_log(&self) -> MutexGuard<'_, HashSet<String>> {
+        self.want_log.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes that a client wants new lines of the log, or no longer; one that is not connected can't.
+    pub(super) fn set_wants_log(&self, client_id: &str, wants: bool) {
+        let by_client = self.by_client();
+        if !wants {
+            self.want_log().remove(client_id);
+        } else if by_client.contains_key(client_id) {
+            self.want_log().insert(client_id.to_owned());
+        }
+    }
+
+    fn log_readers(&self) -> Vec<Arc<Socket>> {
+        let by_client = self.by_client();
+        self.want_log().iter().filter_map(|id| by_client.get(id)).cloned().collect()
     }
 
     /// The sockets that an event is for.
@@ -139,6 +168,23 @@ pub(super) async fn pump(app: Arc<App>, mut events: broadcast::Receiver<Arc<Even
             for (weight, message) in frames.for_client(knows_metadata) {
                 socket.outbox.push(weight, message);
             }
+        }
+    }
+}
+
+/// Sends new lines of the log to the clients that want them, a few times a second.
+pub(super) async fn pump_log(app: Arc<App>) {
+    let log = &app.config.log;
+    let (mut seen, _) = log.since(u64::MAX);
+    loop {
+        log.changed().await;
+        tokio::time::sleep(LOG_INTERVAL).await;
+        let readers = app.sockets.log_readers();
+        let (count, entries) = log.since(if readers.is_empty() { u64::MAX } else { seen });
+        seen = count;
+        for socket in readers {
+            let data = json!({"entries": entries, "size": super::log::size()});
+            socket.outbox.push(Weight::Progress, message("logs", &data));
         }
     }
 }
@@ -217,6 +263,8 @@ async fn serve(upgrade: OnUpgrade, count: OpenCount, peer: Peer, client_id: Stri
     let config = WebSocketConfig::default()
         .max_message_size(Some(MAX_INCOMING))
         .max_frame_size(Some(MAX_INCOMING))
+        .read_buffer_size(READ_BUFFER)
+        .write_buffer_size(WRITE_BUFFER)
         .max_write_buffer_size(MAX_OUTGOING);
     let stream = WebSocketStream::from_raw_socket(TokioIo::new(upgraded), Role::Server, Some(config)).await;
     let socket = app.sockets.connect(&client_id, app);
