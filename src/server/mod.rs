@@ -9,10 +9,12 @@
 //! | --- | --- |
 //! | [`connection`] | accept, serve, shut down |
 //! | [`stream`], [`limits`] | what a peer may cost: time, bytes, memory |
+//! | [`auth`], [`tls`] | who may come in, and that nobody listens |
+//! | [`endings`] | who waits for the end of a prompt |
 //! | [`router`], [`origin`], [`compress`] | what every request and answer passes |
-//! | [`http`], [`json`], [`download`] | bodies and answers |
-//! | [`routes`] | one file a group of routes |
-//! | [`ws`] | events to clients |
+//! | [`http`], [`json`], [`download`], [`outputs`] | bodies and answers |
+//! | [`routes`], [`openapi`] | one file a group of routes; their description |
+//! | [`ws`], [`webhook`] | events to clients |
 //!
 //! hyper is used directly: four middlewares are clearer as four functions.
 //! Nothing here waits for a node, and whatever takes CPU time (validation,
@@ -31,19 +33,25 @@
 //! # }
 //! ```
 
+mod auth;
 mod compress;
 mod connection;
 mod download;
+mod endings;
 mod host;
 mod http;
 mod json;
 mod limits;
+mod openapi;
 mod origin;
+mod outputs;
 mod router;
 mod routes;
 mod stream;
 #[cfg(test)]
 mod tests;
+pub mod tls;
+mod webhook;
 mod ws;
 
 use std::sync::Arc;
@@ -56,11 +64,15 @@ use tokio::time::Instant;
 
 use crate::engine::Engine;
 use crate::files::Folders;
+use crate::files::assets::AssetStore;
+pub use auth::{Auth, KeyFileError};
 pub use connection::run;
+use endings::Endings;
 use limits::BodyBudget;
 pub use limits::Limits;
 pub use origin::OriginPolicy;
 use router::Router;
+use routes::Idempotency;
 use ws::Sockets;
 
 /// The ComfyUI version whose API this is; clients compare it.
@@ -76,6 +88,14 @@ pub struct ServerConfig {
     pub limits: Limits,
     /// Which web pages may talk to the server.
     pub origin: OriginPolicy,
+    /// The API keys; without any, everybody may use the server.
+    pub auth: Auth,
+    /// Certificate and key, if connections are encrypted (see [`tls::load`]).
+    pub tls: Option<Arc<tokio_rustls::rustls::ServerConfig>>,
+    /// Whether webhooks may go to private addresses and to plain HTTP.
+    pub allow_private_webhooks: bool,
+    /// Pause before a webhook is told again; each further one is four times as long.
+    pub webhook_pause: Duration,
     /// Whether text answers are compressed for clients that accept gzip.
     pub compress: bool,
     /// Longer side of previews in pixels; the node's own choice if not given.
@@ -91,6 +111,10 @@ impl Default for ServerConfig {
         Self {
             limits: Limits::default(),
             origin: OriginPolicy::default(),
+            auth: Auth::default(),
+            tls: None,
+            allow_private_webhooks: false,
+            webhook_pause: Duration::from_secs(1),
             compress: false,
             preview_size: None,
             shutdown_timeout: Duration::from_secs(60),
@@ -107,6 +131,14 @@ pub struct App {
     router: Router,
     sockets: Sockets,
     body_budget: BodyBudget,
+    /// Uploads and results, by id and by hash.
+    assets: Arc<AssetStore>,
+    /// Who waits for the end of a prompt.
+    endings: Endings,
+    /// Keys of submissions that were taken.
+    idempotency: Idempotency,
+    /// Places for live event streams.
+    event_streams: Arc<Semaphore>,
     /// Places for decoding pictures, which takes memory in proportion to their size.
     image_slots: Semaphore,
     is_stopping: AtomicBool,
@@ -114,8 +146,14 @@ pub struct App {
 
 /// A server that can't be set up.
 #[derive(Debug, thiserror::Error)]
-#[error("the routes contradict each other: {0}")]
-pub struct SetupError(#[from] matchit::InsertError);
+pub enum SetupError {
+    /// Two routes have the same pattern.
+    #[error("the routes contradict each other: {0}")]
+    Routes(#[from] matchit::InsertError),
+    /// The list of uploads is there but can't be read.
+    #[error("the list of assets can't be read: {0}")]
+    Assets(#[from] std::io::Error),
+}
 
 impl App {
     /// A server over an engine; [`run`] starts it.
@@ -126,7 +164,11 @@ impl App {
     ) -> Result<Arc<Self>, SetupError> {
         Ok(Arc::new(Self {
             engine,
+            assets: Arc::new(AssetStore::open(folders.clone())?),
             folders,
+            endings: Endings::default(),
+            idempotency: Idempotency::default(),
+            event_streams: Arc::new(Semaphore::new(config.limits.event_streams)),
             body_budget: BodyBudget::new(config.limits.buffered_bytes),
             config,
             router: routes::all().build()?,

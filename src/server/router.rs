@@ -1,7 +1,8 @@
 //! From a path to a handler, and what every answer gets on its way out.
 //!
 //! Every route answers under its own path and under `/api` + path, except
-//! `/internal/*`. A wrong method is 405 with `Allow`; `GET` on a route that only
+//! `/internal/*` and what is written with `/api` here (a web page's own files lie
+//! under `/assets`, for one). A wrong method is 405 with `Allow`; `GET` on a route that only
 //! takes `POST` is 404, as in ComfyUI, where a file could have that name.
 
 use std::future::Future;
@@ -9,12 +10,12 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use hyper::body::Incoming;
-use hyper::header::{ALLOW, CACHE_CONTROL, HeaderName, HeaderValue, X_CONTENT_TYPE_OPTIONS};
+use hyper::header::{ALLOW, CACHE_CONTROL, HeaderName, HeaderValue, SET_COOKIE, X_CONTENT_TYPE_OPTIONS};
 use hyper::{Method, Request, StatusCode};
 
 use super::App;
 use super::compress;
-use super::http::{self, Call, Failure, Peer, Response};
+use super::http::{self, Call, ErrorStyle, Failure, Peer, Response};
 use super::origin::Refusal;
 
 type Outcome = Pin<Box<dyn Future<Output = Result<Response, Failure>> + Send>>;
@@ -83,11 +84,19 @@ impl Router {
         self.on(Method::POST, path, handler)
     }
 
+    /// Every method and path pattern, without the `/api` aliases.
+    pub(super) fn patterns(&self) -> Vec<(Method, String)> {
+        let of = |(path, entry): &(String, Entry)| {
+            entry.handlers.iter().map(|(method, _)| (method.clone(), path.clone())).collect::<Vec<_>>()
+        };
+        self.routes.iter().flat_map(of).collect()
+    }
+
     /// Builds the lookup table.
     pub(super) fn build(mut self) -> Result<Self, matchit::InsertError> {
         for (path, entry) in &self.routes {
             self.table.insert(path.clone(), entry.clone())?;
-            if !path.starts_with("/internal") && path != "/" {
+            if !path.starts_with("/internal") && !path.starts_with("/api/") && path != "/" {
                 self.table.insert(format!("/api{path}"), entry.clone())?;
             }
         }
@@ -98,6 +107,7 @@ impl Router {
 /// Answers one request.
 pub(super) async fn answer(app: Arc<App>, peer: Peer, request: Request<Incoming>) -> Response {
     let (method, uri) = (request.method().clone(), request.uri().clone());
+    let cookie = app.config.auth.cookie_for(&request);
     let accepts_gzip = compress::accepts_gzip(request.headers());
     let mut response = match app.config.origin.check(&method, request.headers(), peer.via_loopback) {
         Ok(()) if method == Method::OPTIONS => http::empty(StatusCode::OK),
@@ -105,6 +115,9 @@ pub(super) async fn answer(app: Arc<App>, peer: Peer, request: Request<Incoming>
         Err(refusal) => refuse(refusal, request.headers().get("host")),
     };
     finish(&mut response, uri.path());
+    if let Some(cookie) = cookie {
+        response.headers_mut().insert(SET_COOKIE, cookie);
+    }
     app.config.origin.add_cors(response.headers_mut());
     if app.config.compress && accepts_gzip {
         response = compress::gzip(response).await;
@@ -126,8 +139,18 @@ fn refuse(refusal: Refusal, host: Option<&HeaderValue>) -> Response {
 }
 
 async fn route(app: Arc<App>, peer: Peer, request: Request<Incoming>) -> Response {
+    let style = ErrorStyle::of(request.uri().path(), request.headers());
+    let uri_bytes = request.uri().path_and_query().map_or(0, |p| p.as_str().len());
+    if uri_bytes > app.config.limits.uri_bytes {
+        let message = format!("the address has {uri_bytes} bytes; {} are read", app.config.limits.uri_bytes);
+        return Failure::Text(StatusCode::URI_TOO_LONG, message).into_response(style);
+    }
+    let key_name = match app.config.auth.check(&request) {
+        Ok(name) => name,
+        Err(failure) => return failure.into_response(style),
+    };
     let (entry, params) = match app.router.table.at(request.uri().path()) {
-        Err(_) => return http::empty(StatusCode::NOT_FOUND),
+        Err(_) => return Failure::NOT_FOUND.into_response(style),
         Ok(found) => {
             let params = found.params.iter().map(|(k, v)| (k.to_owned(), http::decode(v))).collect();
             (found.value.clone(), params)
@@ -136,19 +159,20 @@ async fn route(app: Arc<App>, peer: Peer, request: Request<Incoming>) -> Respons
     let method = request.method();
     let Some(handler) = entry.find(method) else {
         if matches!(*method, Method::GET | Method::HEAD) {
-            return http::empty(StatusCode::NOT_FOUND);
+            return Failure::NOT_FOUND.into_response(style);
         }
-        let mut response = http::text(StatusCode::METHOD_NOT_ALLOWED, "405: Method Not Allowed");
+        let refused = Failure::Text(StatusCode::METHOD_NOT_ALLOWED, "405: Method Not Allowed".to_owned());
+        let mut response = refused.into_response(style);
         if let Ok(allow) = HeaderValue::from_str(&entry.allowed()) {
             response.headers_mut().insert(ALLOW, allow);
         }
         return response;
     };
-    match handler(Call { app, request, params, peer }).await {
+    match handler(Call { app, request, params, peer, key_name }).await {
         Ok(response) => response,
         Err(failure) => {
             tracing::debug!(target: "kiln::http", %failure);
-            failure.into_response()
+            failure.into_response(style)
         }
     }
 }
