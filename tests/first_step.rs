@@ -1,9 +1,14 @@
 //! A prompt's first denoise step comes within a second: for the demo model from a cold start, for a model
-//! of full size once it is loaded.
+//! of full size once it is loaded; and loading reads only what is used.
+//!
+//! The second is one of CPU time, over all threads, so that other work on the machine doesn't count: two
+//! threads that wait for nothing need half of it on a clock. Clock times are printed beside it.
+#![cfg(target_os = "linux")]
 
+use std::fmt;
 use std::fs;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use kiln::cli::device::DeviceArgs;
@@ -41,13 +46,61 @@ fn engine(base: &Path) -> Arc<Engine> {
     Engine::new(EngineConfig::new(services, kiln::nodes::registry()))
 }
 
-/// When the prompt started, when its sampler started, and when its first step was done.
-fn run(engine: &Engine, events: &mut Receiver<Arc<Event>>, prompt: Json) -> [Instant; 3] {
+/// The tests measure the whole process, so they take turns.
+static TURN: Mutex<()> = Mutex::new(());
+
+/// The process at a moment.
+#[derive(Clone, Copy)]
+struct Moment {
+    clock: Instant,
+    cpu: Duration,
+    resident_bytes: u64,
+}
+
+impl Moment {
+    fn now() -> Self {
+        let stat = fs::read_to_string("/proc/self/stat").unwrap();
+        // User and system time, in hundredths of a second, after the name in brackets.
+        let fields: Vec<_> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
+        let ticks: u64 = fields[11..13].iter().map(|f| f.parse::<u64>().unwrap()).sum();
+        let status = fs::read_to_string("/proc/self/status").unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+        let kb: u64 = line.split_whitespace().next().unwrap().parse().unwrap();
+        Self { clock: Instant::now(), cpu: Duration::from_millis(10 * ticks), resident_bytes: kb << 10 }
+    }
+
+    fn since(&self, earlier: &Self) -> Spent {
+        let resident_bytes = self.resident_bytes.saturating_sub(earlier.resident_bytes);
+        Spent { clock: self.clock - earlier.clock, cpu: self.cpu - earlier.cpu, resident_bytes }
+    }
+}
+
+/// What lies between two moments.
+struct Spent {
+    clock: Duration,
+    cpu: Duration,
+    resident_bytes: u64,
+}
+
+impl fmt::Display for Spent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{:?} of CPU, {:?}, {} MB more resident",
+            self.cpu,
+            self.clock,
+            self.resident_bytes / 1_000_000
+        )
+    }
+}
+
+/// The prompt's start, its sampler's start, and the end of its first step.
+fn run(engine: &Engine, events: &mut Receiver<Arc<Event>>, prompt: Json) -> [Moment; 3] {
     engine.submit(Submission { prompt, ..Submission::default() }).unwrap();
     let (mut start, mut sampler, mut step) = (None, None, None);
     loop {
         let event = events.blocking_recv().unwrap();
-        let now = Some(Instant::now());
+        let now = Some(Moment::now());
         match &event.kind {
             EventKind::ExecutionStart { .. } => start = now,
             EventKind::Executing { node: Some(node), .. } if **node == *"3" => sampler = now,
@@ -66,18 +119,20 @@ fn the_demo_model_takes_its_first_step_within_a_second() {
         eprintln!("skipped: times hold for optimised builds");
         return;
     }
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let base = tempfile::tempdir().unwrap();
     let engine = engine(base.path());
     let mut events = engine.subscribe();
     // Nothing is warm here: no trial prompt, no vocabulary, no code pages.
     let [start, sampler, step] = run(&engine, &mut events, prompt(DEMO_CHECKPOINT, 1));
-    eprintln!("sampler after {:?}, first step done after {:?}", sampler - start, step - start);
-    assert!(step - start < Duration::from_secs(1), "{:?}", step - start);
+    eprintln!("demo: sampler after {}; first step done after {}", sampler.since(&start), step.since(&start));
+    assert!(step.since(&start).cpu < Duration::from_secs(1), "{}", step.since(&start));
     engine.shutdown();
 }
 
-/// SD1.5's real size. Reading and packing two gigabytes is the disk's and the memory's matter and only
-/// reported; from there on it is a second for this model too.
+/// SD1.5's real size. The first use of each weight, two gigabytes in the first step, is only reported;
+/// before it the sampler starts within a second and another for the text encoder's weights, with no more
+/// of the file read than those, an eighth. From there on the whole step takes a second at most.
 #[test]
 fn a_model_of_full_size_takes_its_first_step_soon() {
     let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/golden-models");
@@ -86,17 +141,25 @@ fn a_model_of_full_size_takes_its_first_step_soon() {
         eprintln!("skipped: needs an optimised build and {}", file.display());
         return;
     }
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let base = tempfile::tempdir().unwrap();
     let paths =
         format!("test:\n  base_path: {:?}\n  checkpoints: checkpoints\n", models.display().to_string());
     fs::write(base.path().join("extra_model_paths.yaml"), paths).unwrap();
     let engine = engine(base.path());
     let mut events = engine.subscribe();
-    let [start, _, step] = run(&engine, &mut events, prompt(FULL_SIZE, 1));
-    eprintln!("loading included: first step done after {:?}", step - start);
+    let [start, sampler, step] = run(&engine, &mut events, prompt(FULL_SIZE, 1));
+    let loading = sampler.since(&start);
+    eprintln!("loading: sampler after {loading}; first step done after {}", step.since(&start));
+    assert!(loading.cpu < Duration::from_secs(2), "{loading}");
+    assert!(loading.resident_bytes < file.metadata().unwrap().len() / 4, "{loading}");
     // Loaded, but all of this prompt is new: text, seed, and with them all that is computed.
     let [start, sampler, step] = run(&engine, &mut events, prompt(FULL_SIZE, 2));
-    eprintln!("loaded: sampler after {:?}, first step done after {:?}", sampler - start, step - start);
-    assert!(step - start < Duration::from_secs(1), "{:?}", step - start);
+    eprintln!(
+        "loaded: sampler after {}; first step done after {}",
+        sampler.since(&start),
+        step.since(&start)
+    );
+    assert!(step.since(&start).cpu < Duration::from_secs(1), "{}", step.since(&start));
     engine.shutdown();
 }

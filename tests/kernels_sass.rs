@@ -1,9 +1,13 @@
 //! The machine code of the Hopper kernels: it must hold the instructions that they are written for.
 //!
-//! A kernel file that says `// targets: sm_90a` exists for the asynchronous
-//! tensor cores (`HGMMA`) and the bulk tensor copy (`UTMALDG`). Whether they are
-//! in the machine code is read with nvdisasm (on PyPI: nvidia-cuda-nvdisasm);
-//! without it, or without nvcc at build time, the test says so and skips.
+//! A kernel file that says `// targets: sm_90a` exists for what only Hopper
+//! has: the asynchronous tensor cores (`HGMMA`) and the bulk tensor copy
+//! (`UTMALDG`), or clusters of blocks (`UCGABAR`). And as kernels are launched
+//! while their predecessor still runs, every single one must wait for it
+//! (`ACQBULK`). Whether that is in the machine code is read with nvdisasm (on
+//! PyPI: nvidia-cuda-nvdisasm); without it, or without nvcc at build time, the
+//! test says so and skips. That kernels for other targets wait is read in their
+//! sources.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,11 +15,23 @@ use std::process::Command;
 
 use kiln::driver::nvcc::find_tool;
 
-const NEEDED: &[&str] = &["HGMMA", "UTMALDG"];
+/// What the machine code of a kernel file must hold.
+fn needed(module: &str) -> &'static [&'static str] {
+    match module {
+        "ceiling_sm90" => &["HGMMA"],
+        "groupnorm_sm90" => &["UCGABAR"],
+        _ => &["HGMMA", "UTMALDG"],
+    }
+}
 
-/// The instructions of [`NEEDED`] that are not in the text.
-fn missing(sass: &str) -> Vec<&'static str> {
-    NEEDED.iter().copied().filter(|name| !sass.contains(name)).collect()
+/// The instructions that the machine code of `module` lacks, and whether a kernel does not wait for its predecessor.
+fn missing(module: &str, sass: &str) -> Vec<String> {
+    let lacks = needed(module).iter().filter(|name| !sass.contains(**name));
+    let mut missing: Vec<String> = lacks.map(|name| format!("no {name}")).collect();
+    let kernels = sass.split("\t.section\t.text.").skip(1);
+    let eager = kernels.filter(|kernel| !kernel.contains("ACQBULK"));
+    missing.extend(eager.map(|k| format!("no ACQBULK in {}", k.split([',', '"']).next().unwrap_or("?"))));
+    missing
 }
 
 /// Says why a test does not run, which `.ci/run` does not accept.
@@ -43,10 +59,11 @@ fn hopper_kernels_use_hopper_instructions() {
         let done = Command::new(&nvdisasm).arg("-c").arg(cubin).output().unwrap();
         let sass = String::from_utf8_lossy(&done.stdout);
         assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
-        let counts = NEEDED.iter().map(|name| format!("{} {name}", sass.matches(name).count()));
         let name = cubin.file_name().unwrap_or_default().to_string_lossy();
+        let module = name.split('.').next().unwrap_or_default();
+        let counts = needed(module).iter().map(|name| format!("{} {name}", sass.matches(name).count()));
         eprintln!("{name}: {}", counts.collect::<Vec<_>>().join(", "));
-        wrong.extend(missing(&sass).iter().map(|instruction| format!("{name} holds no {instruction}")));
+        wrong.extend(missing(module, &sass).iter().map(|what| format!("{name}: {what}")));
     }
     if cubins.is_empty() {
         eprintln!("skipped: no kernel file is for sm_90a alone");
@@ -56,6 +73,34 @@ fn hopper_kernels_use_hopper_instructions() {
 
 #[test]
 fn a_text_without_the_instruction_is_noticed() {
-    assert_eq!(missing("HGMMA.64x128x16.F32 R24, gdesc[UR4]"), ["UTMALDG"]);
-    assert!(missing("UTMALDG.2D [UR8], [UR4]\nHGMMA.64x64x16.F32").is_empty());
+    let waits = "\t.section\t.text.one,\"ax\"\nACQBULK\n";
+    assert_eq!(missing("gemm_sm90", &format!("{waits}HGMMA.64x128x16.F32 R24")), ["no UTMALDG"]);
+    assert!(missing("gemm_sm90", &format!("{waits}UTMALDG.2D [UR8]\nHGMMA.64x64x16.F32")).is_empty());
+    let eager = format!("{waits}UCGABAR_ARV\n\t.section\t.text.two,\"ax\"\nEXIT\n");
+    assert_eq!(missing("groupnorm_sm90", &eager), ["no ACQBULK in two"]);
+}
+
+/// Every kernel begins with `begin_kernel()`, or its body is one that waits later.
+#[test]
+fn every_kernel_waits_for_its_predecessor() {
+    let kernels = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
+    let mut count = 0;
+    for family in fs::read_dir(kernels).unwrap().flatten().filter(|entry| entry.path().is_dir()) {
+        for file in fs::read_dir(family.path()).unwrap().flatten() {
+            let text = fs::read_to_string(file.path()).unwrap();
+            if file.path().extension().is_none_or(|ending| ending != "cu") {
+                continue;
+            }
+            for kernel in text.split("__global__").skip(1) {
+                let body = kernel.split_once('{').map_or("", |(_, body)| body);
+                let start = body.trim_start_matches(['\\', ' ', '\n']);
+                let waits_later = ["gemm<T, N", "conv<T, N", "attention_sm90::forward"];
+                let is_good =
+                    start.starts_with("begin_kernel()") || waits_later.iter().any(|b| start.starts_with(b));
+                assert!(is_good, "{}: a kernel that begins {:.60}", file.path().display(), start);
+                count += 1;
+            }
+        }
+    }
+    assert!(count >= 40, "{count} kernels were found");
 }

@@ -10,16 +10,19 @@ namespace attention {
 
 template <class T> PTX void one_row(const Args& args) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int64_t row = int64_t(blockIdx.x) * (blockDim.x / 32) + warp;  // [batch][heads][queries]
-    if (row >= int64_t(args.batch) * args.heads * args.queries) return;
+    // Warps behind the last row compute it once more, but write nothing: all threads of a block meet at the barrier.
+    const int64_t rows = int64_t(args.batch) * args.heads * args.queries;
+    const int64_t mine = int64_t(blockIdx.x) * (blockDim.x / 32) + warp, row = min(mine, rows - 1);  // [batch][heads][queries]
     const int64_t query = row % args.queries, column = row / args.queries % args.heads * args.dim, sample = row / args.queries / args.heads;
-    float* q = dynamic_smem<float[1]>() + warp * 2 * args.dim;
-    float* acc = q + args.dim;
+    // An even number apart: the compiler reads q in pairs, and the one behind an odd end must not be somebody's result.
+    const int even = (args.dim + 1) / 2 * 2;
+    float* q = dynamic_smem<float[1]>() + warp * 2 * even;
+    float* acc = q + even;
     const T* q_row = static_cast<const T*>(args.q) + (sample * args.queries + query) * args.q_pitch + column;
     const T* k = static_cast<const T*>(args.k) + sample / args.share * args.keys * args.k_pitch + column;
     const T* v = static_cast<const T*>(args.v) + sample / args.share * args.keys * args.v_pitch + column;
     for (int c = lane; c < args.dim; c += 32) q[c] = to_float(q_row[c]) * args.scale_log2, acc[c] = 0;
-    __syncwarp();
+    __syncthreads();
 
     const int visible = args.causal ? min(args.keys, int(query) + 1) : args.keys;
     float top = -INFINITY, sum = 0;
@@ -46,6 +49,7 @@ template <class T> PTX void one_row(const Args& args) {
         }
     }
     for (int x = 16; x > 0; x /= 2) sum += __shfl_xor_sync(~0u, sum, x);
+    if (mine != row) return;
     T* out = static_cast<T*>(args.out) + (sample * args.queries + query) * args.out_pitch + column;
     for (int c = lane; c < args.dim; c += 32) out[c] = from_float<T>(acc[c] / sum);
 }
@@ -53,7 +57,8 @@ template <class T> PTX void one_row(const Args& args) {
 }  // namespace attention
 
 #define ROWS(T, name)                                                                                          \
-    extern "C" __global__ __launch_bounds__(128, 4) void name(const __grid_constant__ attention::Args args) { \
+    extern "C" __global__ __launch_bounds__(128, 4) void name(const __grid_constant__ attention::Args args) {                 \
+        begin_kernel();                    \
         attention::one_row<T>(args);                                                                           \
     }                                                                                                          \
     SIMT_KERNEL(name)

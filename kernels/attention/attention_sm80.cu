@@ -360,7 +360,8 @@ template <class T> PTX void combine(const CombineArgs& args) {
 }  // namespace attention
 
 #define ATTENTION_T(T, name, dim, row_tiles, keys, blocks)                                                         \
-    extern "C" __global__ __launch_bounds__(128, blocks) void name(const __grid_constant__ attention::Args args) { \
+    extern "C" __global__ __launch_bounds__(128, blocks) void name(const __grid_constant__ attention::Args args) {                 \
+        begin_kernel();                    \
         attention::forward<attention::Shape<T, dim, row_tiles, keys>>(args);                                       \
     }                                                                                                              \
     SIMT_KERNEL(name)
@@ -393,7 +394,8 @@ ATTENTION(attention_sm80_128x64_d80, 80, 2, kKeysOf80, 2)
 ATTENTION(attention_sm80_128x32_d128, 128, 2, 32, 2)
 
 #define COMBINE(T, name)                                                                                          \
-    extern "C" __global__ __launch_bounds__(256) void name(const __grid_constant__ attention::CombineArgs args) { \
+    extern "C" __global__ __launch_bounds__(256) void name(const __grid_constant__ attention::CombineArgs args) {                 \
+        begin_kernel();                    \
         attention::combine<T>(args);                                                                              \
     }                                                                                                             \
     SIMT_KERNEL(name)

@@ -317,7 +317,8 @@ template <class S> PTX void wide_forward(const Args& args) {
 }  // namespace attention
 
 #define WIDE_T(T, name, keys, stages)                                                                          \
-    extern "C" __global__ __launch_bounds__(256, 1) void name(const __grid_constant__ attention::Args args) { \
+    extern "C" __global__ __launch_bounds__(256, 1) void name(const __grid_constant__ attention::Args args) {                 \
+        begin_kernel();                    \
         attention::wide_forward<attention::Wide<T, keys, stages>>(args);                                       \
     }                                                                                                          \
     SIMT_KERNEL(name)

@@ -324,6 +324,7 @@ template <class T, class C> PTX void consume(Smem<C>& s, const AttentionSm90Args
 
 template <class T, class C> PTX void forward(const AttentionSm90Args& args, const TensorMap* q, const TensorMap* k, const TensorMap* v) {
     auto& s = dynamic_smem<Smem<C>>();
+    next_kernel_may_start();
     if (threadIdx.x == 0) {
         for (int i = 0; i < kConsumers; i++) mbarrier_init(&s.q_full[i], 1), mbarrier_init(&s.q_empty[i], 4);
         for (int i = 0; i < C::kStages; i++) {
@@ -333,6 +334,7 @@ template <class T, class C> PTX void forward(const AttentionSm90Args& args, cons
         fence_mbarrier_init();
     }
     __syncthreads();
+    wait_for_previous_kernel();
     const int group = __shfl_sync(~0u, int(threadIdx.x / 128), 0);  // the same for a warp, and known to be
     if (group == kConsumers) {
         setmaxnreg_dec<24>();

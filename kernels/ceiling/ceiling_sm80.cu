@@ -27,7 +27,7 @@ template <class T> __device__ __forceinline__ void ceiling(const CeilingArgs& ar
 }
 
 #define CEILING(T, name)                                                                                                      \
-    extern "C" __global__ __launch_bounds__(256) void name(const __grid_constant__ CeilingArgs args) { ceiling<T>(args); } \
+    extern "C" __global__ __launch_bounds__(256) void name(const __grid_constant__ CeilingArgs args) { begin_kernel(); ceiling<T>(args); } \
     SIMT_KERNEL(name)
 CEILING(__half, ceiling_sm80_f16)
 CEILING(__nv_bfloat16, ceiling_sm80_bf16)

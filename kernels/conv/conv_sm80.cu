@@ -127,7 +127,8 @@ template <class S, bool kAny> __device__ __forceinline__ void run(const ConvArgs
 }  // namespace conv
 
 #define CONV(name, ANY, T, M, N, K, WM, WN, STAGES, BLOCKS)                                                   \
-    extern "C" __global__ __launch_bounds__(128, BLOCKS) void name(const __grid_constant__ ConvArgs args) {  \
+    extern "C" __global__ __launch_bounds__(128, BLOCKS) void name(const __grid_constant__ ConvArgs args) {                 \
+        begin_kernel();                    \
         using S = tile::Shape<T, M, N, K, WM, WN, STAGES>;                                                    \
         static_assert(S::kThreads == 128);                                                                    \
         conv::run<S, ANY>(args);                                                                              \

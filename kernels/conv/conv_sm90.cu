@@ -85,10 +85,10 @@ template <class T, int N> struct LoadConv {
     }
 };
 
-template <class T, int N> PTX void conv(const ConvSm90Args& args, const TensorMap* x, const TensorMap* x2, const TensorMap* w) {
+template <class T, int N, hopper::Finish F> PTX void conv(const ConvSm90Args& args, const TensorMap* x, const TensorMap* x2, const TensorMap* w) {
     if (threadIdx.x == 0) tma_prefetch_map(x), tma_prefetch_map(w);
     LoadConv<T, N> load{args, x, x2, w};
-    hopper::run<T, N>(args.epilogue, args.tiles, load, [&args](const hopper::Unit& unit) {
+    hopper::run<T, N, F>(args.epilogue, args.tiles, load, [&args](const hopper::Unit& unit) {
         const Origin origin = origin_of(args, unit.tile_m);
         return [&args, origin](int r) { return row_of(args, origin, r); };
     });
@@ -96,16 +96,22 @@ template <class T, int N> PTX void conv(const ConvSm90Args& args, const TensorMa
 }  // namespace
 
 // maps: x and x2 as C, W, H, N in boxes of 64 channels x 128 pixels, tiled or im2col; w as [cout][taps * cp] in boxes of 64 x N / cluster
-#define CONV_SM90(T, N, name)                                                                                                     \
+#define CONV_SM90(T, N, F, name)                                                                                                  \
     extern "C" __global__ __launch_bounds__(hopper::kThreads, 1) void name(                                                       \
         const __grid_constant__ ConvSm90Args args, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap x2,     \
         const __grid_constant__ TensorMap w) {                                                                                    \
-        conv<T, N>(args, &x, &x2, &w);                                                                                            \
+        conv<T, N, hopper::Finish::F>(args, &x, &x2, &w);                                                                         \
     }                                                                                                                             \
     SIMT_KERNEL(name)
-CONV_SM90(__half, 128, conv_sm90_128x128_f16)
-CONV_SM90(__half, 160, conv_sm90_128x160_f16)
-CONV_SM90(__half, 256, conv_sm90_128x256_f16)
-CONV_SM90(__nv_bfloat16, 128, conv_sm90_128x128_bf16)
-CONV_SM90(__nv_bfloat16, 160, conv_sm90_128x160_bf16)
-CONV_SM90(__nv_bfloat16, 256, conv_sm90_128x256_bf16)
+#define CONV_SM90_WIDTH(T, N, suffix)                                \
+    CONV_SM90(T, N, kPlain, conv_sm90_128x##N##_##suffix)            \
+    CONV_SM90(T, N, kTime, conv_sm90_128x##N##_time_##suffix)        \
+    CONV_SM90(T, N, kPartial, conv_sm90_128x##N##_partial_##suffix)
+#define CONV_SM90_ALL(T, suffix)                                      \
+    CONV_SM90_WIDTH(T, 128, suffix)                                   \
+    CONV_SM90_WIDTH(T, 160, suffix)                                   \
+    CONV_SM90_WIDTH(T, 256, suffix)                                   \
+    CONV_SM90(T, 128, kCluster, conv_sm90_128x128_cluster_##suffix)   \
+    CONV_SM90(T, 160, kCluster, conv_sm90_128x160_cluster_##suffix)
+CONV_SM90_ALL(__half, f16)
+CONV_SM90_ALL(__nv_bfloat16, bf16)

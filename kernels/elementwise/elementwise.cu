@@ -31,7 +31,7 @@ template <class T> __device__ __forceinline__ void axpby(const AxpbyArgs& args) 
 }
 
 #define AXPBY(T, name)                                                                        \
-    extern "C" __global__ void name(const __grid_constant__ AxpbyArgs args) { axpby<T>(args); } \
+    extern "C" __global__ void name(const __grid_constant__ AxpbyArgs args) { begin_kernel(); axpby<T>(args); } \
     SIMT_KERNEL(name)
 AXPBY(__half, axpby_f16)
 AXPBY(__nv_bfloat16, axpby_bf16)
@@ -62,7 +62,7 @@ template <class T> __device__ __forceinline__ void activate(const ActivateArgs& 
 }
 
 #define ACTIVATE(T, name)                                                                           \
-    extern "C" __global__ void name(const __grid_constant__ ActivateArgs args) { activate<T>(args); } \
+    extern "C" __global__ void name(const __grid_constant__ ActivateArgs args) { begin_kernel(); activate<T>(args); } \
     SIMT_KERNEL(name)
 ACTIVATE(__half, activate_f16)
 ACTIVATE(__nv_bfloat16, activate_bf16)

@@ -38,9 +38,9 @@ template <class S, class T, int V> PTX void embed(const EmbedArgs& args) {
 }
 
 #define EMBED(S, T, name)                                                                                             \
-    extern "C" __global__ __launch_bounds__(256) void name(const __grid_constant__ EmbedArgs args) { embed<S, T, 8>(args); } \
+    extern "C" __global__ __launch_bounds__(256) void name(const __grid_constant__ EmbedArgs args) { begin_kernel(); embed<S, T, 8>(args); } \
     SIMT_KERNEL(name)                                                                                                    \
-    extern "C" __global__ __launch_bounds__(256) void name##_scalar(const __grid_constant__ EmbedArgs args) { embed<S, T, 1>(args); } \
+    extern "C" __global__ __launch_bounds__(256) void name##_scalar(const __grid_constant__ EmbedArgs args) { begin_kernel(); embed<S, T, 1>(args); } \
     SIMT_KERNEL(name##_scalar)
 EMBED(__half, __half, embed_f16_f16)
 EMBED(__nv_bfloat16, __nv_bfloat16, embed_bf16_bf16)
@@ -98,7 +98,7 @@ template <class T> PTX void timestep_embedding(const TimestepArgs& args) {
 }
 
 #define TIMESTEP(T, name)                                                                                                         \
-    extern "C" __global__ __launch_bounds__(256) void name(const __grid_constant__ TimestepArgs args) { timestep_embedding<T>(args); } \
+    extern "C" __global__ __launch_bounds__(256) void name(const __grid_constant__ TimestepArgs args) { begin_kernel(); timestep_embedding<T>(args); } \
     SIMT_KERNEL(name)
 TIMESTEP(__half, timestep_embedding_f16)
 TIMESTEP(__nv_bfloat16, timestep_embedding_bf16)

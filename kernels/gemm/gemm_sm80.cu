@@ -168,17 +168,19 @@ template <class T> __device__ __forceinline__ void few_rows(const GemmArgs& args
 }  // namespace gemm
 
 #define GEMM_FEW(name, T)                                                                                                        \
-    extern "C" __global__ __launch_bounds__(128) void name(const __grid_constant__ GemmArgs args) { gemm::few_rows<T>(args); } \
+    extern "C" __global__ __launch_bounds__(128) void name(const __grid_constant__ GemmArgs args) { begin_kernel(); gemm::few_rows<T>(args); } \
     SIMT_KERNEL(name)
 #define GEMM(name, T, M, N, K, WM, WN, STAGES, BLOCKS)                                                        \
-    extern "C" __global__ __launch_bounds__(128, BLOCKS) void name(const __grid_constant__ GemmArgs args) {  \
+    extern "C" __global__ __launch_bounds__(128, BLOCKS) void name(const __grid_constant__ GemmArgs args) {                 \
+        begin_kernel();                    \
         using S = tile::Shape<T, M, N, K, WM, WN, STAGES>;                                                    \
         static_assert(S::kThreads == 128);                                                                    \
         gemm::run<S>(args, gemm::Rows<S>{});                                                                  \
     }                                                                                                         \
     SIMT_KERNEL(name)
 #define GEMM_ANY(name, T)                                                                                    \
-    extern "C" __global__ __launch_bounds__(128, 2) void name(const __grid_constant__ GemmArgs args) {      \
+    extern "C" __global__ __launch_bounds__(128, 2) void name(const __grid_constant__ GemmArgs args) {                 \
+        begin_kernel();                    \
         using S = tile::Shape<T, 64, 64, 64, 32, 32, 4>;                                                      \
         gemm::run<S>(args, gemm::AnyRows<S>{args, 0, 0});                                                     \
     }                                                                                                         \

@@ -26,11 +26,11 @@ template <class T, int N> struct LoadGemm {
     }
 };
 
-template <class T, int N> PTX void gemm(const GemmSm90Args& args, const TensorMap* x, const TensorMap* x2, const TensorMap* w) {
+template <class T, int N, hopper::Finish F> PTX void gemm(const GemmSm90Args& args, const TensorMap* x, const TensorMap* x2, const TensorMap* w) {
     if (threadIdx.x == 0) tma_prefetch_map(x), tma_prefetch_map(w);
     LoadGemm<T, N> load{args.tiles, x, x2, w, args.k1, args.k1_steps};
     const int rows = args.epilogue.rows;
-    hopper::run<T, N>(args.epilogue, args.tiles, load, [rows](const hopper::Unit& unit) {
+    hopper::run<T, N, F>(args.epilogue, args.tiles, load, [rows](const hopper::Unit& unit) {
         const int first = unit.tile_m * hopper::kM;
         return [first, rows](int r) { return first + r < rows ? first + r : -1; };
     });
@@ -38,19 +38,25 @@ template <class T, int N> PTX void gemm(const GemmSm90Args& args, const TensorMa
 }  // namespace
 
 // maps: boxes of 64 x 128 of x and x2, 64 x N / cluster of w, all with the 128-byte swizzle
-#define GEMM_SM90(T, N, name)                                                                                                     \
+#define GEMM_SM90(T, N, F, name)                                                                                                  \
     extern "C" __global__ __launch_bounds__(hopper::kThreads, 1) void name(                                                       \
         const __grid_constant__ GemmSm90Args args, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap x2,     \
         const __grid_constant__ TensorMap w) {                                                                                    \
-        gemm<T, N>(args, &x, &x2, &w);                                                                                            \
+        gemm<T, N, hopper::Finish::F>(args, &x, &x2, &w);                                                                         \
     }                                                                                                                             \
     SIMT_KERNEL(name)
-GEMM_SM90(__half, 128, gemm_sm90_128x128_f16)
-GEMM_SM90(__half, 160, gemm_sm90_128x160_f16)
-GEMM_SM90(__half, 256, gemm_sm90_128x256_f16)
-GEMM_SM90(__nv_bfloat16, 128, gemm_sm90_128x128_bf16)
-GEMM_SM90(__nv_bfloat16, 160, gemm_sm90_128x160_bf16)
-GEMM_SM90(__nv_bfloat16, 256, gemm_sm90_128x256_bf16)
+#define GEMM_SM90_WIDTH(T, N, suffix)                                \
+    GEMM_SM90(T, N, kPlain, gemm_sm90_128x##N##_##suffix)            \
+    GEMM_SM90(T, N, kGeglu, gemm_sm90_128x##N##_geglu_##suffix)      \
+    GEMM_SM90(T, N, kPartial, gemm_sm90_128x##N##_partial_##suffix)
+#define GEMM_SM90_ALL(T, suffix)                                      \
+    GEMM_SM90_WIDTH(T, 128, suffix)                                   \
+    GEMM_SM90_WIDTH(T, 160, suffix)                                   \
+    GEMM_SM90_WIDTH(T, 256, suffix)                                   \
+    GEMM_SM90(T, 128, kCluster, gemm_sm90_128x128_cluster_##suffix)   \
+    GEMM_SM90(T, 160, kCluster, gemm_sm90_128x160_cluster_##suffix)
+GEMM_SM90_ALL(__half, f16)
+GEMM_SM90_ALL(__nv_bfloat16, bf16)
 
 struct ReduceSm90Args {
     EpilogueArgs epilogue;
@@ -61,7 +67,7 @@ struct ReduceSm90Args {
 // grid: ceil(rows * out columns / 8 / threads)
 #define REDUCE_SM90(T, name)                                                                                                      \
     extern "C" __global__ __launch_bounds__(256) void name(const __grid_constant__ ReduceSm90Args args) {                         \
-        hopper::reduce<T>(args.epilogue, args.splits);                                                                            \
+        begin_kernel(), hopper::reduce<T>(args.epilogue, args.splits);                                                            \
     }                                                                                                                             \
     SIMT_KERNEL(name)
 REDUCE_SM90(__half, gemm_sm90_reduce_f16)

@@ -41,7 +41,7 @@ template <class T> __device__ __forceinline__ void split_k(const SplitKArgs& arg
 }
 
 #define SPLIT_K(T, name)                                                                                                      \
-    extern "C" __global__ __launch_bounds__(128) void name(const __grid_constant__ SplitKArgs args) { split_k<T>(args); } \
+    extern "C" __global__ __launch_bounds__(128) void name(const __grid_constant__ SplitKArgs args) { begin_kernel(); split_k<T>(args); } \
     SIMT_KERNEL(name)
 SPLIT_K(__half, split_k_f16)
 SPLIT_K(__nv_bfloat16, split_k_bf16)

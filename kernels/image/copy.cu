@@ -77,7 +77,7 @@ template <class U> PTX void upsample2x(const Upsample2xArgs& args) {
 }
 
 #define MOVE(op, Args, U, bytes)                                                                                      \
-    extern "C" __global__ __launch_bounds__(kThreads) void op##_b##bytes(const __grid_constant__ Args args) { op<U>(args); } \
+    extern "C" __global__ __launch_bounds__(kThreads) void op##_b##bytes(const __grid_constant__ Args args) { begin_kernel(); op<U>(args); } \
     SIMT_KERNEL(op##_b##bytes)
 #define MOVE_ALL(op, Args) MOVE(op, Args, uint4, 16) MOVE(op, Args, uint32_t, 4) MOVE(op, Args, uint16_t, 2)
 MOVE_ALL(concat, ConcatArgs)

@@ -92,9 +92,9 @@ template <class T, int V> PTX void resize(const ResizeArgs& args) {
 }
 
 #define RESIZE(T, suffix)                                                                                                                \
-    extern "C" __global__ __launch_bounds__(kThreads) void resize_##suffix(const __grid_constant__ ResizeArgs args) { resize<T, 8>(args); } \
+    extern "C" __global__ __launch_bounds__(kThreads) void resize_##suffix(const __grid_constant__ ResizeArgs args) { begin_kernel(); resize<T, 8>(args); } \
     SIMT_KERNEL(resize_##suffix)                                                                                                           \
-    extern "C" __global__ __launch_bounds__(kThreads) void resize_scalar_##suffix(const __grid_constant__ ResizeArgs args) { resize<T, 1>(args); } \
+    extern "C" __global__ __launch_bounds__(kThreads) void resize_scalar_##suffix(const __grid_constant__ ResizeArgs args) { begin_kernel(); resize<T, 1>(args); } \
     SIMT_KERNEL(resize_scalar_##suffix)
 RESIZE(__half, f16)
 RESIZE(__nv_bfloat16, bf16)

@@ -81,6 +81,7 @@ struct PreviewArgs {
 
 // A linear map from a latent's channels to colours. grid: any number of blocks; a thread makes four pixels
 extern "C" __global__ __launch_bounds__(kThreads) void preview(const __grid_constant__ PreviewArgs args) {
+    begin_kernel();
     const uint64_t stride = uint64_t(gridDim.x) * kThreads * 4;
     for (uint64_t i = (uint64_t(blockIdx.x) * kThreads + threadIdx.x) * 4; i < args.count; i += stride) {
         const int count = int(min(uint64_t(4), args.count - i));
@@ -111,11 +112,11 @@ extern "C" __global__ __launch_bounds__(kThreads) void preview(const __grid_cons
 SIMT_KERNEL(preview)
 
 #define RGB8(T, suffix)                                                                                                                 \
-    extern "C" __global__ __launch_bounds__(kThreads) void to_rgb8_##suffix(const __grid_constant__ ToRgb8Args args) { to_rgb8<T>(args); } \
+    extern "C" __global__ __launch_bounds__(kThreads) void to_rgb8_##suffix(const __grid_constant__ ToRgb8Args args) { begin_kernel(); to_rgb8<T>(args); } \
     SIMT_KERNEL(to_rgb8_##suffix)                                                                                                         \
-    extern "C" __global__ __launch_bounds__(kThreads) void from_rgb8_##suffix(const __grid_constant__ FromRgb8Args args) { from_rgb8<T, 8>(args); } \
+    extern "C" __global__ __launch_bounds__(kThreads) void from_rgb8_##suffix(const __grid_constant__ FromRgb8Args args) { begin_kernel(); from_rgb8<T, 8>(args); } \
     SIMT_KERNEL(from_rgb8_##suffix)                                                                                                         \
-    extern "C" __global__ __launch_bounds__(kThreads) void from_rgb8_scalar_##suffix(const __grid_constant__ FromRgb8Args args) { from_rgb8<T, 1>(args); } \
+    extern "C" __global__ __launch_bounds__(kThreads) void from_rgb8_scalar_##suffix(const __grid_constant__ FromRgb8Args args) { begin_kernel(); from_rgb8<T, 1>(args); } \
     SIMT_KERNEL(from_rgb8_scalar_##suffix)
 RGB8(__half, f16)
 RGB8(__nv_bfloat16, bf16)

@@ -42,6 +42,8 @@ PTX void activate8(float (&v)[8], int32_t act) {
     if (act == kActSilu) for (int i = 0; i < 8; i++) v[i] = silu(v[i]);
     else if (act == kActGelu) for (int i = 0; i < 8; i++) v[i] = gelu(v[i]);
     else if (act == kActQuickGelu) for (int i = 0; i < 8; i++) v[i] = quick_gelu(v[i]);
+    else if (act == kActRelu) for (int i = 0; i < 8; i++) v[i] = relu(v[i]);
+    else if (act == kActLeakyRelu) for (int i = 0; i < 8; i++) v[i] = leaky_relu(v[i]);
 }
 
 // Adds the residual to v and stores it: row `row`, out columns `column` to column + 8. `staged` are the eight elements of the

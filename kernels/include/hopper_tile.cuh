@@ -14,8 +14,8 @@
 // 128 are for the rest. wgmma reads 2 KB of A and kN * 32 bytes of B for 64 x kN x 16: 80 to 96 of the 128 bytes a cycle
 // that shared memory delivers. 224 registers a consumer thread: 128 sums at most, addresses and the epilogue.
 //
-// Fragments to rows: a quad of lanes holds 2 columns each of every 8; two exchanges among the four give each lane all 8
-// columns of one block of 8 in 4, so that loads and stores are 16 bytes a lane and 64 contiguous bytes a quad.
+// Fragments to rows: a quad of lanes holds 2 columns each of every 8; rounded to 16 bits, two exchanges among the four give each
+// lane all 8 columns of one block of 8 in 4, so that loads and stores are 16 bytes a lane and 64 contiguous bytes a quad.
 #pragma once
 #include "epilogue.cuh"
 #include "wgmma.cuh"
@@ -44,20 +44,22 @@ struct Unit {  // of work
     int tile_m, tile_n, split, first, last;  // steps first to last - 1
 };
 
-// The units of a cluster: for (Walk w(t); w.more(); w.next()) ... w.unit() is this block's.
-struct Walk {
+// The units of a cluster: for (Walk w(t); w.more(); w.next()) ... w.unit() is this block's. kOnce: one unit a block, and the
+// blocks of a cluster are the splits of a tile.
+template <bool kOnce> struct Walk {
     const HopperTiles& t;
     int index, rows;  // rows of clusters
 
-    PTX explicit Walk(const HopperTiles& tiles) : t(tiles), index(blockIdx.x / tiles.cluster), rows((tiles.tiles_m + tiles.cluster - 1) / tiles.cluster) {}
+    PTX explicit Walk(const HopperTiles& tiles) : t(tiles), index(blockIdx.x / tiles.cluster), rows((tiles.tiles_m + tiles.cluster - 1) / tiles.cluster) {
+        if constexpr (kOnce) index = cluster_rank() * rows * t.tiles_n + blockIdx.x / t.splits;
+    }
     PTX bool more() const { return index < rows * t.tiles_n * t.splits; }
-    PTX void next() { index += gridDim.x / t.cluster; }
+    PTX void next() { index += kOnce ? 1 << 30 : gridDim.x / t.cluster; }
     PTX Unit unit() const {
         const int count = rows * t.tiles_n, split = index / count, tile = index - split * count;
         const int in_band = t.band * t.tiles_n, first = tile / in_band * t.band, high = min(t.band, rows - first), place = tile % in_band;
         const int rank = t.cluster > 1 ? int(cluster_rank()) : 0;
-        return {(first + place % high) * t.cluster + rank, place / high, split, int(int64_t(t.steps) * split / t.splits),
-                int(int64_t(t.steps) * (split + 1) / t.splits)};
+        return {(first + place % high) * t.cluster + rank, place / high, split, t.steps * split / t.splits, t.steps * (split + 1) / t.splits};
     }
 };
 
@@ -90,9 +92,9 @@ struct Place {  // in the ring
 };
 
 // One thread: load.begin(unit) before a unit, load(step, a, b, bar) for every step of it, which must bring kStageBytes.
-template <class S, class Load> PTX void produce(S& s, const HopperTiles& t, Load& load) {
+template <bool kOnce, class S, class Load> PTX void produce(S& s, const HopperTiles& t, Load& load) {
     Place at;
-    for (Walk walk(t); walk.more(); walk.next()) {
+    for (Walk<kOnce> walk(t); walk.more(); walk.next()) {
         const Unit unit = walk.unit();
         load.begin(unit);
         for (int step = unit.first; step < unit.last; step++) {
@@ -135,178 +137,251 @@ template <class T, int N> PTX void multiply(Smem<T, N>& s, const Unit& unit, int
 }
 
 // ---- from fragments to rows -------------------------------------------------------------------------------------------
-// Lane t of a quad brings columns 2t, 2t+1 of four blocks of eight columns and leaves with all eight columns of block t.
-PTX void gather8(float (&out)[8], const float (&v)[4][2]) {
-    const int lane = threadIdx.x % 32;
-    const bool odd = lane & 1, high = lane & 2;
-    float half[2][4];  // of blocks odd and 2 + odd: columns 0 to 3, or 4 to 7 in the upper two lanes
+// What becomes of a tile is a template argument, and only what layers of a UNet ask for is done here: all of it in one kernel
+// would be 200 KB of straight-line code, and fetching instructions would take several times as long as executing them
+// (measured: 12 us a tile). The rest goes through kCluster, or kPartial and reduce, whose last step is a loop.
+enum class Finish {
+    kPlain,    // bias, residual
+    kTime,     // bias, bias of the sample
+    kGeglu,    // value times gate, with their bias
+    kPartial,  // sums of K or of a part of it as they are
+    kCluster,  // the blocks of a cluster have a part of K each and add their sums up; any epilogue
+};
+
+// Lane c of a quad gives v[b], its two columns of block b of eight columns, and receives the eight columns of block c; and back.
+PTX void transpose_quad(uint32_t (&v)[4]) {
+    const unsigned lane = threadIdx.x % 4;
 #pragma unroll
-    for (int p = 0; p < 2; p++)
+    for (int step = 1; step <= 2; step *= 2) {
+        const bool upper = lane & step;
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const float get = __shfl_xor_sync(~0u, odd ? v[2 * p][i] : v[2 * p + 1][i], 1);
-            half[p][i] = odd ? get : v[2 * p][i];
-            half[p][2 + i] = odd ? v[2 * p + 1][i] : get;
+        for (int i = 0; i < 4; i++) {
+            if (i & step) continue;
+            const uint32_t got = __shfl_xor_sync(~0u, upper ? v[i] : v[i + step], step);
+            v[i] = upper ? got : v[i];
+            v[i + step] = upper ? v[i + step] : got;
         }
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const float get = __shfl_xor_sync(~0u, high ? half[0][i] : half[1][i], 2);
-        out[i] = high ? get : half[0][i];
-        out[4 + i] = high ? half[1][i] : get;
     }
 }
 
-// What no kernel writes while this one runs: the compiler may load it early, ahead of stores.
-PTX void add8_constant(float (&v)[8], const float* bias) {
-    const float4 a = __ldg(reinterpret_cast<const float4*>(bias)), b = __ldg(reinterpret_cast<const float4*>(bias + 4));
-    v[0] += a.x, v[1] += a.y, v[2] += a.z, v[3] += a.w, v[4] += b.x, v[5] += b.y, v[6] += b.z, v[7] += b.w;
-}
-template <class T> PTX void add8(float (&v)[8], const uint4& packed) {
-    float r[8];
-    unpack2<T>(r[0], r[1], packed.x), unpack2<T>(r[2], r[3], packed.y), unpack2<T>(r[4], r[5], packed.z), unpack2<T>(r[6], r[7], packed.w);
+// Stores the sums of a tile as they are: a quad writes whole sectors of 32 bytes.
+template <int N> PTX void write_partial(const EpilogueArgs& e, const Unit& unit, const float (&acc)[N / 2], const int (&row)[2]) {
+    const int column = unit.tile_n * N + threadIdx.x % 4 * 2, left = e.columns - column;
 #pragma unroll
-    for (int i = 0; i < 8; i++) v[i] += r[i];
-}
-PTX void add8(float (&v)[8], const float* sums) {
-    float r[8];
-    load8(r, sums);
+    for (int half = 0; half < 2; half++) {
+        if (row[half] < 0) continue;
+        float* out = e.partial + (size_t(unit.split) * e.rows + row[half]) * epilogue::partial_pitch(e) + column;
 #pragma unroll
-    for (int i = 0; i < 8; i++) v[i] += r[i];
-}
-
-// Out columns `column` to column + 8 of row `row`; v is the product with its bias, `residual` what is to be added.
-template <class T> PTX void finish8(const EpilogueArgs& e, int row, int column, float (&v)[8], const uint4& residual) {
-#pragma unroll
-    for (int i = 0; i < 8; i++) v[i] *= e.scale;
-    if (e.residual) add8<T>(v, residual);
-    const size_t at = size_t(row) * e.out_pitch + column;
-    if (e.flags & kEpilogueFloat) store8(static_cast<float*>(e.out) + at, v);
-    else store8(static_cast<T*>(e.out) + at, v);
-}
-template <class T> PTX uint4 residual8(const EpilogueArgs& e, int row, int column) {
-    if (!e.residual) return make_uint4(0, 0, 0, 0);
-    return *reinterpret_cast<const uint4*>(static_cast<const T*>(e.residual) + size_t(row) * e.residual_pitch + column);
-}
-// The same for the sums themselves: bias, time bias, activation.
-template <class T> PTX void activate_and_finish8(const EpilogueArgs& e, int row, int column, float (&v)[8], const uint4& residual) {
-    if (e.bias) add8_constant(v, e.bias + column);
-    if (e.time_bias) {
-        const T* time_bias = static_cast<const T*>(e.time_bias) + size_t(row / e.rows_per_sample) * e.time_pitch;
-        add8<T>(v, __ldg(reinterpret_cast<const uint4*>(time_bias + column)));
-    }
-    epilogue::activate8(v, e.act);
-    finish8<T>(e, row, column, v, residual);
-}
-
-// Value times gate of one row half of the product's blocks of eight columns 2 * block and 2 * block + 1, with their bias.
-template <int N> PTX void geglu2(float (&out)[2], const EpilogueArgs& e, const float (&acc)[N / 2], int block, int half, int column) {
-    float2 value = make_float2(0.0f, 0.0f), gate = value;
-    if (e.bias && column < e.columns) {
-        value = __ldg(reinterpret_cast<const float2*>(e.bias + column));
-        gate = __ldg(reinterpret_cast<const float2*>(e.bias + column + 8));
-    }
-    const int at = 8 * block + 2 * half;
-    out[0] = (acc[at] + value.x) * gelu(acc[at + 4] + gate.x);
-    out[1] = (acc[at + 1] + value.y) * gelu(acc[at + 5] + gate.y);
-}
-
-template <int N> PTX void gather8(float (&out)[8], const float (&acc)[N / 2], int block, int half) {
-    float v[4][2];
-#pragma unroll
-    for (int b = 0; b < 4; b++) v[b][0] = acc[4 * (block + b) + 2 * half], v[b][1] = acc[4 * (block + b) + 2 * half + 1];
-    gather8(out, v);
-}
-
-// Stores the sums of a row half of a tile as they are.
-template <class T, int N> PTX void write_partial(const EpilogueArgs& e, const Unit& unit, const float (&acc)[N / 2], int half, int row) {
-    const int quad = threadIdx.x % 4;
-    float* out = e.partial + (size_t(unit.split) * e.rows + max(row, 0)) * epilogue::partial_pitch(e);
-#pragma unroll
-    for (int j = 0; j < N / 8; j += 4) {
-        float v[8];
-        gather8<N>(v, acc, j, half);
-        const int column = unit.tile_n * N + (j + quad) * 8;
-        if (row >= 0 && column < e.columns) store8(out + column, v);
+        for (int j = 0; j < N / 8; j++)
+            if (8 * j < left) *reinterpret_cast<float2*>(out + 8 * j) = make_float2(acc[4 * j + 2 * half], acc[4 * j + 2 * half + 1]);
     }
 }
 
 // Writes a tile: rows(r) is the row of the product that row r of the tile holds, or -1. A residual is loaded many vectors at a
-// time and before the first store: it may lie where out lies, so the compiler cannot move loads ahead of stores itself.
-template <class T, int N, class Rows> PTX void write_tile(const EpilogueArgs& e, const Unit& unit, const float (&acc)[N / 2], const Rows& rows) {
+// time and before the stores: it may lie where out lies, so the compiler cannot move loads ahead of stores itself.
+template <class T, int N, Finish F, class Rows> PTX void write_tile(const EpilogueArgs& e, const Unit& unit, const float (&acc)[N / 2], const Rows& rows) {
     const int quad = threadIdx.x % 4, warp_row = (threadIdx.x - 128) / 32 * 16 + threadIdx.x % 32 / 4;
     const int row[2] = {rows(warp_row), rows(warp_row + 8)};
+    if constexpr (F == Finish::kPartial) {
+        write_partial<N>(e, unit, acc, row);
+        return;
+    }
+    constexpr bool kGeglu = F == Finish::kGeglu;
+    constexpr int kOut = kGeglu ? N / 2 : N, kBlocks = kOut / 8, kGroups = (kBlocks + 3) / 4;  // columns of out; in eights; in groups of four eights
+    constexpr int kAhead = kGroups > 5 ? 4 : kGroups;                                          // groups whose residual is loaded together, as registers allow
+    const int column0 = unit.tile_n * kOut, left = (kGeglu ? e.columns / 2 : e.columns) - column0;
+    const int vectors_left = left - 8 * quad, pairs_left = left - 2 * quad;
+    const float* bias = e.bias + unit.tile_n * N + 2 * quad;
+    T* out[2];
+    const T *residual[2], *time_bias[2];
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        const int r = max(row[h], 0);
+        out[h] = static_cast<T*>(e.out) + int64_t(r) * e.out_pitch + column0 + 8 * quad;
+        residual[h] = static_cast<const T*>(e.residual) + int64_t(r) * e.residual_pitch + column0 + 8 * quad;
+        if constexpr (F == Finish::kTime) time_bias[h] = static_cast<const T*>(e.time_bias) + int64_t(r / e.rows_per_sample) * e.time_pitch + column0 + 2 * quad;
+    }
+#pragma unroll
+    for (int first = 0; first < kGroups; first += kAhead) {
+        uint4 add[2][kAhead];
+        if (F == Finish::kPlain && e.residual) {
+#pragma unroll
+            for (int h = 0; h < 2; h++)
+#pragma unroll
+                for (int g = 0; g < kAhead; g++) {
+                    add[h][g] = make_uint4(0, 0, 0, 0);
+                    if (row[h] >= 0 && 32 * (first + g) < vectors_left) add[h][g] = *reinterpret_cast<const uint4*>(residual[h] + 32 * (first + g));
+                }
+        }
+#pragma unroll
+        for (int g = first; g < first + kAhead; g++) {
+            float2 value_bias[4], gate_bias[4];
+#pragma unroll
+            for (int b = 0; b < 4; b++) {
+                value_bias[b] = gate_bias[b] = make_float2(0.0f, 0.0f);
+                if (!e.bias || 8 * (4 * g + b) >= pairs_left) continue;
+                const float* from = bias + 8 * (4 * g + b) * (kGeglu ? 2 : 1);
+                value_bias[b] = __ldg(reinterpret_cast<const float2*>(from));
+                if constexpr (kGeglu) gate_bias[b] = __ldg(reinterpret_cast<const float2*>(from + 8));
+            }
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                float2 sums[4];
+#pragma unroll
+                for (int b = 0; b < 4; b++) {
+                    const int block = 4 * g + b;
+                    sums[b] = value_bias[b];
+                    if (block >= kBlocks) continue;
+                    const int at = 4 * block * (kGeglu ? 2 : 1) + 2 * h;
+                    sums[b].x += acc[at], sums[b].y += acc[at + 1];
+                    if constexpr (kGeglu) {
+                        sums[b].x *= gelu_fast(acc[at + 4] + gate_bias[b].x);
+                        sums[b].y *= gelu_fast(acc[at + 5] + gate_bias[b].y);
+                    }
+                    if constexpr (F == Finish::kTime) {
+                        if (8 * block >= pairs_left) continue;
+                        float x, y;  // nobody writes it while this kernel runs
+                        unpack2<T>(x, y, __ldg(reinterpret_cast<const uint32_t*>(time_bias[h] + 8 * block)));
+                        sums[b].x += x, sums[b].y += y;
+                    }
+                }
+                if (F == Finish::kPlain && e.residual) {
+                    uint4& packed = add[h][g - first];
+                    uint32_t r[4] = {packed.x, packed.y, packed.z, packed.w};
+                    transpose_quad(r);
+#pragma unroll
+                    for (int b = 0; b < 4; b++) {
+                        float x, y;
+                        unpack2<T>(x, y, r[b]);
+                        sums[b].x += x, sums[b].y += y;
+                    }
+                }
+                uint32_t v[4];
+#pragma unroll
+                for (int b = 0; b < 4; b++) v[b] = pack2<T>(sums[b].x, sums[b].y);
+                transpose_quad(v);
+                if (row[h] >= 0 && 4 * g + quad < kBlocks && 32 * g < vectors_left)
+                    *reinterpret_cast<uint4*>(out[h] + 32 * g) = make_uint4(v[0], v[1], v[2], v[3]);
+            }
+        }
+    }
+}
+
+PTX void add8(float (&v)[8], const float (&r)[8]) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) v[i] += r[i];
+}
+template <class U> PTX void add8(float (&v)[8], const U* p) {
+    float r[8];
+    load8(r, p);
+    add8(v, r);
+}
+// The whole epilogue on the sums of eight columns of out from `column` on: v, and with GEGLU the gates.
+template <class T> PTX void finish8(const EpilogueArgs& e, int row, int column, float (&v)[8], float (&gate)[8]) {
     const bool geglu = e.flags & kEpilogueGeglu;
-    const int columns = geglu ? e.columns / 2 : e.columns, column0 = (geglu ? unit.tile_n * (N / 2) : unit.tile_n * N) + quad * 8;
-    constexpr int kGroups = N / 32, kHalvesAhead = N > 160 ? 1 : 2;  // as registers allow
-    uint4 residual[2][kGroups];
+    if (e.bias) {
+        const float* bias = e.bias + (geglu ? 2 * column : column);
+        add8(v, bias);
+        if (geglu) add8(gate, bias + 8);
+    }
+    if (geglu) {
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        if (e.partial) {
-            write_partial<T, N>(e, unit, acc, half, row[half]);
-            continue;
-        }
+        for (int i = 0; i < 8; i++) v[i] *= gelu_fast(gate[i]);
+    } else {
+        if (e.time_bias) add8(v, static_cast<const T*>(e.time_bias) + int64_t(row / e.rows_per_sample) * e.time_pitch + column);
+        epilogue::activate8(v, e.act);
+    }
 #pragma unroll
-        for (int h = 0; h < 2; h++) {
-            if (kHalvesAhead == 2 ? half == 1 : h != half) continue;
+    for (int i = 0; i < 8; i++) v[i] *= e.scale;
+    if (e.residual) add8(v, static_cast<const T*>(e.residual) + int64_t(row) * e.residual_pitch + column);
+    const int64_t at = int64_t(row) * e.out_pitch + column;
+    if (e.flags & kEpilogueFloat) store8(static_cast<float*>(e.out) + at, v);
+    else store8(static_cast<T*>(e.out) + at, v);
+}
+
+// The sums of a tile in shared memory, where the ring was. Rows a multiple of 32 banks and 8 apart: a warp's stores, 8 rows of
+// 8 floats, meet no bank twice.
+template <int N> constexpr int kStagedPitch = N + 8;
+template <class T, int N> PTX void stage_sums(Smem<T, N>& s, const float (&acc)[N / 2]) {
+    static_assert(N % 32 == 0 && sizeof s.a + sizeof s.b >= kM * kStagedPitch<N> * sizeof(float));
+    float* to = reinterpret_cast<float*>(s.a) + ((threadIdx.x - 128) / 32 * 16 + threadIdx.x % 32 / 4) * kStagedPitch<N> + threadIdx.x % 4 * 2;
+    named_barrier_sync(1, kConsumerWarps * 32);  // both warpgroups have read the last stage
 #pragma unroll
-            for (int g = 0; g < kGroups; g++) {
-                residual[h][g] = make_uint4(0, 0, 0, 0);
-                if (row[h] >= 0 && column0 + 32 * g < columns && (!geglu || g * 4 + quad < N / 16)) residual[h][g] = residual8<T>(e, row[h], column0 + 32 * g);
+    for (int half = 0; half < 2; half++)
+#pragma unroll
+        for (int j = 0; j < N / 8; j++)
+            *reinterpret_cast<float2*>(to + half * 8 * kStagedPitch<N> + 8 * j) = make_float2(acc[4 * j + 2 * half], acc[4 * j + 2 * half + 1]);
+}
+
+// Block `rank` of a cluster adds up and finishes its share of the rows, in the order of the splits. Their number is a constant,
+// so that the loads of all of them are under way at once: one from another multiprocessor takes some 500 cycles.
+template <class T, int N, int kSplits, class Rows> PTX void add_up(Smem<T, N>& s, const EpilogueArgs& e, const Unit& unit, const Rows& rows) {
+    const bool geglu = e.flags & kEpilogueGeglu;
+    const int vectors = N / (geglu ? 16 : 8), columns = epilogue::out_columns(e), share = kM / kSplits;
+    for (int i = threadIdx.x - 128; i < share * vectors; i += kConsumerWarps * 32) {
+        const int r = unit.split * share + i / vectors, vector = i % vectors, row = rows(r), column = unit.tile_n * (geglu ? N / 2 : N) + vector * 8;
+        if (row < 0 || column >= columns) continue;
+        const float* from = reinterpret_cast<const float*>(s.a) + r * kStagedPitch<N> + vector * (geglu ? 16 : 8);
+        auto sum = [&](float (&v)[8], const float* p) {
+            float4 part[kSplits][2];
+#pragma unroll
+            for (int split = 0; split < kSplits; split++) part[split][0] = cluster_load4(p, split), part[split][1] = cluster_load4(p + 4, split);
+#pragma unroll
+            for (int split = 0; split < kSplits; split++) {
+                const float4 low = part[split][0], high = part[split][1];
+                add8(v, {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w});
             }
-        }
-        if (geglu) {
-#pragma unroll
-            for (int j = 0; j < N / 16; j += 4) {  // blocks of eight columns of out
-                float pairs[4][2] = {}, v[8];
-#pragma unroll
-                for (int b = 0; b < 4; b++)
-                    if (j + b < N / 16) geglu2<N>(pairs[b], e, acc, j + b, half, unit.tile_n * N + 16 * (j + b) + 2 * quad);
-                gather8(v, pairs);
-                const int column = column0 + j * 8;
-                if (row[half] >= 0 && j + quad < N / 16 && column < columns) finish8<T>(e, row[half], column, v, residual[half][j / 4]);
-            }
-        } else {
-#pragma unroll
-            for (int j = 0; j < N / 8; j += 4) {
-                float v[8];
-                gather8<N>(v, acc, j, half);
-                const int column = column0 + j * 8;
-                if (row[half] >= 0 && column < columns) activate_and_finish8<T>(e, row[half], column, v, residual[half][j / 4]);
-            }
-        }
+        };
+        float v[8] = {}, gate[8] = {};
+        sum(v, from);
+        if (geglu) sum(gate, from + 8);
+        finish8<T>(e, row, column, v, gate);
     }
 }
 
 // The kernel but for its loads: blocks of kThreads, the first warpgroup loads, the other two multiply.
 // row_of(unit) makes the `rows` of write_tile.
-template <class T, int N, class Load, class RowOf> PTX void run(const EpilogueArgs& e, const HopperTiles& t, Load& load, const RowOf& row_of) {
+template <class T, int N, Finish F, class Load, class RowOf>
+PTX void run(const EpilogueArgs& e, const HopperTiles& t, Load& load, const RowOf& row_of) {
+    constexpr bool kOnce = F == Finish::kCluster;
     auto& s = dynamic_smem<Smem<T, N>>();
+    next_kernel_may_start();
     start_ring(s, t);
+    wait_for_previous_kernel();
     if (threadIdx.x < 128) {
         setmaxnreg_dec<56>();
-        if (threadIdx.x == 0) produce(s, t, load);
+        if (threadIdx.x == 0) produce<kOnce>(s, t, load);
+        __syncwarp();
+        if constexpr (kOnce) cluster_sync();
     } else {
         setmaxnreg_inc<224>();
         Place at;
-        for (Walk walk(t); walk.more(); walk.next()) {
+        for (Walk<kOnce> walk(t); walk.more(); walk.next()) {
             const Unit unit = walk.unit();
             float acc[N / 2];
             multiply<T, N>(s, unit, t.cluster, at, acc);
-            write_tile<T, N>(e, unit, acc, row_of(unit));
+            if constexpr (kOnce) {
+                stage_sums<T, N>(s, acc);
+                cluster_sync();
+                if (t.splits == 2) add_up<T, N, 2>(s, e, unit, row_of(unit));
+                else if (t.splits == 4) add_up<T, N, 4>(s, e, unit, row_of(unit));
+                else add_up<T, N, 8>(s, e, unit, row_of(unit));
+            } else {
+                write_tile<T, N, F>(e, unit, acc, row_of(unit));
+            }
         }
+        __syncwarp();
     }
-    __syncwarp();
-    if (t.cluster > 1) cluster_sync();  // the neighbour may still write here
+    if (kOnce || t.cluster > 1) cluster_sync();  // a neighbour may still read or write here
 }
 
-// Split-K: adds the partial sums in order and finishes; eight columns of out a thread.
+// Adds the sums of the parts of K in order and finishes; eight columns of out a thread.
 template <class T> PTX void reduce(const EpilogueArgs& e, int splits) {
     const bool geglu = e.flags & kEpilogueGeglu;
     const int blocks = epilogue::out_columns(e) / 8;
     const int64_t index = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
     if (index >= int64_t(e.rows) * blocks) return;
     const int row = int(index / blocks), column = int(index % blocks) * 8;
-    const uint4 residual = residual8<T>(e, row, column);
     float v[8] = {}, gate[8] = {};
     const size_t pitch = epilogue::partial_pitch(e);
     const float* from = e.partial + row * pitch + (geglu ? 2 * column : column);
@@ -315,14 +390,7 @@ template <class T> PTX void reduce(const EpilogueArgs& e, int splits) {
         add8(v, from);
         if (geglu) add8(gate, from + 8);
     }
-    if (!geglu) {
-        activate_and_finish8<T>(e, row, column, v, residual);
-        return;
-    }
-    if (e.bias) add8_constant(v, e.bias + 2 * column), add8_constant(gate, e.bias + 2 * column + 8);
-#pragma unroll
-    for (int i = 0; i < 8; i++) v[i] *= gelu(gate[i]);
-    finish8<T>(e, row, column, v, residual);
+    finish8<T>(e, row, column, v, gate);
 }
 
 }  // namespace hopper

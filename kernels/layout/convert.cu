@@ -27,7 +27,7 @@ template <class T> PTX void convert(const ConvertArgs& args) {
 }
 
 #define CONVERT(T, name)                                                                                              \
-    extern "C" __global__ __launch_bounds__(256) void name(const __grid_constant__ ConvertArgs args) { convert<T>(args); } \
+    extern "C" __global__ __launch_bounds__(256) void name(const __grid_constant__ ConvertArgs args) { begin_kernel(); convert<T>(args); } \
     SIMT_KERNEL(name)
 CONVERT(__half, convert_f16)
 CONVERT(__nv_bfloat16, convert_bf16)

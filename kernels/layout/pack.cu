@@ -88,6 +88,7 @@ struct PackVectorArgs {
 
 // grid: any number of blocks
 extern "C" __global__ __launch_bounds__(kThreads) void pack_vector(const __grid_constant__ PackVectorArgs args) {
+    begin_kernel();
     const int64_t stride = int64_t(gridDim.x) * kThreads;
     for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < args.n; i += stride)
         args.dst[geglu_row(i, args.half)] = load_stored(args.src, args.type, i);
@@ -95,9 +96,9 @@ extern "C" __global__ __launch_bounds__(kThreads) void pack_vector(const __grid_
 SIMT_KERNEL(pack_vector)
 
 #define PACK(T, suffix)                                                                                                                        \
-    extern "C" __global__ __launch_bounds__(kThreads) void pack_linear_##suffix(const __grid_constant__ PackLinearArgs args) { pack_linear<T>(args); } \
+    extern "C" __global__ __launch_bounds__(kThreads) void pack_linear_##suffix(const __grid_constant__ PackLinearArgs args) { begin_kernel(); pack_linear<T>(args); } \
     SIMT_KERNEL(pack_linear_##suffix)                                                                                                              \
-    extern "C" __global__ __launch_bounds__(kThreads) void pack_conv_##suffix(const __grid_constant__ PackConvArgs args) { pack_conv<T>(args); }       \
+    extern "C" __global__ __launch_bounds__(kThreads) void pack_conv_##suffix(const __grid_constant__ PackConvArgs args) { begin_kernel(); pack_conv<T>(args); }       \
     SIMT_KERNEL(pack_conv_##suffix)
 PACK(__half, f16)
 PACK(__nv_bfloat16, bf16)

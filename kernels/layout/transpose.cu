@@ -72,9 +72,9 @@ template <class T> PTX void to_nchw(const ToNchwArgs& args) {
 }
 
 #define TRANSPOSE(T, suffix)                                                                                                            \
-    extern "C" __global__ __launch_bounds__(kThreads) void to_nhwc_##suffix(const __grid_constant__ ToNhwcArgs args) { to_nhwc<T>(args); } \
+    extern "C" __global__ __launch_bounds__(kThreads) void to_nhwc_##suffix(const __grid_constant__ ToNhwcArgs args) { begin_kernel(); to_nhwc<T>(args); } \
     SIMT_KERNEL(to_nhwc_##suffix)                                                                                                         \
-    extern "C" __global__ __launch_bounds__(kThreads) void to_nchw_##suffix(const __grid_constant__ ToNchwArgs args) { to_nchw<T>(args); } \
+    extern "C" __global__ __launch_bounds__(kThreads) void to_nchw_##suffix(const __grid_constant__ ToNchwArgs args) { begin_kernel(); to_nchw<T>(args); } \
     SIMT_KERNEL(to_nchw_##suffix)
 TRANSPOSE(__half, f16)
 TRANSPOSE(__nv_bfloat16, bf16)

@@ -16,48 +16,11 @@
 // about 4 instructions for statistics and 10 for SiLU, well below what bandwidth leaves time for (24 on an H200).
 // Statistics are sums about the thread's first value, merged by Chan's formula in a fixed order: exact for means far
 // from zero, the same bits in every run.
-#include "activation.cuh"
-#include "moments.cuh"
-#include "vector.cuh"
+#include "groupnorm.cuh"
 
-constexpr int kThreads = 512, kWarps = kThreads / 32, kMaxChannels = 4096;
+constexpr int kWarps = kThreads / 32, kMaxChannels = 4096;
 // Loads of a thread under way: as many as leave room for two blocks on a multiprocessor.
 constexpr int kInFlight = 3;
-
-struct GroupNormArgs {
-    const void* x;       // [samples][pixels][c1]
-    const void* x2;      // [samples][pixels][c2]
-    const float* scale;  // [c1 + c2]
-    const float* shift;
-    void* out;        // [samples][pixels][c1 + c2]
-    float2* partial;  // [samples][groups][runs]: mean, sum of squares about it
-    float2* merged;   // [samples][groups]
-    int32_t pixels, c1, c2, groups;
-    int32_t run, runs;  // pixels of a run, runs of a sample
-    int32_t span;       // groupnorm_apply: pixels of a block
-    int32_t slab;       // groupnorm_fused: channels of a block
-    float eps;
-    int32_t silu;
-};
-
-// Where a block's threads lie: `lanes` pixels side by side, each `width` vectors of V channels.
-struct Layout {
-    int width, lanes;
-    PTX explicit Layout(int vectors) : width(vectors), lanes(max(1, kThreads / vectors)) {}
-    PTX int active() const { return width * lanes; }
-    PTX int pixels_of(int lane, int count) const { return count > lane ? (count - lane - 1) / lanes + 1 : 0; }
-};
-
-// Channel c of the sample's first pixel, and the distance to the next pixel.
-template <class T> struct Column {
-    const T* p;
-    int pitch;
-    PTX Column(const GroupNormArgs& args, int c) {
-        const bool second = c >= args.c1;
-        pitch = second ? args.c2 : args.c1;
-        p = static_cast<const T*>(second ? args.x2 : args.x) + size_t(blockIdx.y) * args.pixels * pitch + (second ? c - args.c1 : c);
-    }
-};
 
 template <class T, int V> PTX void tally(Tally<V>& sums, const T* p, int step, int count) {
     for (int i = 0; i < count; i += kInFlight, p += kInFlight * step) {
@@ -147,6 +110,7 @@ PTX Moments merge_runs(const GroupNormArgs& args, const float2* partial, int siz
 
 // grid (ceil(groups / warps of a block), samples)
 extern "C" __global__ __launch_bounds__(256) void groupnorm_merge(const __grid_constant__ GroupNormArgs args) {
+    begin_kernel();
     const int g = (blockIdx.x * blockDim.x + threadIdx.x) / 32, size = (args.c1 + args.c2) / args.groups;
     if (g >= args.groups) return;
     const size_t at = size_t(blockIdx.y) * args.groups + g;
@@ -154,37 +118,6 @@ extern "C" __global__ __launch_bounds__(256) void groupnorm_merge(const __grid_c
     if (threadIdx.x % 32 == 0) args.merged[at] = make_float2(m.mean, m.m2);
 }
 SIMT_KERNEL(groupnorm_merge)
-
-// Mean and 1/deviation of the groups, as threads look them up.
-PTX float2 finish(const GroupNormArgs& args, float mean, float m2, int size) {
-    return make_float2(mean, rsqrtf(m2 / (float(args.pixels) * size) + args.eps));
-}
-
-// What a thread does to its channels c .. c+V: (x - center) * factor + shift. One center for all of them saves seven
-// registers; it is their first group's mean, so that far from zero nothing cancels unless the groups' means differ, too.
-template <int V> struct Affine {
-    float center, factor[V], shift[V];
-    // `stats` is of the groups from `group` on.
-    PTX Affine(const GroupNormArgs& args, const float2* stats, int c, int group, int size) {
-        int g = c / size, left = size - c % size;
-        center = stats[g - group].x;
-#pragma unroll
-        for (int i = 0; i < V; i++) {
-            if (left == 0) g++, left = size;
-            left--;
-            const float2 m = stats[g - group];
-            factor[i] = m.y * args.scale[c + i];
-            shift[i] = args.shift[c + i] - (m.x - center) * factor[i];
-        }
-    }
-    PTX void operator()(float (&v)[V], bool with_silu) const {
-#pragma unroll
-        for (int i = 0; i < V; i++) {
-            v[i] = (v[i] - center) * factor[i] + shift[i];
-            if (with_silu) v[i] = silu(v[i]);
-        }
-    }
-};
 
 struct ApplySmem {
     float2 stats[kMaxChannels];  // launched with one entry a group
@@ -281,7 +214,7 @@ template <class T> PTX void groupnorm_fused(const GroupNormArgs& args) {
 }
 
 #define GROUPNORM(op, call, T, suffix)                                                                                          \
-    extern "C" __global__ __launch_bounds__(kThreads, sizeof(T) == 4 ? 1 : 2) void op##_##suffix(const __grid_constant__ GroupNormArgs args) { call(args); } \
+    extern "C" __global__ __launch_bounds__(kThreads, sizeof(T) == 4 ? 1 : 2) void op##_##suffix(const __grid_constant__ GroupNormArgs args) { begin_kernel(); call(args); } \
     SIMT_KERNEL(op##_##suffix)
 #define GROUPNORM_ALL(T, suffix)                                       \
     GROUPNORM(groupnorm_stats, (groupnorm_stats<T, 8>), T, suffix)        \

@@ -120,7 +120,7 @@ template <class T> PTX void layernorm_any(const LayerNormArgs& args) {
 }
 
 #define LAYERNORM(name, call)                                                                                           \
-    extern "C" __global__ __launch_bounds__(kThreads) void name(const __grid_constant__ LayerNormArgs args) { call(args); } \
+    extern "C" __global__ __launch_bounds__(kThreads) void name(const __grid_constant__ LayerNormArgs args) { begin_kernel(); call(args); } \
     SIMT_KERNEL(name)
 #define LAYERNORM_ALL(T, suffix)                              \
     LAYERNORM(layernorm_512_##suffix, (layernorm<T, 2, 2>))    \

@@ -58,7 +58,7 @@ template <class T> PTX void guide(const GuideArgs& args) {
 }
 
 #define GUIDE(T, name)                                                                                                 \
-    extern "C" __global__ __launch_bounds__(kThreads) void name(const __grid_constant__ GuideArgs args) { guide<T>(args); } \
+    extern "C" __global__ __launch_bounds__(kThreads) void name(const __grid_constant__ GuideArgs args) { begin_kernel(); guide<T>(args); } \
     SIMT_KERNEL(name)
 GUIDE(__half, guide_f16)
 GUIDE(__nv_bfloat16, guide_bf16)
@@ -75,6 +75,7 @@ struct LincombArgs {
 
 // out = sum of factor[k] * x[k], in this order; out may be one of the x. grid: any number of blocks
 extern "C" __global__ __launch_bounds__(kThreads) void lincomb(const __grid_constant__ LincombArgs args) {
+    begin_kernel();
     const int64_t stride = int64_t(gridDim.x) * kThreads * 4;
     for (int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * 4; i < args.count; i += stride) {
         if (args.is_vector && i + 4 <= args.count) {
@@ -114,6 +115,7 @@ struct BlendArgs {
 
 // out = x * mask + other * (1 - mask); samples and channels of the mask repeat. grid: any number of blocks
 extern "C" __global__ __launch_bounds__(kThreads) void blend(const __grid_constant__ BlendArgs args) {
+    begin_kernel();
     const int64_t stride = int64_t(gridDim.x) * kThreads;
     for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < args.count; i += stride) {
         const int64_t plane = i / args.pixels, p = i - plane * args.pixels;

@@ -29,6 +29,7 @@ struct PhiloxBitsArgs {
 
 // out[i] = philox(counter + i); the low half of the counter counts and does not carry. grid: any number of blocks
 extern "C" __global__ __launch_bounds__(kThreads) void philox_bits(const __grid_constant__ PhiloxBitsArgs args) {
+    begin_kernel();
     const uint64_t stride = uint64_t(gridDim.x) * kThreads;
     for (uint64_t i = uint64_t(blockIdx.x) * kThreads + threadIdx.x; i < args.count; i += stride) {
         const uint64_t low = args.low + i;
@@ -57,6 +58,7 @@ struct PhiloxNormalArgs {
 
 // grid: any number of blocks; a thread makes one call after another
 extern "C" __global__ __launch_bounds__(kThreads) void philox_normal(const __grid_constant__ PhiloxNormalArgs args) {
+    begin_kernel();
     const uint64_t rounds = (args.count - 1) / (4 * args.threads) + 1, calls = rounds * args.threads;
     for (uint64_t i = uint64_t(blockIdx.x) * kThreads + threadIdx.x; i < calls; i += uint64_t(gridDim.x) * kThreads) {
         const uint64_t round = i / args.threads, subsequence = i - round * args.threads;

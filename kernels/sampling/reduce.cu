@@ -44,6 +44,7 @@ PTX void put(float* out, const Sums& v) { out[0] = v.sum, out[1] = v.squares, ou
 
 // grid (chunks, samples); with one chunk this is the result
 extern "C" __global__ __launch_bounds__(kThreads) void reduce_chunks(const __grid_constant__ ReduceArgs args) {
+    begin_kernel();
     auto& s = dynamic_smem<ReduceSmem>();
     const int64_t row = blockIdx.y * args.count, first = blockIdx.x * args.chunk, end = min(first + args.chunk, args.count);
     Sums v = {0.0f, 0.0f, 0.0f};
@@ -63,6 +64,7 @@ SIMT_KERNEL(reduce_chunks)
 
 // grid: samples
 extern "C" __global__ __launch_bounds__(kThreads) void reduce_merge(const __grid_constant__ ReduceArgs args) {
+    begin_kernel();
     auto& s = dynamic_smem<ReduceSmem>();
     Sums v = {0.0f, 0.0f, 0.0f};
     for (int i = threadIdx.x; i < args.chunks; i += kThreads) {

@@ -194,7 +194,7 @@ MBarrier& mbarrier(uint64_t* bar, Loc at) {
     return mbarrier_of(block(), bar, at);
 }
 // What `p` is in the shared memory of another block of the cluster ("mapa").
-template <class T> T* in_block(Block& b, T* p) { return reinterpret_cast<T*>(b.smem + (reinterpret_cast<uint8_t*>(p) - block().smem)); }
+template <class T> T* in_block(Block& b, T* p) { return reinterpret_cast<T*>(b.smem + (reinterpret_cast<const uint8_t*>(p) - block().smem)); }
 void settle(MBarrier& m) {
     if (m.pending || m.tx) return;
     m.phase++;
@@ -233,6 +233,15 @@ void mbarrier_arrive_at(uint64_t* bar, unsigned rank, Loc at) {
     check::release(m.clock);
     if (!m.pending--) fault(at, "mbarrier: more than the expected %u arrivals in one phase", m.count);
     settle(m);
+}
+const float* cluster_load(const float* p, unsigned floats, unsigned rank, Loc at) {
+    smem_at(simt::smem_u32(p, at), 4 * floats, at);
+    if (rank >= block().cluster.size()) fault(at, "ld.shared::cluster: rank %u in a cluster of %zu blocks", rank, block().cluster.size());
+    Block& target = *block().cluster[rank];
+    if (!target.live) fault(at, "ld.shared::cluster: the block of rank %u has exited", rank);
+    const float* there = in_block(target, p);
+    if (check::on) check::access(there, 4 * floats, check::Read, check::site(at));
+    return there;
 }
 void mbarrier_wait(uint64_t* bar, unsigned parity, Loc at) {
     MBarrier& m = mbarrier(bar, at);

@@ -7,9 +7,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::tensor::{
-    Activation, Attention, Backend, BackendInfo, Conv2d, ConvWeight, Embed, Embedding, GroupNorm, HostLayout,
-    LayerNorm, Linear, LinearParts, LinearWeight, MemoryUse, NormWeight, RawTensor, Shape, Tensor,
-    TensorError,
+    Activation, Attention, Backend, BackendInfo, Body, BodyError, Conv2d, ConvWeight, Embed, Embedding,
+    GroupNorm, HostLayout, LayerNorm, Linear, LinearParts, LinearWeight, MemoryUse, NormWeight, PressureHook,
+    RawTensor, Shape, Tensor, TensorError,
 };
 
 /// What was counted for one kind of op.
@@ -153,5 +153,14 @@ impl Backend for Metered {
 
     fn axpby(&self, a: f32, x: &Tensor, b: f32, y: &Tensor, out: &mut Tensor) -> Result<(), TensorError> {
         self.count("elementwise", 0.0, || self.inner.axpby(a, x, b, y, out))
+    }
+
+    /// The ops of `body` are counted when they run or are recorded, not when a recording is replayed.
+    fn record(&self, key: u64, inputs: &[&Tensor], body: &mut Body<'_>) -> Result<Tensor, BodyError> {
+        self.inner.record(key, inputs, body)
+    }
+
+    fn on_pressure(&self, hook: PressureHook) {
+        self.inner.on_pressure(hook);
     }
 }

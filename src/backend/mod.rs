@@ -85,7 +85,8 @@ pub fn open(options: DeviceOptions) -> Result<Placement, OpenError> {
     }
 }
 
-fn cpu_backend(options: &DeviceOptions) -> Result<Arc<cpu::CpuBackend>, TensorError> {
+/// The CPU's backend for these options.
+pub fn cpu_backend(options: &DeviceOptions) -> Result<Arc<cpu::CpuBackend>, TensorError> {
     Ok(Arc::new(cpu::CpuBackend::new(cpu::CpuOptions {
         threads: options.threads,
         bf16: options.cpu_bf16,

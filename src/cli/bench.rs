@@ -6,16 +6,19 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
 
+use super::bench_device;
 use super::bench_kernels::{self, KernelsArgs};
 use super::device::DeviceArgs;
 use super::process;
-use crate::backend;
 use crate::backend::metered::{Counts, Metered};
+use crate::backend::{self, Device};
 use crate::diffusion::noise::Generator;
+use crate::driver::DriverError;
 use crate::models::clip::{ClipToken, WeightedToken};
+use crate::models::text::{self, TextKind, TextPart};
 use crate::models::unet::UnetInput;
 use crate::models::{ModelFile, ModelSource, ModelStore};
-use crate::tensor::{DType, HostTensor, Placement};
+use crate::tensor::{Backend, DType, HostTensor, Placement};
 use crate::weights::OpenOptions;
 use crate::weights::synth::{self, Manifest};
 
@@ -35,27 +38,30 @@ enum BenchWhat {
 }
 
 #[derive(clap::Args, Debug)]
-struct ModelArgs {
+pub(super) struct ModelArgs {
     /// A built-in architecture with synthetic weights of real size.
     #[arg(long, default_value = "sd15")]
-    arch: String,
+    pub(super) arch: String,
     /// A checkpoint file instead.
     #[arg(long, conflicts_with = "arch")]
-    checkpoint: Option<PathBuf>,
+    pub(super) checkpoint: Option<PathBuf>,
     /// Width and height of the picture; may be given several times.
     #[arg(long, default_values_t = [512])]
-    size: Vec<usize>,
+    pub(super) size: Vec<usize>,
     #[command(flatten)]
-    device: DeviceArgs,
+    pub(super) device: DeviceArgs,
     /// Timed repetitions of each stage, after one that warms up.
     #[arg(long, default_value_t = 3)]
-    repeats: usize,
+    pub(super) repeats: usize,
     /// Leaves the VAE out.
     #[arg(long)]
-    no_vae: bool,
+    pub(super) no_vae: bool,
     /// Prints where the time goes by kind of op.
     #[arg(long)]
-    ops: bool,
+    pub(super) ops: bool,
+    /// On a GPU: prints the kernels of a step and a decode by shape, with the time that each takes on the device.
+    #[arg(long)]
+    pub(super) launches: bool,
 }
 
 /// Runs the benchmark.
@@ -67,7 +73,7 @@ pub fn run(args: BenchArgs) -> Result<()> {
 }
 
 /// The file to measure with: the given one, or a synthetic one kept in the system's temporary folder.
-fn checkpoint_file(args: &ModelArgs) -> Result<PathBuf> {
+pub(super) fn checkpoint_file(args: &ModelArgs) -> Result<PathBuf> {
     if let Some(path) = &args.checkpoint {
         return Ok(path.clone());
     }
@@ -119,6 +125,26 @@ fn best(repeats: usize, meter: &Metered, mut run: impl FnMut() -> Result<()>) ->
     best.context("no repetition ran")
 }
 
+/// A prompt of twenty tokens for every text encoder of a checkpoint.
+pub(super) fn text_parts(checkpoint: &ModelFile) -> Result<(TextKind, Vec<TextPart>)> {
+    let variants = checkpoint.clip_variants()?;
+    let kind = TextKind::of(&variants).context("no text encoders that belong together")?;
+    let mut parts = Vec::new();
+    for variant in variants {
+        parts.push(TextPart { encoder: checkpoint.clip(variant)?, chunks: vec![chunk()] });
+    }
+    Ok((kind, parts))
+}
+
+/// The tokens of a prompt of nineteen words.
+fn chunk() -> Vec<WeightedToken> {
+    let mut chunk = vec![WeightedToken { token: ClipToken::Id(49407), weight: 1.0 }; 77];
+    for (i, token) in chunk.iter_mut().take(20).enumerate() {
+        token.token = ClipToken::Id(if i == 0 { 49406 } else { 300 + 17 * i as u32 });
+    }
+    chunk
+}
+
 struct Stage<'a> {
     args: &'a ModelArgs,
     meter: &'a Metered,
@@ -150,27 +176,26 @@ impl Stage<'_> {
     }
 
     fn text(&self) -> Result<Arc<HostTensor>> {
-        let clip = self.checkpoint.clip()?;
-        let mut chunk = vec![WeightedToken { token: ClipToken::Id(49407), weight: 1.0 }; 77];
-        for (i, token) in chunk.iter_mut().take(20).enumerate() {
-            token.token = ClipToken::Id(if i == 0 { 49406 } else { 300 + 17 * i as u32 });
-        }
-        let mut cond = None;
+        let (kind, parts) = text_parts(self.checkpoint)?;
+        let mut encoded = None;
         let timing = best(self.args.repeats, self.meter, || {
-            cond = Some(clip.encode(std::slice::from_ref(&chunk), 0)?.cond);
+            encoded = Some(text::encode(kind, &parts, None)?);
             Ok(())
         })?;
         self.print("text, one prompt", &timing);
-        cond.map(Arc::new).context("no encoding")
+        encoded.map(|e| Arc::new(e.cond)).context("no encoding")
     }
 
     fn step(&self, size: usize, cond: &Arc<HostTensor>) -> Result<()> {
         let unet = self.checkpoint.unet()?;
         let x = Generator::new(1).randn(&[2, unet.config().in_channels, size / 8, size / 8]);
         let conds = [cond.clone(), cond.clone()];
+        let vector = unet.config().adm_channels.map(|width| HostTensor::full(&[2, width], 0.5));
         let timing = best(self.args.repeats, self.meter, || {
             let context = unet.context(&conds)?;
-            unet.forward(&UnetInput { x: &x, timesteps: &[801.0; 2], context: &context }, None)?;
+            let input =
+                UnetInput { x: &x, timesteps: &[801.0; 2], context: &context, vector: vector.as_ref() };
+            unet.forward(&input, None)?;
             Ok(())
         })?;
         self.print(&format!("cfg step {size}"), &timing);
@@ -193,8 +218,17 @@ fn model(args: &ModelArgs) -> Result<()> {
     if let Some(size) = args.size.iter().find(|s| **s < 8 || **s % 8 != 0) {
         bail!("--size {size}: must be a multiple of 8");
     }
+    let options = args.device.options();
+    if options.device != Device::Cpu {
+        match bench_device::run(args, &options) {
+            Err(error) if options.device == Device::Auto && error.is::<DriverError>() => {
+                println!("no GPU in use: {error}");
+            }
+            done => return done,
+        }
+    }
     let path = checkpoint_file(args)?;
-    let backend = backend::open(args.device.options())?.diffusion;
+    let backend = backend::cpu_backend(&options)?;
     let info = backend.info();
     let meter = Arc::new(Metered::new(backend.clone()));
     println!("{} {}, {} thread(s), {}", info.kind, info.name, info.threads, path.display());
@@ -205,7 +239,9 @@ fn model(args: &ModelArgs) -> Result<()> {
     let store = ModelStore::new(Placement::all(meter.clone()), OpenOptions::default());
     let checkpoint = store.file(ModelSource::File(path));
     checkpoint.unet()?;
-    checkpoint.clip()?;
+    for variant in checkpoint.clip_variants()? {
+        checkpoint.clip(variant)?;
+    }
     checkpoint.vae()?;
     println!("open and check: {:.3} s (nothing is copied yet)", began.elapsed().as_secs_f64());
     println!();

@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result, bail};
 use serde_json::json;
 
 use super::gpu::{GpuArgs, trace_json};
-use crate::backend::cuda::check::{Ceiling, measure_ceiling};
+use crate::backend::cuda::check::measure_ceiling;
 use crate::backend::cuda::{Element, Gpu, layers};
 
 /// Arguments of `kiln bench kernels`.
@@ -56,8 +56,8 @@ pub fn run(args: &KernelsArgs) -> Result<()> {
     let element = if args.bf16 { Element::BF16 } else { Element::F16 };
     if !args.json {
         println!("{device}, {}", element.suffix());
-        if let Some(Ceiling { flops, bytes }) = ceiling {
-            println!("ceilings: {:.1} TFLOP/s (mma.sync), {:.0} GB/s (copy)", flops / 1e12, bytes / 1e9);
+        if let Some(ceiling) = ceiling {
+            println!("ceilings: {ceiling}");
         }
         println!("{:<72} {:>6} {:>10} {:>9} {:>8}", "layer", "count", "us each", "TFLOP/s", "of floor");
     }

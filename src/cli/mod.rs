@@ -1,6 +1,7 @@
 //! The command line: one file a sub-command.
 
 mod bench;
+mod bench_device;
 mod bench_kernels;
 mod check;
 pub mod client;

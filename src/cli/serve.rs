@@ -132,6 +132,10 @@ pub struct ServeArgs {
     #[arg(long)]
     pub allow_private_webhooks: bool,
 
+    /// Folder of a web page to serve instead of the built-in one, such as that of comfyui-frontend-package
+    #[arg(long, value_name = "DIR")]
+    pub front_end_root: Option<PathBuf>,
+
     /// ComfyUI's flags without effect here
     #[command(flatten)]
     pub ignored: IgnoredFlags,
@@ -209,6 +213,7 @@ fn services(args: &ServeArgs) -> anyhow::Result<Services> {
         save_metadata: !args.disable_metadata,
         preview: match args.preview_method {
             PreviewChoice::None => PreviewMethod::None,
+            PreviewChoice::Taesd => PreviewMethod::Taesd,
             _ => PreviewMethod::Latent2Rgb,
         },
         ..setup::services(&args.runtime, &options)?
@@ -229,6 +234,10 @@ fn config(args: &ServeArgs) -> anyhow::Result<ServerConfig> {
         _ => None,
     };
     let per_client = args.max_queue_per_client;
+    let front_end_root = args.front_end_root.clone();
+    if let Some(root) = front_end_root.as_ref().filter(|root| !root.join("index.html").is_file()) {
+        bail!("--front-end-root {}: there is no index.html in it", root.display());
+    }
     Ok(ServerConfig {
         limits: Limits {
             max_body_bytes: bytes as u64,
@@ -246,6 +255,7 @@ fn config(args: &ServeArgs) -> anyhow::Result<ServerConfig> {
         compress: args.enable_compress_response_body,
         preview_size: Some(args.preview_size),
         shutdown_timeout: Duration::from_secs(args.shutdown_timeout),
+        front_end_root,
         argv: std::env::args().collect(),
         ..ServerConfig::default()
     })
@@ -412,6 +422,16 @@ mod tests {
         std::fs::write(dir.path().join("d.png"), b"x").unwrap();
         empty(dir.path());
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_front_end_root_must_hold_a_page() {
+        let dir = tempfile::tempdir().unwrap();
+        let args = parse(&format!("--front-end-root {}", dir.path().display())).unwrap();
+        let refused = config(&args).unwrap_err().to_string();
+        assert!(refused.contains("there is no index.html"), "{refused}");
+        std::fs::write(dir.path().join("index.html"), "x").unwrap();
+        assert_eq!(config(&args).unwrap().front_end_root.as_deref(), Some(dir.path()));
     }
 
     #[test]

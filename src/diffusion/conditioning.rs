@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use super::DiffusionError;
 use super::inpaint::resize_mask;
+use super::model::RunInputs;
 use super::schedule::ModelSampling;
 use crate::tensor::HostTensor;
 
@@ -70,6 +71,23 @@ impl Extras {
     /// Sets a value.
     pub fn insert<T: Any + Send + Sync>(&mut self, name: &str, value: T) {
         self.0.insert(name.to_owned(), Arc::new(value));
+    }
+
+    /// Sets a value that others share.
+    pub fn insert_shared<T: Any + Send + Sync>(&mut self, name: &str, value: Arc<T>) {
+        self.0.insert(name.to_owned(), value);
+    }
+
+    /// Whether there is a value of that name.
+    pub fn contains(&self, name: &str) -> bool {
+        self.0.contains_key(name)
+    }
+
+    /// Takes over another one's value, if it has one.
+    pub fn copy(&mut self, name: &str, from: &Self) {
+        if let Some(value) = from.0.get(name) {
+            self.0.insert(name.to_owned(), value.clone());
+        }
     }
 
     /// Removes a value.
@@ -207,6 +225,10 @@ pub struct ResolvedCond {
     pub start_sigma: Option<f64>,
     /// Used at this sigma and above.
     pub end_sigma: Option<f64>,
+    /// Whether it is one to denoise away from.
+    pub is_negative: bool,
+    /// What the run starts from.
+    pub run: Arc<RunInputs>,
 }
 
 impl ResolvedCond {
@@ -244,6 +266,8 @@ pub fn resolve(entry: &CondEntry, size: (usize, usize), sampling: &ModelSampling
         mask,
         start_sigma: entry.start_percent.map(|p| sampling.percent_to_sigma(p)),
         end_sigma: entry.end_percent.map(|p| sampling.percent_to_sigma(p)),
+        is_negative: false,
+        run: Arc::default(),
     }
 }
 
@@ -284,6 +308,30 @@ pub fn match_areas(sides: &mut [Vec<ResolvedCond>]) {
     }
 }
 
+/// Gives attachment `name` of positive conditionings that have `flag` to the other sides' conditionings, in
+/// turn, if none there has one. Conditionings with an area are left out.
+pub fn share_attachment(sides: &mut [Vec<ResolvedCond>], name: &str, flag: &str) {
+    let Some((positive, others)) = sides.split_first_mut() else { return };
+    let is_whole = |cond: &&ResolvedCond| cond.rect.is_none();
+    let has = |cond: &ResolvedCond| cond.entry.attachments.contains(name);
+    let shared: Vec<_> = positive
+        .iter()
+        .filter(is_whole)
+        .filter(|cond| has(cond) && cond.entry.attachments.contains(flag))
+        .map(|cond| cond.entry.attachments.clone())
+        .collect();
+    for side in others {
+        let mut bare: Vec<&mut ResolvedCond> = side.iter_mut().filter(|cond| cond.rect.is_none()).collect();
+        if bare.is_empty() || bare.iter().any(|cond| has(cond)) {
+            continue;
+        }
+        let count = bare.len();
+        for (i, attachments) in shared.iter().enumerate() {
+            bare[i % count].entry.attachments.copy(name, attachments);
+        }
+    }
+}
+
 fn counterpart(cond: &ResolvedCond, others: &[ResolvedCond]) -> Option<ResolvedCond> {
     let rect = cond.rect?;
     let mut smallest: Option<&ResolvedCond> = None;
@@ -301,5 +349,6 @@ fn counterpart(cond: &ResolvedCond, others: &[ResolvedCond]) -> Option<ResolvedC
     entry.cond = smallest.entry.cond.clone();
     entry.pooled = smallest.entry.pooled.clone();
     entry.extra = smallest.entry.extra.clone();
-    Some(ResolvedCond { entry, ..cond.clone() })
+    let (is_negative, run) = (smallest.is_negative, smallest.run.clone());
+    Some(ResolvedCond { entry, is_negative, run, ..cond.clone() })
 }

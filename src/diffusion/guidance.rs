@@ -12,11 +12,16 @@
 use std::sync::Arc;
 
 use super::DiffusionError;
-use super::conditioning::{Conditioning, Rect, ResolvedCond, match_areas, resolve};
+use super::conditioning::{Conditioning, Rect, ResolvedCond, match_areas, resolve, share_attachment};
 use super::guidance_patch::{GuidancePatch, PatchContext, Predictions, perpendicular_negative};
-use super::model::{DenoiseItem, Model, ModelHandle};
+use super::model::{DenoiseItem, Model, ModelHandle, RunInputs};
 use super::samplers::Guided;
 use crate::tensor::HostTensor;
+
+/// Attachment of a conditioning: nets that steer the model (a type of the nodes).
+pub const CONTROL: &str = "control";
+/// Attachment of a conditioning: its nets act on the other sides too.
+pub const SHARES_CONTROL: &str = "control_apply_to_uncond";
 
 /// How the sides are combined.
 #[derive(Clone, Debug)]
@@ -75,6 +80,15 @@ impl Guidance {
             Guidance::PerpNeg { positive, negative, empty, .. } => vec![positive, negative, empty],
         }
     }
+
+    /// Which of the sides is the one to denoise away from.
+    fn negative_side(&self) -> Option<usize> {
+        match self {
+            Guidance::Basic { .. } => None,
+            Guidance::Cfg { .. } | Guidance::PerpNeg { .. } => Some(1),
+            Guidance::Dual { .. } => Some(2),
+        }
+    }
 }
 
 /// A model with guidance: what a `GUIDER` link carries.
@@ -87,23 +101,27 @@ pub struct Guider {
 }
 
 impl Guider {
-    /// Fits the guider to latents of `shape` (`[B, C, h, w]`).
+    /// Fits the guider to latents of `shape` (`[B, C, h, w]`) and to what the run starts from.
     ///
     /// # Errors
     /// [`DiffusionError::Shape`] if `shape` has not four dimensions.
-    pub fn prepare(&self, shape: &[usize]) -> Result<PreparedGuider<'_>, DiffusionError> {
+    pub fn prepare(&self, shape: &[usize], run: RunInputs) -> Result<PreparedGuider<'_>, DiffusionError> {
         let &[_, _, h, w] = shape else {
             let want = vec![0, 0, 0, 0];
             return Err(DiffusionError::Shape { what: "latent", got: shape.to_vec(), want });
         };
-        let sampling = self.model.0.sampling();
-        let mut sides: Vec<Vec<ResolvedCond>> = self
-            .guidance
-            .sides()
-            .into_iter()
-            .map(|side| side.iter().map(|entry| resolve(entry, (h, w), sampling)).collect())
+        let (sampling, run) = (self.model.0.sampling(), Arc::new(run));
+        let negative = self.guidance.negative_side();
+        let sides = self.guidance.sides().into_iter().enumerate();
+        let mut sides: Vec<Vec<ResolvedCond>> = sides
+            .map(|(side, entries)| {
+                let is_negative = negative == Some(side);
+                let resolved = entries.iter().map(|entry| resolve(entry, (h, w), sampling));
+                resolved.map(|cond| ResolvedCond { is_negative, run: run.clone(), ..cond }).collect()
+            })
             .collect();
         match_areas(&mut sides);
+        share_attachment(&mut sides, CONTROL, SHARES_CONTROL);
         let patches = self.model.0.guidance_patches().iter().map(|p| p.fresh()).collect();
         Ok(PreparedGuider { guider: self, sides, patches })
     }
@@ -272,8 +290,7 @@ pub fn evaluate(
         pieces = rest;
         batch.reverse();
         let full_size = (x.dim(2), x.dim(3));
-        let items: Vec<DenoiseItem<'_>> =
-            batch.iter().map(|p| DenoiseItem { x: &p.x, cond: &p.cond.entry, full_size }).collect();
+        let items: Vec<DenoiseItem<'_>> = batch.iter().map(|p| p.item(full_size)).collect();
         let outputs = model.denoise(&items, sigma)?;
         for (piece, output) in batch.iter().zip(outputs) {
             if output.shape() != piece.x.shape() {
@@ -293,6 +310,18 @@ pub fn evaluate(
 const RAMP: usize = 8;
 
 impl<'a> Piece<'a> {
+    /// What the model is asked.
+    fn item(&self, full_size: (usize, usize)) -> DenoiseItem<'_> {
+        DenoiseItem {
+            x: &self.x,
+            cond: &self.cond.entry,
+            full_size,
+            offset: (self.rect.y, self.rect.x),
+            is_negative: self.cond.is_negative,
+            run: &self.cond.run,
+        }
+    }
+
     /// `None` if the area lies outside the latent.
     fn new(side: usize, cond: &'a ResolvedCond, x: &HostTensor) -> Result<Option<Self>, DiffusionError> {
         let (h, w) = (x.dim(2), x.dim(3));

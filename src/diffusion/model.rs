@@ -1,6 +1,7 @@
 //! A model as the sampling loop sees it: a function from noisy latents to
 //! denoised ones.
 
+use std::any::Any;
 use std::fmt;
 use std::sync::Arc;
 
@@ -20,6 +21,21 @@ pub struct DenoiseItem<'a> {
     pub cond: &'a CondEntry,
     /// Height and width of the whole latent, for models that are told the picture's size.
     pub full_size: (usize, usize),
+    /// Row and column of the latent where `x` begins.
+    pub offset: (usize, usize),
+    /// Whether the conditioning is one to denoise away from.
+    pub is_negative: bool,
+    /// What does not change during the run.
+    pub run: &'a RunInputs,
+}
+
+/// What a run starts from, for models that see more than the noisy latents (inpainting).
+#[derive(Clone, Debug, Default)]
+pub struct RunInputs {
+    /// The latent that the run began with, in the model's own scale.
+    pub latent: Option<Arc<HostTensor>>,
+    /// Where to sample `[B, C, h, w]`, if only in a part.
+    pub mask: Option<Arc<HostTensor>>,
 }
 
 /// A diffusion model.
@@ -55,6 +71,11 @@ pub trait Model: Send + Sync {
         None
     }
 
+    /// Name without ending of the tiny decoder that fits the model's latents, for previews.
+    fn preview_decoder(&self) -> Option<&'static str> {
+        None
+    }
+
     /// Whether two conditionings can run in one call.
     fn can_batch(&self, a: &CondEntry, b: &CondEntry) -> bool {
         tokens_batch(a.cond.dim(1), b.cond.dim(1)) && a.cond.dim(2) == b.cond.dim(2)
@@ -63,6 +84,16 @@ pub trait Model: Send + Sync {
     /// Patches of the guidance step, in the order they were attached.
     fn guidance_patches(&self) -> &[Arc<dyn GuidancePatch>] {
         &[]
+    }
+
+    /// The network itself, below everything that was attached to it: nodes that
+    /// change its weights look for their own type here.
+    fn network(&self) -> &dyn Any;
+
+    /// The same attachments around another network; `None` if this is the network.
+    fn around(&self, network: Arc<dyn Model>) -> Option<Arc<dyn Model>> {
+        let _ = network;
+        None
     }
 }
 
@@ -97,6 +128,16 @@ impl fmt::Debug for ModelHandle {
 }
 
 impl ModelHandle {
+    /// The network below all attachments, if it is a `T`.
+    pub fn network<T: Any>(&self) -> Option<&T> {
+        self.0.network().downcast_ref()
+    }
+
+    /// Everything that was attached to this model, around another network.
+    pub fn with_network(&self, network: Arc<dyn Model>) -> Self {
+        Self(self.0.around(network.clone()).unwrap_or(network))
+    }
+
     /// The same model with one more guidance patch.
     pub fn with_patch(&self, patch: Arc<dyn GuidancePatch>) -> Self {
         let mut patches = self.0.guidance_patches().to_vec();
@@ -160,12 +201,25 @@ impl Model for PatchedModel {
         self.inner.preview_factors()
     }
 
+    fn preview_decoder(&self) -> Option<&'static str> {
+        self.inner.preview_decoder()
+    }
+
     fn can_batch(&self, a: &CondEntry, b: &CondEntry) -> bool {
         self.inner.can_batch(a, b)
     }
 
     fn guidance_patches(&self) -> &[Arc<dyn GuidancePatch>] {
         &self.patches
+    }
+
+    fn network(&self) -> &dyn Any {
+        self.inner.network()
+    }
+
+    fn around(&self, network: Arc<dyn Model>) -> Option<Arc<dyn Model>> {
+        let inner = self.inner.around(network.clone()).unwrap_or(network);
+        Some(Arc::new(Self { inner, patches: self.patches.clone() }))
     }
 }
 

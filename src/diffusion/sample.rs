@@ -3,11 +3,13 @@
 //! This is what KSampler and SamplerCustom do around a sampler: scaling of latent
 //! and noise to the model's conventions, the inpainting wrapper, and the way back.
 
+use std::sync::Arc;
+
 use super::guidance::Guider;
 use super::inpaint::{Inpaint, prepare_mask};
 use super::noise::{Generator, prepare_noise};
 use super::samplers::{Guided, Run, RunSetup, Sampler};
-use super::{DiffusionError, Latent};
+use super::{DiffusionError, Latent, RunInputs};
 use crate::tensor::HostTensor;
 
 /// A schedule on a `SIGMAS` link.
@@ -127,7 +129,11 @@ pub fn sample(request: &SampleRequest<'_>, observer: &mut dyn Observer) -> Resul
             },
         }),
     };
-    let mut prepared = guider.prepare(latent.shape())?;
+    let run = RunInputs {
+        latent: Some(Arc::new(original.clone())),
+        mask: inpaint.as_ref().map(|i| Arc::new(i.mask.clone())),
+    };
+    let mut prepared = guider.prepare(latent.shape(), run)?;
     let start = sampling.noise_scaling(first, noise, &original, sampling.is_max_denoise(first));
 
     let watch = std::cell::RefCell::new(observer);

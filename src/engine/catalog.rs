@@ -55,6 +55,7 @@ impl FileLists for Catalog {
                 names.extend(extra.iter().cloned());
                 names
             }
+            FileList::Vaes => crate::nodes::tiny_vae::vae_names(&self.services.folders),
             FileList::InputImages => self.services.folders.input_images(),
             FileList::InputLatents => self.services.folders.input_latents(),
         }

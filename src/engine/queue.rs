@@ -46,7 +46,8 @@ impl Job {
     pub fn preview_method(&self) -> Option<PreviewMethod> {
         match self.extra_data.get("preview_method")?.as_str()? {
             "none" => Some(PreviewMethod::None),
-            "auto" | "latent2rgb" | "taesd" => Some(PreviewMethod::Latent2Rgb),
+            "auto" | "latent2rgb" => Some(PreviewMethod::Latent2Rgb),
+            "taesd" => Some(PreviewMethod::Taesd),
             _ => None,
         }
     }

@@ -198,6 +198,14 @@ impl Folders {
     }
 }
 
+/// The path of a file such as `assets/page.js` below a folder of the operator's.
+///
+/// # Errors
+/// As [`Folders::resolve`].
+pub fn resolve_below(root: &Path, name: &str) -> Result<PathBuf, PathError> {
+    inside(root, &names::file(name, "root")?, "root")
+}
+
 fn absolute(path: &Path) -> Result<PathBuf, FoldersError> {
     std::path::absolute(path).map_err(|source| FoldersError::Create { path: path.to_owned(), source })
 }

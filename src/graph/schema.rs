@@ -21,6 +21,8 @@ pub enum FileList {
         /// Entries that are listed although no file has that name, after the files.
         extra: Vec<String>,
     },
+    /// VAE files, and the names of the tiny autoencoders whose files are there.
+    Vaes,
     /// Pictures in the input folder.
     InputImages,
     /// `*.latent` files in the input folder.

@@ -34,8 +34,23 @@ pub enum ClipToken {
 pub struct Encoded {
     /// `[1, 77·chunks, width]`.
     pub cond: HostTensor,
-    /// `[1, width]`: the state at the first chunk's end token.
+    /// `[1, width]`: the state at the first chunk's end token, projected if the encoder has a projection.
     pub pooled: HostTensor,
+}
+
+/// Which hidden state becomes the conditioning.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HiddenState {
+    /// Layers left out at the end ("clip skip": `CLIPSetLastLayer` with -2 is 1). More than there are: the
+    /// whole encoder with its final norm.
+    pub skip_last: usize,
+    /// Whether the final norm is applied.
+    pub is_normed: bool,
+}
+
+impl HiddenState {
+    /// The whole encoder with its final norm.
+    pub const LAST: HiddenState = HiddenState { skip_last: 0, is_normed: true };
 }
 
 struct Layer {
@@ -55,6 +70,7 @@ pub struct ClipText {
     positions: LazyEmbedding,
     layers: Vec<Layer>,
     final_norm: LazyNorm,
+    projection: Option<LazyLinear>,
 }
 
 impl ClipText {
@@ -78,6 +94,10 @@ impl ClipText {
             tokens: embeddings.embedding("token_embedding", config.vocab, c)?,
             positions: embeddings.embedding("position_embedding", config.max_positions, c)?,
             final_norm: loader.norm("final_layer_norm", c)?,
+            projection: match &config.projection {
+                Some((name, to)) => Some(loader.root().linear(name.trim_end_matches(".weight"), *to, c)?),
+                None => None,
+            },
             layers,
             config,
             backend,
@@ -89,20 +109,20 @@ impl ClipText {
         &self.config
     }
 
-    /// Encodes a prompt given in chunks, as ComfyUI forms conditioning for SD1.x.
+    /// Encodes a prompt given in chunks, as ComfyUI forms conditioning.
     ///
     /// Chunks are encoded as a batch and joined along the token axis; weights
     /// act on the output, as a move away from the empty prompt's encoding.
-    /// `skip_last` layers are left out of `cond` ("clip skip": `CLIPSetLastLayer`
-    /// with -2 is 1), never out of `pooled`.
-    pub fn encode(&self, chunks: &[Vec<WeightedToken>], skip_last: usize) -> Result<Encoded, ModelError> {
+    /// `state` says what `cond` is made of; `pooled` is always of the whole encoder.
+    pub fn encode(&self, chunks: &[Vec<WeightedToken>], state: HiddenState) -> Result<Encoded, ModelError> {
         let is_weighted = chunks.iter().flatten().any(|t| t.weight != 1.0);
         let mut rows: Vec<Vec<ClipToken>> =
             chunks.iter().map(|c| c.iter().map(|t| t.token.clone()).collect()).collect();
         if is_weighted || rows.is_empty() {
-            rows.push(empty_chunk(chunks.first().map_or(self.config.max_positions, Vec::len)));
+            let len = chunks.first().map_or(self.config.max_positions, Vec::len);
+            rows.push(empty_chunk(len, self.config.variant.pad_token()));
         }
-        let (hidden, pooled) = self.forward(&rows, skip_last)?;
+        let (hidden, pooled) = self.forward(&rows, state)?;
         let count = chunks.len().max(1);
         let (tokens, width) = (hidden.dim(1), hidden.dim(2));
         let mut cond = hidden.rows(0, count);
@@ -121,34 +141,58 @@ impl ClipText {
         }
         let cond = HostTensor::new(&[1, count * tokens, width], cond.into_data());
         let cond = cond.ok_or(ModelError::Input { what: "chunk length", expected: tokens, found: 0 })?;
-        Ok(Encoded { cond, pooled: pooled.rows(0, 1) })
+        Ok(Encoded { cond, pooled: self.project(pooled.rows(0, 1))? })
     }
 
-    /// Hidden states `[B, S, width]` after the final norm with `skip_last`
-    /// layers left out, and pooled states `[B, width]` of the whole encoder.
+    /// Hidden states `[B, S, width]` as `state` says, and pooled states
+    /// `[B, width]` of the whole encoder, not projected.
     pub fn forward(
         &self,
         rows: &[Vec<ClipToken>],
-        skip_last: usize,
+        state: HiddenState,
     ) -> Result<(HostTensor, HostTensor), ModelError> {
         let ops = Ops(self.backend.as_ref());
         let mut x = self.embed(rows)?;
-        let keep = self.layers.len().saturating_sub(skip_last);
+        // Fewer layers than are left out: the reference then takes the whole encoder.
+        let state = if state.skip_last < self.layers.len() { state } else { HiddenState::LAST };
+        let keep = self.layers.len() - state.skip_last;
         let mut kept: Option<HostTensor> = None;
         for (i, layer) in self.layers.iter().enumerate() {
             if i == keep {
-                kept = Some(ops.download_tokens(&ops.layer_norm(
-                    &x,
-                    &self.final_norm,
-                    self.config.layer_norm_eps,
-                )?)?);
+                kept = Some(self.hidden(ops, &x, state.is_normed)?);
             }
             x = self.layer(ops, layer, x)?;
         }
-        let last =
-            ops.download_tokens(&ops.layer_norm(&x, &self.final_norm, self.config.layer_norm_eps)?)?;
+        let last = self.hidden(ops, &x, true)?;
         let pooled = pool(rows, &last);
+        if kept.is_none() && !state.is_normed {
+            kept = Some(self.hidden(ops, &x, false)?);
+        }
         Ok((kept.unwrap_or(last), pooled))
+    }
+
+    fn hidden(&self, ops: Ops<'_>, x: &Tensor, is_normed: bool) -> Result<HostTensor, ModelError> {
+        match is_normed {
+            true => ops.download_tokens(&ops.layer_norm(x, &self.final_norm, self.config.layer_norm_eps)?),
+            false => ops.download_tokens(x),
+        }
+    }
+
+    /// The pooled state `[1, width]` through the projection, if there is one.
+    fn project(&self, pooled: HostTensor) -> Result<HostTensor, ModelError> {
+        let Some(projection) = &self.projection else { return Ok(pooled) };
+        let ops = Ops(self.backend.as_ref());
+        let (width, w) = (pooled.len(), projection.get()?);
+        let sized = |t: HostTensor, shape: &[usize]| {
+            let found = t.len();
+            t.reshape(shape).ok_or(ModelError::Input {
+                what: "width of the pooled state",
+                expected: width,
+                found,
+            })
+        };
+        let x = ops.upload_tokens(&sized(pooled, &[1, 1, width])?)?;
+        sized(ops.download_tokens(&ops.linear(&Linear::new(&x, w))?)?, &[1, w.n])
     }
 
     fn embed(&self, rows: &[Vec<ClipToken>]) -> Result<Tensor, ModelError> {
@@ -194,13 +238,10 @@ impl ClipText {
     }
 }
 
-/// The chunk of an empty prompt: start, then end tokens.
-fn empty_chunk(len: usize) -> Vec<ClipToken> {
-    let mut chunk = vec![ClipToken::Id(END_TOKEN); len];
-    if let Some(first) = chunk.first_mut() {
-        *first = ClipToken::Id(START_TOKEN);
-    }
-    chunk
+/// The chunk of an empty prompt: start, end, padding.
+fn empty_chunk(len: usize, pad: u32) -> Vec<ClipToken> {
+    let ids = [START_TOKEN, END_TOKEN].into_iter().chain(std::iter::repeat(pad));
+    ids.take(len).map(ClipToken::Id).collect()
 }
 
 /// The state at each row's first end token.

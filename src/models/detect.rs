@@ -21,10 +21,11 @@ mod vae;
 use std::fmt;
 use std::path::PathBuf;
 
-use crate::tensor::DType;
+use super::layouts::Names;
+use crate::tensor::{DType, RawTensor};
 use crate::weights::WeightsFile;
 
-pub use clip::{Activation, ClipConfig};
+pub use clip::{Activation, ClipConfig, ClipVariant};
 pub use describe::{Description, Part, describe};
 pub use kind::{Kind, kind_of};
 pub use unet::{Heads, UnetConfig};
@@ -43,6 +44,8 @@ pub enum Family {
     Sdxl,
     /// The refiner of Stable Diffusion XL.
     SdxlRefiner,
+    /// Stable Diffusion 2.x that is steered by pictures.
+    Sd2Unclip,
 }
 
 impl Family {
@@ -83,6 +86,15 @@ pub struct BetaSchedule {
     pub steps: usize,
 }
 
+/// A continuous range of noise levels, from `sigma_min` to `sigma_max`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SigmaRange {
+    /// The lowest noise level.
+    pub sigma_min: f64,
+    /// The highest noise level.
+    pub sigma_max: f64,
+}
+
 /// What samplers must know about a model.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SamplingConfig {
@@ -90,6 +102,10 @@ pub struct SamplingConfig {
     pub prediction: Prediction,
     /// Its noise levels.
     pub beta_schedule: BetaSchedule,
+    /// Whether the last noise level is pure noise.
+    pub has_zero_terminal_snr: bool,
+    /// Instead of the schedule: a continuous range of noise levels (EDM).
+    pub continuous: Option<SigmaRange>,
     /// Factor between VAE latents and what the network sees.
     pub latent_scale: f64,
     /// Width of the pictures it was trained on.
@@ -101,7 +117,7 @@ pub struct SamplingConfig {
 /// Everything needed to build a checkpoint's networks.
 ///
 /// Metadata keys that override the family's defaults: `unet.num_heads`,
-/// `clip.num_heads`, `clip.activation`, `group_norm.num_groups`, `latent_scale`,
+/// `clip.num_heads`, `clip.activation`, `clip.variant` (`l`, `h`, `g`), `group_norm.num_groups`, `latent_scale`,
 /// `prediction` (`eps`, `v`), `beta_schedule` (`scaled_linear START END STEPS`), `native_width`, `native_height`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Checkpoint {
@@ -109,8 +125,8 @@ pub struct Checkpoint {
     pub family: Family,
     /// The diffusion network.
     pub unet: UnetConfig,
-    /// The text encoder, if the file has one.
-    pub clip: Option<ClipConfig>,
+    /// The text encoders: none, one, or SDXL's two.
+    pub clips: Vec<ClipConfig>,
     /// The image encoder and decoder, if the file has them.
     pub vae: Option<VaeConfig>,
     /// What samplers must know.
@@ -235,10 +251,8 @@ const FAMILIES: &[FamilyRow] = &[
     FamilyRow {
         family: Family::Sd2,
         name: "Stable Diffusion 2.x",
-        is_supported: false,
-        fits: |unet| {
-            unet.use_linear_in_transformer && unet.adm_channels.is_none() && unet.context_dim == 1024
-        },
+        is_supported: true,
+        fits: |unet| unet.use_linear_in_transformer && unet.adm_channels.is_none(),
         heads: Heads::Size(64),
         latent_scale: 0.18215,
         native_size: 768,
@@ -247,7 +261,7 @@ const FAMILIES: &[FamilyRow] = &[
     FamilyRow {
         family: Family::Sdxl,
         name: "Stable Diffusion XL",
-        is_supported: false,
+        is_supported: true,
         fits: |unet| unet.adm_channels == Some(2816),
         heads: Heads::Size(64),
         latent_scale: 0.13025,
@@ -257,12 +271,22 @@ const FAMILIES: &[FamilyRow] = &[
     FamilyRow {
         family: Family::SdxlRefiner,
         name: "Stable Diffusion XL refiner",
-        is_supported: false,
+        is_supported: true,
         fits: |unet| unet.adm_channels == Some(2560),
         heads: Heads::Size(64),
         latent_scale: 0.13025,
         native_size: 1024,
         v_bias: None,
+    },
+    FamilyRow {
+        family: Family::Sd2Unclip,
+        name: "Stable Diffusion 2.x unCLIP",
+        is_supported: false,
+        fits: |unet| matches!(unet.adm_channels, Some(1536 | 2048)) && unet.context_dim == 1024,
+        heads: Heads::Size(64),
+        latent_scale: 0.18215,
+        native_size: 768,
+        v_bias: Some("output_blocks.11.1.transformer_blocks.0.norm1.bias"),
     },
 ];
 
@@ -279,11 +303,16 @@ fn supported_names() -> String {
 
 /// Where a checkpoint keeps its UNet.
 const UNET_PREFIX: &str = "model.diffusion_model.";
-/// Where checkpoints keep their text encoder; the second is how early files name it.
-const CLIP_PREFIXES: [&str; 2] =
-    ["cond_stage_model.transformer.text_model.", "cond_stage_model.transformer."];
+/// Where checkpoints keep their text encoders, and which they are; the second is how early files name it.
+const CLIP_PLACES: [(&str, ClipVariant); 5] = [
+    ("cond_stage_model.transformer.text_model.", ClipVariant::L),
+    ("cond_stage_model.transformer.", ClipVariant::L),
+    ("conditioner.embedders.0.transformer.text_model.", ClipVariant::L),
+    ("clip_h.transformer.text_model.", ClipVariant::H),
+    ("clip_g.transformer.text_model.", ClipVariant::G),
+];
 /// Where a text encoder's own file keeps it.
-const CLIP_FILE_PREFIXES: [&str; 1] = ["text_model."];
+const CLIP_FILE_PREFIX: &str = "text_model.";
 /// Where checkpoints keep their VAE.
 const VAE_PREFIX: &str = "first_stage_model.";
 /// Where a VAE's own file keeps it.
@@ -294,13 +323,45 @@ const VAE_FILE_PREFIXES: [&str; 2] = ["", VAE_PREFIX];
 /// # Errors
 /// If the file is no checkpoint, of a family that is not supported, or incomplete.
 pub fn detect(file: &WeightsFile) -> Result<Checkpoint, DetectError> {
-    let layout = Layout::of(file);
+    let names = Names::of(file);
+    let layout = Layout::of(file, &names);
     let (row, unet) = family_of(&layout)?;
     if !row.is_supported {
         return Err(DetectError::Family { file: layout.file.clone(), family: row.family });
     }
-    let prediction = prediction_of(&layout, row, |name| spread_of(file, name))?;
-    checkpoint(&layout, row, unet, prediction)
+    let mut found = checkpoint(&layout, row, unet, |name| spread_of(&names.get(file, name)?))?;
+    if found.sampling.continuous.is_some() {
+        found.sampling.continuous = Some(edm_range(file, &names));
+    }
+    Ok(found)
+}
+
+/// Where ControlNet files keep the net.
+const CONTROL_PREFIXES: [&str; 2] = ["control_model.", ""];
+
+/// What the names of a ControlNet's tensors begin with.
+pub fn control_prefix(file: &WeightsFile) -> &'static str {
+    let is_it = |prefix: &&str| file.contains(&format!("{prefix}zero_convs.0.0.weight"));
+    CONTROL_PREFIXES.into_iter().find(is_it).unwrap_or_default()
+}
+
+/// The half UNet of the ControlNet in `file`.
+///
+/// # Errors
+/// If there is none, it is of a family that is not supported, or incomplete.
+pub fn detect_control_net(file: &WeightsFile) -> Result<UnetConfig, DetectError> {
+    let layout = Layout::as_stored(file);
+    let prefix = CONTROL_PREFIXES
+        .into_iter()
+        .find(|prefix| layout.contains(&format!("{prefix}zero_convs.0.0.weight")))
+        .ok_or_else(|| layout.is_not(Kind::ControlNet))?;
+    let mut unet = unet::derive(&layout, prefix)?;
+    // The way up is missing, which no row asks for.
+    unet.heads = match layout.number("unet.num_heads", "a whole number of heads")? {
+        Some(count) => Heads::Count(count),
+        None => row_for(&layout, &unet)?.heads,
+    };
+    Ok(unet)
 }
 
 /// The VAE in `file`, which holds nothing else, or in a checkpoint.
@@ -308,32 +369,35 @@ pub fn detect(file: &WeightsFile) -> Result<Checkpoint, DetectError> {
 /// # Errors
 /// If there is none or it is incomplete.
 pub fn detect_vae(file: &WeightsFile) -> Result<VaeConfig, DetectError> {
-    let layout = Layout::of(file);
+    let names = Names::of(file);
+    let layout = Layout::of(file, &names);
     match VAE_FILE_PREFIXES.into_iter().find(|prefix| layout.has_prefix(&format!("{prefix}decoder."))) {
         Some(prefix) => vae::derive(&layout, prefix),
         None => Err(layout.is_not(Kind::Vae)),
     }
 }
 
-/// The text encoder in `file`, which holds nothing else, or in a checkpoint.
+/// The text encoders in `file`, which holds nothing else, or in a checkpoint.
 ///
 /// # Errors
-/// If there is none or it is incomplete.
-pub fn detect_text_encoder(file: &WeightsFile) -> Result<ClipConfig, DetectError> {
-    let layout = Layout::of(file);
-    let prefixes = CLIP_FILE_PREFIXES.iter().chain(&CLIP_PREFIXES);
-    match find_prefix(&layout, prefixes, "encoder.layers.") {
-        Some(prefix) => clip::derive(&layout, prefix),
-        None => Err(layout.is_not(Kind::TextEncoder)),
+/// If there is none or one is incomplete.
+pub fn detect_text_encoders(file: &WeightsFile) -> Result<Vec<ClipConfig>, DetectError> {
+    let names = Names::of(file);
+    let layout = Layout::of(file, &names);
+    if layout.has_prefix(&format!("{CLIP_FILE_PREFIX}encoder.layers.")) {
+        return Ok(vec![clip::derive(&layout, CLIP_FILE_PREFIX, None)?]);
+    }
+    match clips_of(&layout)? {
+        clips if clips.is_empty() => Err(layout.is_not(Kind::TextEncoder)),
+        clips => Ok(clips),
     }
 }
 
-fn find_prefix<'p>(
-    layout: &Layout,
-    prefixes: impl IntoIterator<Item = &'p &'p str>,
-    inside: &str,
-) -> Option<&'p str> {
-    prefixes.into_iter().copied().find(|prefix| layout.has_prefix(&format!("{prefix}{inside}")))
+/// The text encoders of a checkpoint, in the order in which their outputs are joined.
+fn clips_of(layout: &Layout) -> Result<Vec<ClipConfig>, DetectError> {
+    let is_there = |prefix: &str| layout.has_prefix(&format!("{prefix}encoder.layers."));
+    let places = CLIP_PLACES.iter().filter(|(prefix, _)| is_there(prefix));
+    places.map(|&(prefix, variant)| clip::derive(layout, prefix, Some(variant))).collect()
 }
 
 /// The row that fits the UNet, and the UNet with that row's defaults.
@@ -342,14 +406,13 @@ fn family_of(layout: &Layout) -> Result<(&'static FamilyRow, UnetConfig), Detect
         return Err(layout.is_not(Kind::Checkpoint));
     }
     let mut unet = unet::derive(layout, UNET_PREFIX)?;
-    let Some(row) = FAMILIES.iter().find(|row| (row.fits)(&unet)) else {
-        let proj = if unet.use_linear_in_transformer { "linear" } else { "1x1 convolution" };
-        let why = format!(
-            "context width {}, vector conditioning {:?}, {proj} projections",
-            unet.context_dim, unet.adm_channels
-        );
+    let row = row_for(layout, &unet)?;
+    // Beside the latents: nothing, the latents of a picture, or those and a mask.
+    let beside = unet.in_channels.checked_sub(unet.out_channels);
+    if !beside.is_some_and(|n| n == 0 || n == unet.out_channels || n == unet.out_channels + 1) {
+        let why = format!("{} input channels, {} output channels", unet.in_channels, unet.out_channels);
         return Err(DetectError::Unknown { file: layout.file.clone(), why });
-    };
+    }
     unet.heads = match layout.number("unet.num_heads", "a whole number of heads")? {
         Some(count) => Heads::Count(count),
         None => row.heads,
@@ -357,15 +420,27 @@ fn family_of(layout: &Layout) -> Result<(&'static FamilyRow, UnetConfig), Detect
     Ok((row, unet))
 }
 
+/// The row that fits a UNet, whole or half.
+fn row_for(layout: &Layout, unet: &UnetConfig) -> Result<&'static FamilyRow, DetectError> {
+    FAMILIES.iter().find(|row| (row.fits)(unet)).ok_or_else(|| {
+        let proj = if unet.use_linear_in_transformer { "linear" } else { "1x1 convolution" };
+        let why = format!(
+            "context width {}, vector conditioning {:?}, {proj} projections",
+            unet.context_dim, unet.adm_channels
+        );
+        DetectError::Unknown { file: layout.file.clone(), why }
+    })
+}
+
 fn checkpoint(
     layout: &Layout,
     row: &FamilyRow,
     unet: UnetConfig,
-    prediction: Prediction,
+    spread: impl Fn(&str) -> Option<f64>,
 ) -> Result<Checkpoint, DetectError> {
     unet.check(layout)?;
-    let clip =
-        find_prefix(layout, &CLIP_PREFIXES, "").map(|prefix| clip::derive(layout, prefix)).transpose()?;
+    let prediction = prediction_of(layout, row, &unet, spread)?;
+    let clips = clips_of(layout)?;
     let vae = layout.has_prefix(VAE_PREFIX).then(|| vae::derive(layout, VAE_PREFIX)).transpose()?;
     let beta_schedule = beta_schedule_of(layout)?;
     let latent_scale = layout.number("latent_scale", "a positive number")?.unwrap_or(row.latent_scale);
@@ -383,37 +458,64 @@ fn checkpoint(
     let sampling = SamplingConfig {
         prediction,
         beta_schedule,
+        has_zero_terminal_snr: prediction == Prediction::V && layout.contains("ztsnr"),
+        continuous: layout.contains(EDM_SIGMA_MAX).then_some(DEFAULT_EDM_RANGE),
         latent_scale,
         native_width: size("native_width")?,
         native_height: size("native_height")?,
     };
     let mut explained = unet.tensors();
-    explained.extend(clip.iter().flat_map(ClipConfig::tensors));
+    explained.extend(clips.iter().flat_map(ClipConfig::tensors));
     explained.extend(vae.iter().flat_map(VaeConfig::tensors));
-    let unused = layout.unexplained(&[UNET_PREFIX, "cond_stage_model.", VAE_PREFIX], &explained);
-    Ok(Checkpoint { family: row.family, unet, clip, vae, sampling, unused })
+    let unused =
+        layout.unexplained(&[UNET_PREFIX, "cond_stage_model.", "conditioner.", VAE_PREFIX], &explained);
+    Ok(Checkpoint { family: row.family, unet, clips, vae, sampling, unused })
 }
 
-/// From the metadata, or from the spread of the row's telling bias, or ε.
+/// From the metadata, from a tensor put there as a mark, from the spread of the row's telling bias, or ε.
+///
+/// A UNet with more than latents as its input (inpainting) never predicts v where only the bias would say so.
 fn prediction_of(
     layout: &Layout,
     row: &FamilyRow,
+    unet: &UnetConfig,
     spread: impl Fn(&str) -> Option<f64>,
 ) -> Result<Prediction, DetectError> {
     match layout.metadata.get("prediction").map(String::as_str) {
         Some("eps" | "epsilon") => Ok(Prediction::Epsilon),
         Some("v" | "v_prediction") => Ok(Prediction::V),
         Some(_) => Err(layout.bad_metadata("prediction", "eps or v")),
+        None if layout.contains("v_pred") || layout.contains(EDM_SIGMA_MAX) => Ok(Prediction::V),
         None => {
-            let spread = row.v_bias.and_then(|name| spread(&format!("{UNET_PREFIX}{name}")));
+            let telling = row.v_bias.filter(|_| unet.in_channels == unet.out_channels);
+            let spread = telling.and_then(|name| spread(&format!("{UNET_PREFIX}{name}")));
             Ok(if spread.is_some_and(|s| s > V_BIAS_SPREAD) { Prediction::V } else { Prediction::Epsilon })
         }
     }
 }
 
+/// Marks a model that predicts v over a continuous range of noise levels, and holds the highest.
+const EDM_SIGMA_MAX: &str = "edm_vpred.sigma_max";
+/// Holds the lowest, if it is there.
+const EDM_SIGMA_MIN: &str = "edm_vpred.sigma_min";
+/// What the reference assumes where the file does not say.
+const DEFAULT_EDM_RANGE: SigmaRange = SigmaRange { sigma_min: 0.002, sigma_max: 120.0 };
+
+/// The range of noise levels that the file's marks hold.
+fn edm_range(file: &WeightsFile, names: &Names) -> SigmaRange {
+    let value = |name| names.get(file, name).and_then(|raw| raw.to_f32().first().copied());
+    let sound = |name, default: f64| {
+        value(name).map(f64::from).filter(|v| v.is_finite() && *v > 0.0).unwrap_or(default)
+    };
+    SigmaRange {
+        sigma_min: sound(EDM_SIGMA_MIN, DEFAULT_EDM_RANGE.sigma_min),
+        sigma_max: sound(EDM_SIGMA_MAX, DEFAULT_EDM_RANGE.sigma_max),
+    }
+}
+
 /// Standard deviation (of the population) of a tensor's values.
-fn spread_of(file: &WeightsFile, name: &str) -> Option<f64> {
-    let values = file.get(name)?.to_f32();
+fn spread_of(raw: &RawTensor<'_>) -> Option<f64> {
+    let values = raw.to_f32();
     let count = values.len() as f64;
     let mean = values.iter().map(|&v| f64::from(v)).sum::<f64>() / count;
     let variance = values.iter().map(|&v| (f64::from(v) - mean).powi(2)).sum::<f64>() / count;

@@ -5,18 +5,23 @@
 //! layout when a forward pass first needs it, and the file's pages are given
 //! back to the system right after.
 
+use std::ops::Range;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use super::ModelError;
 use crate::tensor::{
-    Activation, Attention, Backend, Cols, Conv2d, ConvWeight, Embedding, GroupNorm, HostLayout, HostTensor,
-    LayerNorm, Linear, LinearParts, LinearWeight, NormWeight, RawTensor, Shape, Tensor,
+    Activation, Attention, Backend, Cols, Conv2d, ConvWeight, DType, Embedding, GroupNorm, HostLayout,
+    HostTensor, LayerNorm, Linear, LinearParts, LinearWeight, NormWeight, RawTensor, Shape, Tensor,
 };
 
 /// Where a model's tensors come from: a file, or a file under patches.
 pub trait WeightSource: Send + Sync {
     /// The tensor of that name.
     fn raw(&self, name: &str) -> Option<RawTensor<'_>>;
+    /// The extents of that tensor, without looking at its elements.
+    fn shape(&self, name: &str) -> Option<&[usize]> {
+        self.raw(name).map(|raw| raw.shape)
+    }
     /// The tensor has been packed: its bytes are not needed in memory any more.
     fn packed(&self, name: &str);
 }
@@ -77,15 +82,25 @@ impl Loader {
         Self { prefix: format!("{}{name}.", self.prefix), ..self.clone() }
     }
 
+    /// All layers of the source.
+    pub fn root(&self) -> Self {
+        Self { prefix: String::new(), ..self.clone() }
+    }
+
     /// Whether `name` is there.
     pub fn has(&self, name: &str) -> bool {
-        self.source.raw(&format!("{}{name}", self.prefix)).is_some()
+        self.source.shape(&format!("{}{name}", self.prefix)).is_some()
+    }
+
+    /// The extents of tensor `name`.
+    pub fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        self.source.shape(&format!("{}{name}", self.prefix)).map(<[usize]>::to_vec)
     }
 
     fn checked(&self, name: &str, expected: &[usize]) -> Result<String, ModelError> {
         let name = format!("{}{name}", self.prefix);
         let found =
-            self.source.raw(&name).ok_or_else(|| ModelError::Missing { name: name.clone() })?.shape.to_vec();
+            self.source.shape(&name).ok_or_else(|| ModelError::Missing { name: name.clone() })?.to_vec();
         // A linear layer may be stored as a 1×1 convolution and the other way round.
         let bare = |s: &[usize]| {
             let mut s = s.to_vec();
@@ -179,6 +194,74 @@ impl Loader {
         Ok(self.lazy(names, |backend, raw| Ok(backend.pack_conv(&raw[0], raw.get(1))?)))
     }
 
+    /// A convolution without bias.
+    pub fn bare_conv(&self, name: &str, cout: usize, cin: usize, k: usize) -> Result<LazyConv, ModelError> {
+        let names = vec![self.checked(&format!("{name}.weight"), &[cout, cin, k, k])?];
+        Ok(self.lazy(names, |backend, raw| Ok(backend.pack_conv(&raw[0], None)?)))
+    }
+
+    /// The elements of a small tensor.
+    pub fn read(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, ModelError> {
+        let name = self.checked(name, shape)?;
+        Ok(self.source.raw(&name).map(|raw| raw.to_f32()).unwrap_or_default())
+    }
+
+    /// The last rows, from `first` on, of a matrix `[n, k]` and its bias, under names of their own.
+    pub fn packed_rows(
+        &self,
+        (weight, bias): (&str, &str),
+        (n, k): (usize, usize),
+        first: usize,
+    ) -> Result<LazyLinear, ModelError> {
+        let names = vec![self.checked(weight, &[n, k])?, self.checked(bias, &[n])?];
+        Ok(self.lazy(names, move |backend, raw| {
+            let (rows, size) = (n - first, [raw[0].dtype.size(), raw[1].dtype.size()]);
+            let tail = |i: usize, skipped: usize| raw[i].bytes[skipped * size[i]..].to_vec().into();
+            let (shape, bias_shape) = ([rows, k], [rows]);
+            let weights = [RawTensor { dtype: raw[0].dtype, shape: &shape, bytes: tail(0, first * k) }];
+            let biases = [RawTensor { dtype: raw[1].dtype, shape: &bias_shape, bytes: tail(1, first) }];
+            Ok(backend.pack_linear(&LinearParts { weights: &weights, biases: &biases, is_geglu: false })?)
+        }))
+    }
+
+    /// A PReLU of `c` channels with slopes `name.weight`, as a linear layer over `x ‖ max(x, 0)`.
+    pub fn prelu(&self, name: &str, c: usize) -> Result<LazyLinear, ModelError> {
+        let names = vec![self.checked(&format!("{name}.weight"), &[c])?];
+        Ok(self.lazy(names, move |backend, raw| {
+            let mut matrix = vec![0.0f32; c * 2 * c];
+            for (i, slope) in raw[0].to_f32().into_iter().enumerate() {
+                matrix[i * 2 * c + i] = slope;
+                matrix[i * 2 * c + c + i] = 1.0 - slope;
+            }
+            let bytes = bytemuck::cast_slice(&matrix).to_vec().into();
+            let weights = [RawTensor { dtype: DType::F32, shape: &[c, 2 * c], bytes }];
+            Ok(backend.pack_linear(&LinearParts { weights: &weights, biases: &[], is_geglu: false })?)
+        }))
+    }
+
+    /// Some input channels of a convolution: it is linear in them, so sums of parts are the whole. The first
+    /// part has the bias.
+    pub fn conv_part(
+        &self,
+        name: &str,
+        (cout, cin, k): (usize, usize, usize),
+        inputs: Range<usize>,
+    ) -> Result<LazyConv, ModelError> {
+        let mut names = vec![self.checked(&format!("{name}.weight"), &[cout, cin, k, k])?];
+        if inputs.start == 0 {
+            names.push(self.checked(&format!("{name}.bias"), &[cout])?);
+        }
+        Ok(self.lazy(names, move |backend, raw| {
+            let size = raw[0].dtype.size() * k * k;
+            let rows = raw[0].bytes.chunks_exact((cin * size).max(1));
+            let bytes: Vec<u8> =
+                rows.flat_map(|row| row[inputs.start * size..inputs.end * size].iter().copied()).collect();
+            let shape = [cout, inputs.len(), k, k];
+            let part = RawTensor { dtype: raw[0].dtype, shape: &shape, bytes: bytes.into() };
+            Ok(backend.pack_conv(&part, raw.get(1))?)
+        }))
+    }
+
     /// A norm `name.weight`, `name.bias` of `c` channels.
     pub fn norm(&self, name: &str, c: usize) -> Result<LazyNorm, ModelError> {
         let names = vec![
@@ -248,6 +331,11 @@ impl Ops<'_> {
     pub fn resize_nearest(&self, x: &Tensor, h: usize, w: usize) -> Result<Tensor, ModelError> {
         let shape = Shape { h, w, ..x.shape() };
         self.with(shape, |out| self.0.resize_nearest(x, out))
+    }
+
+    /// `a·x + b·y`.
+    pub fn axpby(&self, a: f32, x: &Tensor, b: f32, y: &Tensor) -> Result<Tensor, ModelError> {
+        self.with(x.shape(), |out| self.0.axpby(a, x, b, y, out))
     }
 
     /// `act(x)`.

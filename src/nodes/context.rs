@@ -31,6 +31,8 @@ pub enum PreviewMethod {
     None,
     /// A linear projection of the latent.
     Latent2Rgb,
+    /// A tiny decoder; the linear projection where there is none.
+    Taesd,
 }
 
 /// A picture of a running step, for whoever watches.

@@ -9,21 +9,27 @@ pub mod canny;
 pub mod compositing;
 pub mod conditioning;
 mod context;
+pub mod control;
+pub mod controlnet;
 pub mod custom_sampling;
 #[cfg(test)]
 mod file_tests;
 #[cfg(test)]
 mod golden_tests;
+pub mod guest_loaders;
 pub mod guidance;
 pub mod image;
 pub mod image_file;
 pub mod image_filter;
 pub mod image_transform;
+pub mod inpaint_model;
 pub mod latent;
 pub mod latent_file;
 pub mod latent_math;
 pub mod loaders;
+pub mod lora;
 pub mod mask;
+mod model_inputs;
 mod plane;
 mod pure;
 pub mod sampling;
@@ -32,6 +38,9 @@ mod sampling_tests;
 mod sd_model;
 mod shapes;
 pub mod text;
+pub mod text_sdxl;
+pub mod tiny_vae;
+pub mod upscale_model;
 pub mod vae;
 mod value;
 
@@ -79,8 +88,13 @@ pub trait Node: Send + Sync {
 pub fn registry() -> Vec<Box<dyn Node>> {
     [
         loaders::nodes(),
+        guest_loaders::nodes(),
+        lora::nodes(),
         text::nodes(),
+        text_sdxl::nodes(),
+        inpaint_model::nodes(),
         conditioning::nodes(),
+        controlnet::nodes(),
         sampling::nodes(),
         custom_sampling::nodes(),
         guidance::nodes(),
@@ -94,6 +108,7 @@ pub fn registry() -> Vec<Box<dyn Node>> {
         canny::nodes(),
         compositing::nodes(),
         image_file::nodes(),
+        upscale_model::nodes(),
         mask::nodes(),
     ]
     .into_iter()

@@ -1,6 +1,9 @@
 //! KSampler and KSamplerAdvanced, and the bridge from the sampling loop to a
 //! node's progress.
 
+use std::sync::Arc;
+
+use super::tiny_vae;
 use super::{Inputs, Node, NodeCtx, NodeError, NodeOutput, PreviewFrame, PreviewMethod, Schema, Value};
 use crate::diffusion::sample::{NoiseSource, Observer, SampleRequest, Sampled, Step, sample, schedule_range};
 use crate::diffusion::samplers::{SAMPLERS, Sampler};
@@ -8,6 +11,8 @@ use crate::diffusion::schedule::{SCHEDULERS, ScheduleError, ksampler_sigmas};
 use crate::diffusion::{Conditioning, DiffusionError, Guidance, Guider, Latent, ModelHandle};
 use crate::graph::Input;
 use crate::models::ModelError;
+use crate::models::taesd::{self, Tiny};
+use crate::tensor::HostTensor;
 
 /// The KSampler nodes.
 pub(super) fn nodes() -> Vec<Box<dyn Node>> {
@@ -43,16 +48,42 @@ const PREVIEW_SIZE: u32 = 512;
 struct NodeObserver<'a, 'b> {
     ctx: &'a NodeCtx<'b>,
     model: &'a ModelHandle,
+    decoder: Option<Arc<Tiny>>,
+}
+
+impl<'a, 'b> NodeObserver<'a, 'b> {
+    fn new(ctx: &'a NodeCtx<'b>, model: &'a ModelHandle) -> Self {
+        let name = model.0.preview_decoder().filter(|_| ctx.services.preview == PreviewMethod::Taesd);
+        let decoder = name.and_then(|name| tiny_vae::preview_decoder(ctx.services, name));
+        Self { ctx, model, decoder }
+    }
+
+    /// A picture of the first sample of a prediction.
+    fn preview(&self, denoised: &HostTensor) -> Option<HostTensor> {
+        if self.ctx.services.preview == PreviewMethod::None {
+            return None;
+        }
+        let tiny = |decoder: &Arc<Tiny>| {
+            let picture = taesd::decode(decoder, &denoised.rows(0, 1));
+            picture.inspect_err(|e| tracing::warn!("no preview by TAESD: {e}")).ok()
+        };
+        match self.decoder.as_ref().and_then(tiny) {
+            Some(picture) => Some(channels_last(&picture)),
+            None => self.model.0.preview_factors().map(|map| map.picture(denoised)),
+        }
+    }
+}
+
+/// `[1, C, H, W]` to `[1, H, W, C]`, limited to 0..1.
+fn channels_last(x: &HostTensor) -> HostTensor {
+    let (c, h, w) = (x.dim(1), x.dim(2), x.dim(3));
+    HostTensor::from_fn(&[1, h, w, c], |i| x.data()[i % c * h * w + i / c].clamp(0.0, 1.0))
 }
 
 impl Observer for NodeObserver<'_, '_> {
     fn step(&mut self, step: &Step<'_>) -> Result<(), DiffusionError> {
-        let map = match self.ctx.services.preview {
-            PreviewMethod::None => None,
-            PreviewMethod::Latent2Rgb => self.model.0.preview_factors(),
-        };
-        let preview =
-            map.map(|map| PreviewFrame { image: map.picture(step.denoised), max_size: PREVIEW_SIZE });
+        let picture = self.preview(step.denoised);
+        let preview = picture.map(|image| PreviewFrame { image, max_size: PREVIEW_SIZE });
         self.ctx
             .progress(step.step as u64 + 1, step.total as u64, preview)
             .map_err(|_| DiffusionError::Interrupted)
@@ -91,7 +122,7 @@ pub(super) fn run(ctx: &NodeCtx<'_>, job: &Job<'_>) -> Result<Sampled, NodeError
         mask: job.latent.noise_mask.as_ref(),
         seed: job.seed,
     };
-    let mut observer = NodeObserver { ctx, model: &job.guider.model };
+    let mut observer = NodeObserver::new(ctx, &job.guider.model);
     Ok(sample(&request, &mut observer)?)
 }
 

@@ -1,17 +1,27 @@
 //! A loaded UNet as the sampling loop sees it.
 
+use std::any::Any;
+use std::collections::HashMap;
 use std::sync::Arc;
 
-use crate::diffusion::preview::Latent2Rgb;
+use super::control;
+use super::model_inputs::{Beside, beside, vector};
+use crate::diffusion::model::tokens_batch;
+use crate::diffusion::preview::{self, Latent2Rgb};
 use crate::diffusion::schedule::{Betas, ModelSampling, Prediction};
-use crate::diffusion::{DenoiseItem, DiffusionError, Model};
+use crate::diffusion::{CondEntry, DenoiseItem, DiffusionError, Model};
+use crate::models::detect::{Family, UnetConfig};
+use crate::models::patch::{Patch, Patches};
 use crate::models::unet::UnetInput;
 use crate::models::{ModelError, ModelFile, detect};
 use crate::tensor::HostTensor;
 
 /// The diffusion model of an SD-family checkpoint.
+#[derive(Clone)]
 pub struct SdModel {
     file: Arc<ModelFile>,
+    patches: Patches,
+    family: Family,
     sampling: ModelSampling,
     latent_scale: f32,
     channels: usize,
@@ -26,37 +36,84 @@ impl SdModel {
             detect::Prediction::V => Prediction::V,
         };
         let detect::BetaSchedule { start, end, steps } = config.beta_schedule;
-        let sampling = ModelSampling::discrete(prediction, Betas { start, end, steps, ..Betas::default() });
-        let channels = file.unet()?.config().in_channels;
-        Ok(Self { file, sampling, latent_scale: config.latent_scale as f32, channels })
+        let has_zero_terminal_snr = config.has_zero_terminal_snr;
+        let sampling = match config.continuous {
+            Some(range) => ModelSampling::continuous_edm(prediction, range.sigma_min, range.sigma_max, 1.0),
+            None => ModelSampling::discrete(prediction, Betas { start, end, steps, has_zero_terminal_snr }),
+        };
+        let channels = file.unet()?.config().out_channels;
+        let family = file.family()?;
+        let latent_scale = config.latent_scale as f32;
+        Ok(Self { file, patches: Patches::default(), family, sampling, latent_scale, channels })
+    }
+
+    /// The file that holds the network.
+    pub fn file(&self) -> &Arc<ModelFile> {
+        &self.file
+    }
+
+    /// The patches that the network's weights are under.
+    pub fn patches(&self) -> &Patches {
+        &self.patches
+    }
+
+    /// The same network with further patches of its weights.
+    pub fn patched(&self, more: HashMap<String, Patch>) -> Self {
+        Self { patches: self.patches.with(more), ..self.clone() }
     }
 
     fn run(&self, items: &[DenoiseItem<'_>], sigma: f32) -> Result<Vec<HostTensor>, ModelError> {
-        let unet = self.file.unet()?;
-        let shape = items.first().map(|i| i.x.shape().to_vec()).unwrap_or_default();
-        let each: usize = shape.iter().product();
-        let mut data = Vec::with_capacity(items.len() * each);
-        items.iter().for_each(|item| data.extend_from_slice(item.x.data()));
-        let batch = shape.first().copied().unwrap_or(0);
-        let mut stacked = shape;
-        if let Some(first) = stacked.first_mut() {
-            *first = items.len() * batch;
-        }
-        let found = data.len();
-        let x = HostTensor::new(&stacked, data).ok_or(ModelError::Input {
-            what: "elements of the latents of one call",
-            expected: items.len() * each,
-            found,
-        })?;
+        let unet = self.file.patched_unet(&self.patches)?;
+        let batch = items.first().map_or(0, |i| i.x.dim(0));
+        let x = stacked(items.iter().map(|i| i.x))?;
         let conds: Vec<_> = items.iter().map(|i| i.cond.cond.clone()).collect();
         let context = unet.context(&conds)?;
         let timesteps = vec![self.sampling.timestep(sigma); x.dim(0)];
-        let input = self.sampling.calculate_input(sigma, &x);
-        let output =
-            unet.forward(&UnetInput { x: &input, timesteps: &timesteps, context: &context }, None)?;
+        let mut input = self.sampling.calculate_input(sigma, &x);
+        let kind = Beside::of(unet.config());
+        if kind != Beside::Nothing {
+            let more = items.iter().map(|item| kind.channels(item, self.latent_scale));
+            let more = more.collect::<Result<Option<Vec<_>>, _>>()?.unwrap_or_default();
+            input = beside(&input, &stacked(more.iter())?);
+        }
+        let vector = self.vectors(unet.config(), items)?;
+        let call = UnetInput { x: &input, timesteps: &timesteps, context: &context, vector: vector.as_ref() };
+        let controls = control::inputs(items, sigma, &self.sampling)?;
+        let output = unet.forward_controlled(&call, &controls, None)?;
         let denoised = self.sampling.calculate_denoised(sigma, &output, &x);
         Ok((0..items.len()).map(|i| denoised.rows(i * batch, batch)).collect())
     }
+
+    /// One row of pooled text and sizes for every sample, for models that have such an input.
+    fn vectors(
+        &self,
+        config: &UnetConfig,
+        items: &[DenoiseItem<'_>],
+    ) -> Result<Option<HostTensor>, ModelError> {
+        let mut data = Vec::new();
+        for item in items {
+            let Some(row) = vector(config, self.family, item)? else { return Ok(None) };
+            (0..item.x.dim(0)).for_each(|_| data.extend_from_slice(&row));
+        }
+        let rows = items.iter().map(|i| i.x.dim(0)).sum::<usize>();
+        let width = config.adm_channels.unwrap_or(0);
+        Ok(HostTensor::new(&[rows, width], data))
+    }
+}
+
+/// Samples of one shape as one batch.
+fn stacked<'a>(parts: impl Iterator<Item = &'a HostTensor> + Clone) -> Result<HostTensor, ModelError> {
+    let mut shape = parts.clone().next().map(|x| x.shape().to_vec()).unwrap_or_default();
+    if let Some(batch) = shape.first_mut() {
+        *batch *= parts.clone().count();
+    }
+    let data: Vec<f32> = parts.flat_map(|x| x.data().iter().copied()).collect();
+    let (expected, found) = (shape.iter().product(), data.len());
+    HostTensor::new(&shape, data).ok_or(ModelError::Input {
+        what: "elements of the latents of one call",
+        expected,
+        found,
+    })
 }
 
 impl Model for SdModel {
@@ -72,11 +129,30 @@ impl Model for SdModel {
         self.latent_scale
     }
 
+    fn can_batch(&self, a: &CondEntry, b: &CondEntry) -> bool {
+        let (x, y) = (&a.cond, &b.cond);
+        tokens_batch(x.dim(1), y.dim(1)) && x.dim(2) == y.dim(2) && control::is_same(a, b)
+    }
+
+    fn network(&self) -> &dyn Any {
+        self
+    }
+
+    fn preview_decoder(&self) -> Option<&'static str> {
+        Some(match self.family {
+            Family::Sd1 | Family::Sd2 | Family::Sd2Unclip => "taesd_decoder",
+            Family::Sdxl | Family::SdxlRefiner => "taesdxl_decoder",
+        })
+    }
+
     fn latent_channels(&self) -> usize {
         self.channels
     }
 
     fn preview_factors(&self) -> Option<&Latent2Rgb> {
-        Some(&crate::diffusion::preview::SD1)
+        Some(match self.family {
+            Family::Sd1 | Family::Sd2 | Family::Sd2Unclip => &preview::SD1,
+            Family::Sdxl | Family::SdxlRefiner => &preview::SDXL,
+        })
     }
 }

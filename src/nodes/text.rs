@@ -2,11 +2,12 @@
 
 use std::sync::Arc;
 
-use super::loaders::ClipHandle;
+use super::loaders::{ClipHandle, ClipPart};
 use super::{Inputs, Node, NodeCtx, NodeError, NodeOutput, Schema, Services, Value};
 use crate::diffusion::{CondEntry, Conditioning};
 use crate::graph::Input;
 use crate::models::clip::{ClipToken, WeightedToken};
+use crate::models::text::{self, TextPart};
 use crate::tokenizer::{self, EmbeddingLookup, EmbeddingRows, Token, TokenizerOptions};
 use crate::weights::WeightsFile;
 
@@ -30,23 +31,38 @@ impl Node for ClipTextEncode {
 
     fn execute(&self, ctx: &mut NodeCtx<'_>, inputs: &Inputs) -> Result<NodeOutput, NodeError> {
         let clip = inputs.object::<ClipHandle>("clip")?;
-        let chunks = tokenize(ctx.services, inputs.string("text")?, &clip)?;
-        let encoder = clip.file.clip()?;
-        let encoded = encoder.encode(&chunks, clip.skip_last)?;
-        let mut entry = CondEntry::new(Arc::new(encoded.cond));
-        entry.pooled = Some(Arc::new(encoded.pooled));
+        let text = inputs.string("text")?;
+        let entry = encode(&clip, |part| tokenize(ctx.services, text, part))?;
         Ok(NodeOutput::one(Value::object("CONDITIONING", Conditioning::from(vec![entry]))))
     }
 }
 
-fn tokenize(
-    services: &Services,
-    text: &str,
+/// Encodes a prompt that `tokens` gives in each encoder's own chunks.
+pub(super) fn encode(
     clip: &ClipHandle,
-) -> Result<Vec<Vec<WeightedToken>>, NodeError> {
-    let width = clip.file.clip()?.config().width;
-    let lookup = EmbeddingFiles { services, width };
-    Ok(weighted_tokens(tokenizer::tokenize(text, &TokenizerOptions::sd1(), &lookup)))
+    mut tokens: impl FnMut(&ClipPart) -> Result<Chunks, NodeError>,
+) -> Result<CondEntry, NodeError> {
+    let kind = clip.kind()?;
+    let mut parts = Vec::new();
+    for part in &clip.parts {
+        let encoder = part.encoder()?;
+        parts.push(TextPart { encoder, chunks: tokens(part)? });
+    }
+    let encoded = text::encode(kind, &parts, clip.layer)?;
+    let mut entry = CondEntry::new(Arc::new(encoded.cond));
+    entry.pooled = Some(Arc::new(encoded.pooled));
+    Ok(entry)
+}
+
+/// A prompt in chunks of tokens.
+pub(super) type Chunks = Vec<Vec<WeightedToken>>;
+
+/// The chunks of `text` for one encoder.
+pub(super) fn tokenize(services: &Services, text: &str, part: &ClipPart) -> Result<Chunks, NodeError> {
+    let width = part.encoder()?.config().width;
+    let lookup = EmbeddingFiles { services, width, key: part.variant.key() };
+    let options = TokenizerOptions { pad_token: part.variant.pad_token() };
+    Ok(weighted_tokens(tokenizer::tokenize(text, &options, &lookup)))
 }
 
 /// Chunks of the tokenizer as the text encoder takes them.
@@ -65,6 +81,8 @@ pub fn weighted_tokens(chunks: Vec<Vec<(Token, f32)>>) -> Vec<Vec<WeightedToken>
 struct EmbeddingFiles<'a> {
     services: &'a Services,
     width: usize,
+    /// The encoder's name in files with a table for each encoder.
+    key: &'static str,
 }
 
 impl EmbeddingLookup for EmbeddingFiles<'_> {
@@ -75,7 +93,7 @@ impl EmbeddingLookup for EmbeddingFiles<'_> {
             .ok()?;
         // Files of SD1.x embeddings hold one table, under various names; files
         // of several encoders name the tables after the encoder.
-        let table = ["clip_l", "emb_params"].into_iter().find(|n| file.contains(n)).map(str::to_owned);
+        let table = [self.key, "emb_params"].into_iter().find(|n| file.contains(n)).map(str::to_owned);
         let table = table.or_else(|| file.names().next().map(str::to_owned))?;
         let raw = file.get(&table)?;
         let values = raw.to_f32();
@@ -107,7 +125,6 @@ impl Node for ClipSetLastLayer {
     fn execute(&self, _ctx: &mut NodeCtx<'_>, inputs: &Inputs) -> Result<NodeOutput, NodeError> {
         let clip = inputs.object::<ClipHandle>("clip")?;
         let layer = inputs.int("stop_at_clip_layer")?;
-        let skip_last = usize::try_from(-1 - layer).unwrap_or(0);
-        Ok(NodeOutput::one(Value::object("CLIP", ClipHandle { skip_last, ..clip.as_ref().clone() })))
+        Ok(NodeOutput::one(Value::object("CLIP", ClipHandle { layer: Some(layer), ..clip.as_ref().clone() })))
     }
 }

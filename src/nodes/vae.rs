@@ -9,7 +9,7 @@ use crate::diffusion::Latent;
 use crate::graph::Input;
 use crate::image::resample::{self, Method, Resize};
 use crate::models::ModelError;
-use crate::models::vae::Vae;
+use crate::models::vae::Autoencoder;
 use crate::models::vae::tiled::{self, Scale, Tiling};
 use crate::tensor::HostTensor;
 
@@ -58,7 +58,7 @@ fn each_sample(
 }
 
 /// Whether decoding a whole `h`×`w` latent would take more memory than there is.
-fn is_short_of_memory(ctx: &NodeCtx<'_>, vae: &Vae, h: usize, w: usize) -> bool {
+fn is_short_of_memory(ctx: &NodeCtx<'_>, vae: &dyn Autoencoder, h: usize, w: usize) -> bool {
     let backend = &ctx.services.models.placement().vae;
     let memory = backend.memory();
     vae.decode_bytes(h, w, backend.info().element_bytes) > memory.available.saturating_add(memory.cached)
@@ -66,11 +66,11 @@ fn is_short_of_memory(ctx: &NodeCtx<'_>, vae: &Vae, h: usize, w: usize) -> bool 
 
 fn decode(
     ctx: &NodeCtx<'_>,
-    vae: &Vae,
+    vae: &dyn Autoencoder,
     latent: &HostTensor,
     tiling: Option<Tiling>,
 ) -> Result<HostTensor, NodeError> {
-    let scale = Scale::Up(vae.config().downscale());
+    let scale = Scale::Up(vae.downscale());
     let decoded = each_sample(ctx, latent, |sample| {
         let in_tiles = |tiling| run_tiled(ctx, sample, tiling, scale, |tile| vae.decode_raw(tile));
         match tiling {
@@ -92,16 +92,16 @@ fn decode(
     Ok(to_picture(&decoded))
 }
 
-fn encode(
+pub(super) fn encode(
     ctx: &NodeCtx<'_>,
-    vae: &Vae,
+    vae: &dyn Autoencoder,
     picture: &HostTensor,
     tiling: Option<Tiling>,
 ) -> Result<HostTensor, NodeError> {
-    let scale = Scale::Down(vae.config().downscale());
+    let scale = Scale::Down(vae.downscale());
     each_sample(ctx, &to_network(picture), |sample| {
         let in_tiles = |tiling| run_tiled(ctx, sample, tiling, scale, |tile| vae.encode_raw(tile));
-        let cells = |side: usize| side / vae.config().downscale();
+        let cells = |side: usize| side / vae.downscale();
         match tiling {
             Some(tiling) => in_tiles(tiling),
             None if is_short_of_memory(ctx, vae, cells(sample.dim(2)), cells(sample.dim(3))) => {
@@ -139,7 +139,7 @@ fn to_network(x: &HostTensor) -> HostTensor {
 }
 
 /// Central crop of `[B, H, W, C]` to multiples of `unit`.
-fn crop_to_multiple(x: &HostTensor, unit: usize) -> Result<HostTensor, NodeError> {
+pub(super) fn crop_to_multiple(x: &HostTensor, unit: usize) -> Result<HostTensor, NodeError> {
     let (b, h, w, c) = (x.dim(0), x.dim(1), x.dim(2), x.dim(3));
     let (ch, cw) = (h / unit * unit, w / unit * unit);
     if ch == 0 || cw == 0 {
@@ -199,8 +199,8 @@ impl Node for VaeDecode {
 
     fn execute(&self, ctx: &mut NodeCtx<'_>, inputs: &Inputs) -> Result<NodeOutput, NodeError> {
         let latent = inputs.object::<Latent>("samples")?;
-        let vae = inputs.object::<VaeHandle>("vae")?.file.vae()?;
-        Ok(NodeOutput::one(Value::object("IMAGE", decode(ctx, &vae, &latent.samples, None)?)))
+        let vae = inputs.object::<VaeHandle>("vae")?.open()?;
+        Ok(NodeOutput::one(Value::object("IMAGE", decode(ctx, &*vae, &latent.samples, None)?)))
     }
 }
 
@@ -219,9 +219,9 @@ impl Node for VaeDecodeTiled {
 
     fn execute(&self, ctx: &mut NodeCtx<'_>, inputs: &Inputs) -> Result<NodeOutput, NodeError> {
         let latent = inputs.object::<Latent>("samples")?;
-        let vae = inputs.object::<VaeHandle>("vae")?.file.vae()?;
-        let tiling = tiling(inputs, vae.config().downscale())?;
-        Ok(NodeOutput::one(Value::object("IMAGE", decode(ctx, &vae, &latent.samples, Some(tiling))?)))
+        let vae = inputs.object::<VaeHandle>("vae")?.open()?;
+        let tiling = tiling(inputs, vae.downscale())?;
+        Ok(NodeOutput::one(Value::object("IMAGE", decode(ctx, &*vae, &latent.samples, Some(tiling))?)))
     }
 }
 
@@ -240,9 +240,9 @@ impl Node for VaeEncode {
 
     fn execute(&self, ctx: &mut NodeCtx<'_>, inputs: &Inputs) -> Result<NodeOutput, NodeError> {
         let pixels = inputs.object::<HostTensor>("pixels")?;
-        let vae = inputs.object::<VaeHandle>("vae")?.file.vae()?;
-        let pixels = crop_to_multiple(&pixels, vae.config().downscale())?;
-        let samples = encode(ctx, &vae, &pixels, None)?;
+        let vae = inputs.object::<VaeHandle>("vae")?.open()?;
+        let pixels = crop_to_multiple(&pixels, vae.downscale())?;
+        let samples = encode(ctx, &*vae, &pixels, None)?;
         Ok(NodeOutput::one(Value::object("LATENT", Latent::new(samples))))
     }
 }
@@ -262,10 +262,10 @@ impl Node for VaeEncodeTiled {
 
     fn execute(&self, ctx: &mut NodeCtx<'_>, inputs: &Inputs) -> Result<NodeOutput, NodeError> {
         let pixels = inputs.object::<HostTensor>("pixels")?;
-        let vae = inputs.object::<VaeHandle>("vae")?.file.vae()?;
-        let pixels = crop_to_multiple(&pixels, vae.config().downscale())?;
+        let vae = inputs.object::<VaeHandle>("vae")?.open()?;
+        let pixels = crop_to_multiple(&pixels, vae.downscale())?;
         let tiling = Tiling { tile: inputs.size("tile_size")?, overlap: inputs.size("overlap")? };
-        let samples = encode(ctx, &vae, &pixels, Some(tiling))?;
+        let samples = encode(ctx, &*vae, &pixels, Some(tiling))?;
         Ok(NodeOutput::one(Value::object("LATENT", Latent::new(samples))))
     }
 }
@@ -288,8 +288,8 @@ impl Node for VaeEncodeForInpaint {
     fn execute(&self, ctx: &mut NodeCtx<'_>, inputs: &Inputs) -> Result<NodeOutput, NodeError> {
         let pixels = inputs.object::<HostTensor>("pixels")?;
         let mask = inputs.object::<HostTensor>("mask")?;
-        let vae = inputs.object::<VaeHandle>("vae")?.file.vae()?;
-        let unit = vae.config().downscale();
+        let vae = inputs.object::<VaeHandle>("vae")?.open()?;
+        let unit = vae.downscale();
         let (h, w) = (pixels.dim(1), pixels.dim(2));
         let rank = mask.shape().len();
         let (mh, mw) = (mask.dim(rank.saturating_sub(2)), mask.dim(rank.saturating_sub(1)));
@@ -303,7 +303,7 @@ impl Node for VaeEncodeForInpaint {
         let mask = crop_to_multiple(&mask, unit)?;
         let mut pixels = crop_to_multiple(&pixels, unit)?;
         grey_out(&mut pixels, &mask);
-        let samples = encode(ctx, &vae, &pixels, None)?;
+        let samples = encode(ctx, &*vae, &pixels, None)?;
         let grown = grow(&mask, inputs.size("grow_mask_by")?);
         Ok(NodeOutput::one(Value::object(
             "LATENT",
@@ -313,7 +313,7 @@ impl Node for VaeEncodeForInpaint {
 }
 
 /// Sets pixels under the rounded mask to middle grey.
-fn grey_out(pixels: &mut HostTensor, mask: &HostTensor) {
+pub(super) fn grey_out(pixels: &mut HostTensor, mask: &HostTensor) {
     let (plane, c) = (pixels.dim(1) * pixels.dim(2), pixels.dim(3));
     let masks = mask.dim(0).max(1);
     for (i, pixel) in pixels.data_mut().chunks_exact_mut(c.max(1)).enumerate() {

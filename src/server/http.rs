@@ -404,11 +404,6 @@ pub(super) fn text(status: StatusCode, message: impl Into<String>) -> Response {
     with_type(status, TEXT_TYPE, message.into())
 }
 
-/// A page of our own.
-pub(super) fn html(page: &'static str) -> Response {
-    with_type(StatusCode::OK, "text/html; charset=utf-8", page)
-}
-
 /// A JSON answer.
 pub(super) fn json_response(status: StatusCode, value: &Json) -> Response {
     json_text(status, value.to_string())

@@ -13,6 +13,7 @@
 //! | [`endings`] | who waits for the end of a prompt |
 //! | [`router`], [`origin`], [`compress`] | what every request and answer passes |
 //! | [`http`], [`json`], [`download`], [`outputs`] | bodies and answers |
+//! | [`frontend`] | files of an installed web page |
 //! | [`routes`], [`openapi`] | one file a group of routes; their description |
 //! | [`ws`], [`webhook`] | events to clients |
 //!
@@ -38,6 +39,7 @@ mod compress;
 mod connection;
 mod download;
 mod endings;
+mod frontend;
 mod host;
 mod http;
 mod json;
@@ -54,6 +56,7 @@ pub mod tls;
 mod webhook;
 mod ws;
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -102,6 +105,8 @@ pub struct ServerConfig {
     pub preview_size: Option<u32>,
     /// How long a running prompt may take to end at shutdown.
     pub shutdown_timeout: Duration,
+    /// A folder whose files are served where there is no route, `index.html` at `/`.
+    pub front_end_root: Option<PathBuf>,
     /// The command line, shown in `/system_stats`.
     pub argv: Vec<String>,
 }
@@ -118,6 +123,7 @@ impl Default for ServerConfig {
             compress: false,
             preview_size: None,
             shutdown_timeout: Duration::from_secs(60),
+            front_end_root: None,
             argv: Vec::new(),
         }
     }

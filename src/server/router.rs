@@ -15,6 +15,7 @@ use hyper::{Method, Request, StatusCode};
 
 use super::App;
 use super::compress;
+use super::frontend;
 use super::http::{self, Call, ErrorStyle, Failure, Peer, Response};
 use super::origin::Refusal;
 
@@ -150,7 +151,7 @@ async fn route(app: Arc<App>, peer: Peer, request: Request<Incoming>) -> Respons
         Err(failure) => return failure.into_response(style),
     };
     let (entry, params) = match app.router.table.at(request.uri().path()) {
-        Err(_) => return Failure::NOT_FOUND.into_response(style),
+        Err(_) => return no_route(&app, &request, style).await,
         Ok(found) => {
             let params = found.params.iter().map(|(k, v)| (k.to_owned(), http::decode(v))).collect();
             (found.value.clone(), params)
@@ -159,7 +160,7 @@ async fn route(app: Arc<App>, peer: Peer, request: Request<Incoming>) -> Respons
     let method = request.method();
     let Some(handler) = entry.find(method) else {
         if matches!(*method, Method::GET | Method::HEAD) {
-            return Failure::NOT_FOUND.into_response(style);
+            return no_route(&app, &request, style).await;
         }
         let refused = Failure::Text(StatusCode::METHOD_NOT_ALLOWED, "405: Method Not Allowed".to_owned());
         let mut response = refused.into_response(style);
@@ -174,6 +175,22 @@ async fn route(app: Arc<App>, peer: Peer, request: Request<Incoming>) -> Respons
             tracing::debug!(target: "kiln::http", %failure);
             failure.into_response(style)
         }
+    }
+}
+
+/// A file of `--front-end-root`, or 404.
+async fn no_route(app: &App, request: &Request<Incoming>, style: ErrorStyle) -> Response {
+    let root = app.config.front_end_root.as_ref();
+    match root.filter(|_| matches!(*request.method(), Method::GET | Method::HEAD)) {
+        Some(root) => {
+            frontend::serve(root, request.uri().path(), request.headers()).await.unwrap_or_else(|failure| {
+                match failure {
+                    Failure::Status(StatusCode::NOT_FOUND) => frontend::missing(request.uri().path()),
+                    other => other.into_response(style),
+                }
+            })
+        }
+        None => Failure::NOT_FOUND.into_response(style),
     }
 }
 

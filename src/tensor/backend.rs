@@ -85,6 +85,10 @@ pub enum Activation {
     Gelu,
     /// x·σ(1.702·x)
     QuickGelu,
+    /// max(x, 0)
+    Relu,
+    /// x, or 0.2·x where x is negative
+    LeakyRelu,
 }
 
 /// What to pack as a linear weight.

@@ -10,6 +10,7 @@ pub mod check;
 mod device;
 mod dtype;
 mod error;
+mod f8;
 mod host;
 mod placement;
 mod raw;

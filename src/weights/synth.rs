@@ -39,6 +39,12 @@ const BLOCK: u64 = 1 << 20;
 /// Manifests that are part of the program, by name.
 const BUILT_IN: &[(&str, &str)] = &[
     ("sd15", include_str!("../../assets/manifests/sd15.json")),
+    ("sd15-lora", include_str!("../../assets/manifests/sd15-lora.json")),
+    ("sd15-controlnet", include_str!("../../assets/manifests/sd15-controlnet.json")),
+    ("esrgan-4x", include_str!("../../assets/manifests/esrgan-4x.json")),
+    ("esrgan-4x-oldkeys", include_str!("../../assets/manifests/esrgan-4x-oldkeys.json")),
+    ("taesd_decoder", include_str!("../../assets/manifests/taesd_decoder.json")),
+    ("taesd_encoder", include_str!("../../assets/manifests/taesd_encoder.json")),
     ("sd15-embedding", include_str!("../../assets/manifests/sd15-embedding.json")),
     ("sd15-embedding-clip_l", include_str!("../../assets/manifests/sd15-embedding-clip_l.json")),
 ];

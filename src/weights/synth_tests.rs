@@ -109,8 +109,17 @@ fn impossible_requests_are_errors() {
 
 #[test]
 fn built_in_manifests_parse() {
-    let expected =
-        [("sd15", 1130, 1_066_235_307u64), ("sd15-embedding", 1, 2304), ("sd15-embedding-clip_l", 1, 1536)];
+    let expected = [
+        ("sd15", 1130, 1_066_235_307u64),
+        ("sd15-embedding", 1, 2304),
+        ("sd15-embedding-clip_l", 1, 1536),
+        ("sd15-lora", 792, 2_359_560),
+        ("sd15-controlnet", 340, 361_279_120),
+        ("esrgan-4x", 72, 577_811),
+        ("esrgan-4x-oldkeys", 72, 577_811),
+        ("taesd_decoder", 67, 1_222_531),
+        ("taesd_encoder", 67, 1_222_532),
+    ];
     for (name, tensors, parameters) in expected {
         let manifest = Manifest::built_in(name).unwrap();
         let total: u64 = manifest.shapes().map(|(_, shape)| shape.iter().product::<u64>()).sum();

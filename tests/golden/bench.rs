@@ -25,9 +25,19 @@ use serde_json::{Map, Value as Json, json};
 
 use super::report::Outcome;
 
-/// Synthetic model files by the name that workflows use: folder, manifest.
+/// Synthetic model files by the name that workflows use: folder, manifest. A manifest is a built-in one, or
+/// lies in `models` beside the golden data.
 const MODELS: &[(&str, &str, &str)] = &[
     ("synth-sd15.safetensors", "checkpoints", "sd15"),
+    ("synth-sd21-v.safetensors", "checkpoints", "sd21-v"),
+    ("synth-sdxl.safetensors", "checkpoints", "sdxl-base"),
+    ("synth-embed-xl.safetensors", "embeddings", "sdxl-embedding"),
+    ("synth-sd15-lora.safetensors", "loras", "sd15-lora"),
+    ("synth-sd15-controlnet.safetensors", "controlnet", "sd15-controlnet"),
+    ("synth-esrgan-4x.safetensors", "upscale_models", "esrgan-4x"),
+    ("synth-esrgan-4x-oldkeys.safetensors", "upscale_models", "esrgan-4x-oldkeys"),
+    ("taesd_decoder.safetensors", "vae_approx", "taesd_decoder"),
+    ("taesd_encoder.safetensors", "vae_approx", "taesd_encoder"),
     ("synth-embed.safetensors", "embeddings", "sd15-embedding"),
     ("synth-embed-l.safetensors", "embeddings", "sd15-embedding-clip_l"),
 ];
@@ -42,6 +52,8 @@ pub struct Bench {
     classes: BTreeMap<&'static str, Vec<&'static str>>,
     services: Services,
     base: tempfile::TempDir,
+    /// Where manifests that are not built in lie.
+    manifests: PathBuf,
     given: Values,
     kept: Values,
 }
@@ -54,8 +66,12 @@ pub struct Ran {
     pub ui: Json,
 }
 
-/// A folder that survives between runs, for synthetic models of gigabytes.
+/// A folder that survives between runs, for synthetic models of gigabytes: `$KILN_GOLDEN_MODELS`, or one in
+/// the target folder.
 fn model_folder() -> PathBuf {
+    if let Some(folder) = std::env::var_os("KILN_GOLDEN_MODELS") {
+        return folder.into();
+    }
     let target = std::env::var_os("CARGO_TARGET_DIR").map(PathBuf::from);
     target.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("target")).join("golden-models")
 }
@@ -97,7 +113,8 @@ impl Bench {
         // Cases share loaders and prompts: what they computed is kept.
         let config =
             EngineConfig { cache: CachePolicy::Lru(256), ..EngineConfig::new(services.clone(), nodes) };
-        Self { engine: Engine::new(config), classes, services, base, given, kept }
+        let manifests = golden.join("../models");
+        Self { engine: Engine::new(config), classes, services, base, manifests, given, kept }
     }
 
     /// Services that cases run on.
@@ -121,12 +138,25 @@ impl Bench {
         let (file, folder, manifest) = MODELS.iter().find(|(file, ..)| *file == name)?;
         let path = model_folder().join(folder).join(file);
         if !path.exists() {
+            let manifest = self.manifest(manifest)?;
             std::fs::create_dir_all(path.parent()?).expect("making the model folder");
-            let manifest = Manifest::built_in(manifest).unwrap_or_else(|| panic!("no manifest {manifest}"));
             println!("writing {}", path.display());
             synth::write(&manifest, &path, DType::F16, &[], |_, _| {}).unwrap_or_else(|e| panic!("{e}"));
         }
         Some(path)
+    }
+
+    /// A built-in manifest, or one beside the golden data; `None` without either.
+    fn manifest(&self, name: &str) -> Option<Manifest> {
+        Manifest::built_in(name).or_else(|| {
+            let text = std::fs::read_to_string(self.manifests.join(format!("{name}.json"))).ok()?;
+            Some(Manifest::from_json(&text).unwrap_or_else(|e| panic!("{name}: {e}")))
+        })
+    }
+
+    /// Frees the memory of all models, so that groups with large ones need it one after the other.
+    pub fn release(&self) {
+        self.services.models.unload_all();
     }
 
     /// Writes the embeddings that prompts may name.
@@ -146,10 +176,14 @@ impl Bench {
             return classes.into_iter().collect();
         }
         let mut models = BTreeSet::new();
+        if Json::Object(prompt.clone()).to_string().contains("\"taesd\"") {
+            self.model("taesd_encoder.safetensors");
+            self.model("taesd_decoder.safetensors");
+        }
         for node in prompt.values().filter(|n| class(n).contains("Loader")) {
             for name in node["inputs"].as_object().into_iter().flat_map(Map::values).filter_map(Json::as_str)
             {
-                if self.model(name).is_none() {
+                if name != "taesd" && self.model(name).is_none() {
                     models.insert(format!("{} of {name}", class(node)));
                 }
             }
@@ -252,12 +286,17 @@ impl Drop for Bench {
     }
 }
 
+/// Model folder types that synthetic models lie in.
+const FOLDERS: &[&str] =
+    &["checkpoints", "embeddings", "vae", "loras", "controlnet", "upscale_models", "vae_approx"];
+
 /// Tells the folders about the model folder that survives between runs.
 fn extra_paths(base: &Path) -> PathBuf {
     let path = base.join("golden.yaml");
     let text = format!(
-        "golden:\n  base_path: {}\n  checkpoints: checkpoints\n  embeddings: embeddings\n  vae: vae\n",
-        model_folder().display()
+        "golden:\n  base_path: {}\n{}",
+        model_folder().display(),
+        FOLDERS.iter().map(|folder| format!("  {folder}: {folder}\n")).collect::<String>()
     );
     std::fs::write(&path, text).expect("writing the model paths");
     path

@@ -16,6 +16,7 @@ mod bench;
 mod compare;
 mod report;
 mod special;
+mod steps;
 mod tensors;
 mod workflow;
 
@@ -78,6 +79,7 @@ fn main() -> ExitCode {
     let bench = bench::Bench::new(&folder);
     for group in groups(&folder) {
         run_group(&group, &bench, &mut report);
+        bench.release();
     }
     report.finish()
 }

@@ -70,7 +70,7 @@ pub fn case(group: &Group, name: &str, case: &Json, bench: &Bench) -> Outcome {
     let outcome = if has("model_output") {
         unet::compare(group, name, case, bench)
     } else if has("rgb_u8") {
-        preview::compare(group, name, case)
+        preview::compare(group, name, case, bench)
     } else {
         Ok(Outcome::Skip("no workflow".to_owned()))
     };

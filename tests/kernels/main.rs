@@ -1,5 +1,6 @@
 //! CUDA kernels without a GPU: under the SIMT layer, and the layer itself.
 
+mod adapters;
 mod bank_conflicts;
 mod checks;
 mod pipeline;

@@ -21,7 +21,7 @@ use serde_json::{Value as Json, json};
 use crate::library;
 
 /// The demo model's backends on a SIMT driver of their own.
-fn simt() -> (Arc<SimtDriver>, Placement) {
+pub fn simt() -> (Arc<SimtDriver>, Placement) {
     let library = library(SimtVariant::Fast);
     let driver = Arc::new(SimtDriver::open(&library, SimtOptions::default()).unwrap());
     let shared = Shared::new(Arc::new(Gpu::new(driver.clone()).unwrap()), None);
@@ -30,12 +30,12 @@ fn simt() -> (Arc<SimtDriver>, Placement) {
     (driver, Placement { diffusion: f16.clone(), text: f16, vae: bf16 })
 }
 
-fn cpu() -> Placement {
+pub fn cpu() -> Placement {
     backend::open(DeviceOptions { device: Device::Cpu, ..DeviceOptions::default() }).unwrap()
 }
 
 /// An engine that writes below `folder`.
-fn engine(placement: Placement, folder: &Path) -> Arc<Engine> {
+pub fn engine(placement: Placement, folder: &Path) -> Arc<Engine> {
     let folders =
         Folders::open(&FolderOptions { base: folder.to_owned(), ..FolderOptions::default() }).unwrap();
     let services = Services {
@@ -63,7 +63,7 @@ fn workflow(size: usize, steps: usize, seed: u64) -> Json {
 }
 
 /// Runs a prompt to its end; the history entry.
-fn run(engine: &Engine, prompt: Json) -> Json {
+pub fn run(engine: &Engine, prompt: Json) -> Json {
     let accepted = engine.submit(Submission { prompt, ..Submission::default() }).expect("a valid prompt");
     let until = Instant::now() + Duration::from_secs(300);
     loop {
@@ -81,14 +81,14 @@ fn status(entry: &Json) -> &str {
 }
 
 /// The pixels of the picture that a history entry names.
-fn picture(entry: &Json, folder: &Path) -> Vec<u8> {
+pub fn picture(entry: &Json, folder: &Path) -> Vec<u8> {
     assert_eq!(status(entry), "success", "{}", entry["status"]);
     let name = entry["outputs"]["9"]["images"][0]["filename"].as_str().unwrap();
     let png = std::fs::read(folder.join("output").join(name)).unwrap();
     image::load_from_memory(&png).unwrap().to_rgb8().into_raw()
 }
 
-fn psnr(a: &[u8], b: &[u8]) -> f64 {
+pub fn psnr(a: &[u8], b: &[u8]) -> f64 {
     assert_eq!(a.len(), b.len());
     let sum: f64 = a.iter().zip(b).map(|(a, b)| (f64::from(*a) - f64::from(*b)).powi(2)).sum();
     10.0 * (255.0f64.powi(2) / (sum / a.len() as f64).max(1e-12)).log10()
@@ -134,7 +134,7 @@ fn a_steady_step_is_one_graph_without_allocation() {
     let context = unet.context(&[cond.clone(), cond]).unwrap();
     let x = HostTensor::full(&[2, unet.config().in_channels, 8, 8], 0.25);
     let step = |t: f32| {
-        let input = UnetInput { x: &x, timesteps: &[t; 2], context: &context };
+        let input = UnetInput { x: &x, timesteps: &[t; 2], context: &context, vector: None };
         unet.forward(&input, None).unwrap()
     };
     let plain = step(500.0);

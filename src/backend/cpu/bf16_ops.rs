@@ -126,6 +126,8 @@ fn activation(act: Activation, is_geglu: bool) -> kernels::Activation {
         Activation::Silu => kernels::Activation::Silu,
         Activation::Gelu => kernels::Activation::Gelu,
         Activation::QuickGelu => kernels::Activation::QuickGelu,
+        Activation::Relu => kernels::Activation::Relu,
+        Activation::LeakyRelu => kernels::Activation::LeakyRelu,
     }
 }
 

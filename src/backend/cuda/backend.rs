@@ -142,6 +142,8 @@ fn act(act: Activation) -> Act {
         Activation::Silu => Act::Silu,
         Activation::Gelu => Act::Gelu,
         Activation::QuickGelu => Act::QuickGelu,
+        Activation::Relu => Act::Relu,
+        Activation::LeakyRelu => Act::LeakyRelu,
     }
 }
 

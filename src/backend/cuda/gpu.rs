@@ -96,6 +96,8 @@ impl Gpu {
         let function = self.driver.function(kernel.module, kernel.name)?;
         let launch = Launch {
             shared: geometry.shared,
+            // Every kernel of ours waits for its predecessor by itself (`begin_kernel` in ptx.cuh).
+            overlaps: true,
             cluster: [geometry.cluster, 1, 1],
             ..Launch::new(function, geometry.grid, [geometry.threads, 1, 1], self.stream)
         };

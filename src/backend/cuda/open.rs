@@ -17,7 +17,15 @@ pub fn open<B: Backend + 'static>(
     options: &DeviceOptions,
     cpu: impl FnOnce() -> Result<Arc<B>, TensorError>,
 ) -> Result<Placement, OpenError> {
-    let driver = open_driver(options)?;
+    open_on(open_driver(options)?, options, cpu)
+}
+
+/// The same on a driver that the caller has opened.
+pub fn open_on<B: Backend + 'static>(
+    driver: Arc<dyn Driver>,
+    options: &DeviceOptions,
+    cpu: impl FnOnce() -> Result<Arc<B>, TensorError>,
+) -> Result<Placement, OpenError> {
     let gpu = Arc::new(Gpu::new(driver).map_err(|error| match error {
         CudaError::Driver(error) => OpenError::Driver(error),
         error => OpenError::Tensor(error.into()),

@@ -55,7 +55,6 @@ const WITH_VALUE: &[&str] = &[
     "cache-lru",
     "default-device",
     "default-hashing-function",
-    "front-end-root",
     "front-end-version",
     "oneapi-device-selector",
     "reserve-vram",

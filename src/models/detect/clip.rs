@@ -23,11 +23,59 @@ pub enum Activation {
     Gelu,
 }
 
+/// Which of the published text encoders it is, or is shaped like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum ClipVariant {
+    /// OpenAI's ViT-L: SD1.x, and the first encoder of SDXL.
+    L,
+    /// OpenCLIP's ViT-H: SD2.x.
+    H,
+    /// OpenCLIP's ViT-bigG: the second encoder of SDXL, the only one of its refiner.
+    G,
+}
+
+impl ClipVariant {
+    /// All of them.
+    pub const ALL: [ClipVariant; 3] = [ClipVariant::L, ClipVariant::H, ClipVariant::G];
+
+    /// The name under which embedding files hold their vectors for it.
+    pub fn key(self) -> &'static str {
+        match self {
+            ClipVariant::L => "clip_l",
+            ClipVariant::H => "clip_h",
+            ClipVariant::G => "clip_g",
+        }
+    }
+
+    /// The token behind a text's end.
+    pub fn pad_token(self) -> u32 {
+        if self == ClipVariant::L { 49407 } else { 0 }
+    }
+
+    /// Its nonlinearity.
+    fn activation(self) -> Activation {
+        if self == ClipVariant::L { Activation::QuickGelu } else { Activation::Gelu }
+    }
+
+    /// By the number of layers, as the reference tells files apart.
+    fn by_layers(layers: usize) -> Self {
+        match layers {
+            31.. => ClipVariant::G,
+            23.. => ClipVariant::H,
+            _ => ClipVariant::L,
+        }
+    }
+}
+
 /// Configuration of a CLIP text encoder.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ClipConfig {
+    /// Which encoder it is.
+    pub variant: ClipVariant,
     /// What its tensors' names begin with.
     pub prefix: String,
+    /// Name and width of the projection of the pooled state, if it has one.
+    pub projection: Option<(String, usize)>,
     /// Channels of a token.
     pub width: usize,
     /// Number of transformer layers.
@@ -65,12 +113,17 @@ impl ClipConfig {
             affine(&mut needed, &format!("{layer}.mlp.fc2"), &[w, self.mlp]);
         }
         affine(&mut needed, &format!("{p}final_layer_norm"), &[w]);
+        needed.extend(self.projection.iter().map(|(name, to)| (name.clone(), vec![*to, w])));
         needed
     }
 }
 
-/// Reads the encoder under `prefix` and checks it.
-pub(super) fn derive(layout: &Layout, prefix: &str) -> Result<ClipConfig, DetectError> {
+/// Reads the encoder under `prefix` and checks it. Its size tells the variant unless its place does.
+pub(super) fn derive(
+    layout: &Layout,
+    prefix: &str,
+    variant: Option<ClipVariant>,
+) -> Result<ClipConfig, DetectError> {
     let tokens = format!("{prefix}embeddings.token_embedding.weight");
     let positions = format!("{prefix}embeddings.position_embedding.weight");
     let [vocab, width] = layout.dims::<2>(NETWORK, &tokens)?;
@@ -91,13 +144,32 @@ pub(super) fn derive(layout: &Layout, prefix: &str) -> Result<ClipConfig, Detect
         }
     };
     layout.divides("the number of attention heads", heads, width, "clip.num_heads")?;
+    let variant = match (variant, layout.metadata.get("clip.variant").map(String::as_str)) {
+        (Some(variant), _) => variant,
+        (None, None) => ClipVariant::by_layers(layers),
+        (None, Some("l")) => ClipVariant::L,
+        (None, Some("h")) => ClipVariant::H,
+        (None, Some("g")) => ClipVariant::G,
+        (None, Some(_)) => return Err(layout.bad_metadata("clip.variant", "l, h or g")),
+    };
     let activation = match layout.metadata.get("clip.activation").map(String::as_str) {
-        None | Some("quick_gelu") => Activation::QuickGelu,
+        None => variant.activation(),
+        Some("quick_gelu") => Activation::QuickGelu,
         Some("gelu") => Activation::Gelu,
         Some(_) => return Err(layout.bad_metadata("clip.activation", "quick_gelu or gelu")),
     };
+    let projection = format!("{}text_projection.weight", prefix.trim_end_matches("text_model."));
+    let projection = match layout.contains(&projection) {
+        true => {
+            let [to, _] = layout.dims::<2>(NETWORK, &projection)?;
+            Some((projection, to))
+        }
+        false => None,
+    };
     let config = ClipConfig {
+        variant,
         prefix: prefix.to_owned(),
+        projection,
         width,
         layers,
         heads,

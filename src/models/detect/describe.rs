@@ -5,6 +5,7 @@ use std::fmt;
 
 use super::layout::Layout;
 use super::{Checkpoint, ClipConfig, DetectError, Family, Heads, Kind, Prediction, UnetConfig, VaeConfig};
+use crate::models::layouts::Names;
 use crate::tensor::DType;
 use crate::weights::WeightsFile;
 
@@ -55,8 +56,8 @@ pub struct Description {
     pub checkpoint: Option<Checkpoint>,
     /// The configuration of a VAE alone.
     pub vae: Option<VaeConfig>,
-    /// The configuration of a text encoder alone.
-    pub clip: Option<ClipConfig>,
+    /// The configuration of text encoders alone.
+    pub clips: Vec<ClipConfig>,
     /// What hinders its use.
     pub problem: Option<DetectError>,
     /// Its parts by name, largest first.
@@ -69,14 +70,15 @@ pub struct Description {
 
 /// Summarises `file`. Reads its header only.
 pub fn describe(file: &WeightsFile) -> Description {
+    let names = Names::of(file);
     let mut description = Description {
         file: file.path().display().to_string(),
         bytes: file.len_bytes(),
         kind: super::kind_of(file),
-        family: super::family_of(&Layout::of(file)).ok().map(|(row, _)| row.family),
+        family: super::family_of(&Layout::of(file, &names)).ok().map(|(row, _)| row.family),
         checkpoint: None,
         vae: None,
-        clip: None,
+        clips: Vec::new(),
         problem: None,
         parts: totals(file, |name, _| {
             PARTS.iter().find(|(prefix, _)| name.starts_with(prefix)).map_or("other", |(_, part)| part)
@@ -86,9 +88,14 @@ pub fn describe(file: &WeightsFile) -> Description {
     };
     let d = &mut description;
     match d.kind {
-        Kind::Checkpoint => (d.checkpoint, d.problem) = split(super::detect(file)),
+        Kind::Checkpoint | Kind::DiffusionModel | Kind::Diffusers => {
+            (d.checkpoint, d.problem) = split(super::detect(file));
+        }
         Kind::Vae => (d.vae, d.problem) = split(super::detect_vae(file)),
-        Kind::TextEncoder => (d.clip, d.problem) = split(super::detect_text_encoder(file)),
+        Kind::TextEncoder => {
+            let (clips, problem) = split(super::detect_text_encoders(file));
+            (d.clips, d.problem) = (clips.unwrap_or_default(), problem);
+        }
         _ => {}
     }
     description
@@ -142,9 +149,7 @@ impl fmt::Display for Description {
         if let Some(checkpoint) = &self.checkpoint {
             write_checkpoint(f, checkpoint)?;
         }
-        if let Some(clip) = &self.clip {
-            write_clip(f, clip)?;
-        }
+        self.clips.iter().try_for_each(|clip| write_clip(f, clip))?;
         if let Some(vae) = &self.vae {
             write_vae(f, vae)?;
         }
@@ -157,9 +162,9 @@ impl fmt::Display for Description {
 
 fn write_checkpoint(f: &mut fmt::Formatter<'_>, checkpoint: &Checkpoint) -> fmt::Result {
     write_unet(f, &checkpoint.unet)?;
-    match &checkpoint.clip {
-        Some(clip) => write_clip(f, clip)?,
-        None => writeln!(f, "  no text encoder: load one separately")?,
+    checkpoint.clips.iter().try_for_each(|clip| write_clip(f, clip))?;
+    if checkpoint.clips.is_empty() {
+        writeln!(f, "  no text encoder: load one separately")?;
     }
     match &checkpoint.vae {
         Some(vae) => write_vae(f, vae)?,

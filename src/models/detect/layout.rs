@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use super::{DetectError, Kind, kind};
+use crate::models::layouts::Names;
 use crate::tensor::DType;
 use crate::weights::WeightsFile;
 
@@ -20,7 +21,13 @@ pub(super) struct Layout<'a> {
 }
 
 impl<'a> Layout<'a> {
-    pub fn of(file: &'a WeightsFile) -> Self {
+    /// The layout of `file` under the names of its directory.
+    pub fn of(file: &'a WeightsFile, names: &'a Names) -> Self {
+        Self::new(file.path().to_path_buf(), names.iter(), file.metadata())
+    }
+
+    /// The layout of `file` under the names it uses itself.
+    pub fn as_stored(file: &'a WeightsFile) -> Self {
         let tensors = file.infos().map(|t| (t.name, (t.dtype, t.shape)));
         Self::new(file.path().to_path_buf(), tensors, file.metadata())
     }

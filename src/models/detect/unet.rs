@@ -102,7 +102,12 @@ impl UnetConfig {
 pub(super) fn derive(layout: &Layout, prefix: &str) -> Result<UnetConfig, DetectError> {
     let [model_channels, in_channels, ..] =
         layout.dims::<4>(NETWORK, &format!("{prefix}input_blocks.0.0.weight"))?;
-    let [out_channels, ..] = layout.dims::<4>(NETWORK, &format!("{prefix}out.2.weight"))?;
+    // The half UNet of a ControlNet has no output; a whole one is checked for it later.
+    let out = format!("{prefix}out.2.weight");
+    let out_channels = match layout.contains(&out) {
+        true => layout.dims::<4>(NETWORK, &out)?[0],
+        false => in_channels,
+    };
     let [time_embed_dim, _] = layout.dims::<2>(NETWORK, &format!("{prefix}time_embed.0.weight"))?;
     let mut config = UnetConfig {
         prefix: prefix.to_owned(),

@@ -6,7 +6,7 @@ use crate::models::layers::{LazyConv, LazyLinear, LazyNorm, Loader, Ops, fused_s
 use crate::tensor::{Attention, Cols, Conv2d, ConvWeight, GroupNorm, Linear, Tensor};
 
 /// What all blocks of one forward pass share.
-pub(super) struct Scope<'a, 'p> {
+pub(in crate::models) struct Scope<'a, 'p> {
     pub ops: Ops<'a>,
     /// All time biases side by side.
     pub time: &'a Tensor,
@@ -16,7 +16,7 @@ pub(super) struct Scope<'a, 'p> {
 }
 
 /// GroupNorm-SiLU-conv twice, with the time bias in the middle and a skip connection.
-pub(super) struct ResBlock {
+pub(in crate::models) struct ResBlock {
     groups: usize,
     norm1: LazyNorm,
     conv1: LazyConv,
@@ -94,7 +94,7 @@ struct TransformerBlock {
 }
 
 /// Transformer blocks over the positions of a feature map, with cross-attention to the text.
-pub(super) struct SpatialTransformer {
+pub(in crate::models) struct SpatialTransformer {
     groups: usize,
     heads: usize,
     norm: LazyNorm,

@@ -17,10 +17,33 @@ type Key = Vec<Arc<HostTensor>>;
 
 /// Least recently used first.
 #[derive(Default)]
-pub(super) struct ContextCache(Mutex<Vec<(Key, Arc<ContextKv>)>>);
+pub(in crate::models) struct ContextCache(Mutex<Vec<(Key, Arc<ContextKv>)>>);
 
 fn same(a: &Key, b: &[Arc<HostTensor>]) -> bool {
     a.len() == b.len() && a.iter().zip(b).all(|(a, b)| Arc::ptr_eq(a, b))
+}
+
+impl ContextCache {
+    /// The entry of `conds`, made of their stack by `make` if it is not there.
+    pub fn get(
+        &self,
+        conds: &[Arc<HostTensor>],
+        make: impl FnOnce(&HostTensor) -> Result<ContextKv, ModelError>,
+    ) -> Result<Arc<ContextKv>, ModelError> {
+        let mut cache = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(at) = cache.iter().position(|(key, _)| same(key, conds)) {
+            let entry = cache.remove(at);
+            let kv = entry.1.clone();
+            cache.push(entry);
+            return Ok(kv);
+        }
+        let kv = Arc::new(make(&stack(conds)?)?);
+        if cache.len() == KEPT {
+            cache.remove(0);
+        }
+        cache.push((conds.to_vec(), kv.clone()));
+        Ok(kv)
+    }
 }
 
 impl Unet {
@@ -29,19 +52,7 @@ impl Unet {
     /// Conditionings of different lengths are repeated to a common multiple;
     /// attention over repeated keys gives the same result.
     pub fn context(&self, conds: &[Arc<HostTensor>]) -> Result<Arc<ContextKv>, ModelError> {
-        let mut cache = self.contexts.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(at) = cache.iter().position(|(key, _)| same(key, conds)) {
-            let entry = cache.remove(at);
-            let kv = entry.1.clone();
-            cache.push(entry);
-            return Ok(kv);
-        }
-        let kv = Arc::new(self.context_kv(&stack(conds)?)?);
-        if cache.len() == KEPT {
-            cache.remove(0);
-        }
-        cache.push((conds.to_vec(), kv.clone()));
-        Ok(kv)
+        self.contexts.get(conds, |context| self.context_kv(context))
     }
 }
 

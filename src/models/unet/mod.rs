@@ -1,22 +1,28 @@
-//! The latent diffusion UNet (Rombach et al. 2022) in the LDM layout: SD1.x and its relatives.
+//! The latent diffusion UNet (Rombach et al. 2022) in the LDM layout: SD1.x, SD2.x, SDXL (Podell et al. 2023)
+//! and its refiner. They differ in widths, depths and heads, in how transformers are entered, and in the
+//! vector of sizes that SDXL adds to the time embedding.
 
 mod blocks;
 mod context;
+pub mod vector;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::ModelError;
+use super::controlnet::{self, Additions, ControlInput};
 use super::detect::UnetConfig;
 use super::layers::{LazyConv, LazyLinear, LazyNorm, Loader, Ops};
 use crate::tensor::{Activation, Backend, Cols, Conv2d, GroupNorm, HostTensor, Linear, Tensor};
-use blocks::{ResBlock, Scope, SpatialTransformer};
+pub(super) use blocks::Scope;
+use blocks::{ResBlock, SpatialTransformer};
+pub(super) use context::ContextCache;
 
 /// Keys and values of every cross-attention for one text conditioning.
 ///
 /// They depend on the prompt only, so they are computed once and used by all steps.
 pub struct ContextKv {
-    kv: Vec<Tensor>,
+    pub(super) kv: Vec<Tensor>,
 }
 
 /// Sees the output of named modules while a forward pass runs (for tests and debugging).
@@ -30,17 +36,19 @@ pub struct UnetInput<'a> {
     pub timesteps: &'a [f32],
     /// Text conditioning; its batch divides `B`.
     pub context: &'a ContextKv,
+    /// `[B, adm_channels]`: pooled text and sizes, for models that have such an input; see [`vector`].
+    pub vector: Option<&'a HostTensor>,
 }
 
 /// One stage of the way down or up.
-struct Stage {
+pub(super) struct Stage {
     name: String,
     res: Option<ResBlock>,
-    transformer: Option<SpatialTransformer>,
+    pub(super) transformer: Option<SpatialTransformer>,
     resample: Option<Resample>,
 }
 
-enum Resample {
+pub(super) enum Resample {
     /// The first convolution.
     Input(LazyConv),
     /// Stride-2 convolution.
@@ -55,6 +63,8 @@ pub struct Unet {
     backend: Arc<dyn Backend>,
     time1: LazyLinear,
     time2: LazyLinear,
+    /// The two layers that the vector goes through before it is added to the time embedding.
+    label: Option<[LazyLinear; 2]>,
     /// All ResBlocks' time projections as one GEMM.
     time_biases: LazyLinear,
     input: Vec<Stage>,
@@ -71,7 +81,7 @@ pub struct Unet {
 static NEXT_ID: AtomicU64 = AtomicU64::new(0);
 
 /// Builds stages and keeps count of what they share.
-struct Builder<'a> {
+pub(super) struct Builder<'a> {
     config: &'a UnetConfig,
     loader: &'a Loader,
     /// (name, width) of every ResBlock's time projection so far.
@@ -80,7 +90,16 @@ struct Builder<'a> {
     cross_attentions: usize,
 }
 
-impl Builder<'_> {
+impl<'a> Builder<'a> {
+    pub(super) fn new(config: &'a UnetConfig, loader: &'a Loader) -> Self {
+        Self { config, loader, time_parts: Vec::new(), time_width: 0, cross_attentions: 0 }
+    }
+
+    /// The time projections of all stages so far, as one layer.
+    pub(super) fn time_biases(&self) -> Result<LazyLinear, ModelError> {
+        self.loader.stacked(&self.time_parts, self.emb_width())
+    }
+
     fn emb_width(&self) -> usize {
         self.config.time_embed_dim
     }
@@ -114,7 +133,7 @@ impl Builder<'_> {
     }
 
     /// The way down; returns the stages and the channels that each leaves for the way up.
-    fn input(&mut self) -> Result<(Vec<Stage>, Vec<usize>), ModelError> {
+    pub(super) fn input(&mut self) -> Result<(Vec<Stage>, Vec<usize>), ModelError> {
         let config = self.config;
         let mut channels = config.model_channels;
         let first = self.loader.conv("input_blocks.0.0", channels, config.in_channels, 3)?;
@@ -154,7 +173,7 @@ impl Builder<'_> {
         Ok((stages, skips))
     }
 
-    fn middle(&mut self, channels: usize) -> Result<[Stage; 2], ModelError> {
+    pub(super) fn middle(&mut self, channels: usize) -> Result<[Stage; 2], ModelError> {
         let groups = self.config.norm_groups;
         let block = |builder: &mut Self, index: usize| {
             let name = format!("middle_block.{index}");
@@ -196,22 +215,37 @@ impl Builder<'_> {
     }
 }
 
+/// What one run of all layers reads.
+pub(super) struct LayerInputs<'t> {
+    pub(super) x: &'t Tensor,
+    /// The sinusoidal timestep embedding.
+    pub(super) embedded: &'t Tensor,
+    pub(super) vector: Option<&'t Tensor>,
+    /// Keys and values of every cross-attention.
+    pub(super) context: &'t [&'t Tensor],
+}
+
 impl Unet {
     /// Checks the tensors under `loader` (`model.diffusion_model.`); packs nothing yet.
     pub fn load(config: UnetConfig, backend: Arc<dyn Backend>, loader: &Loader) -> Result<Self, ModelError> {
-        let mut builder =
-            Builder { config: &config, loader, time_parts: Vec::new(), time_width: 0, cross_attentions: 0 };
+        let mut builder = Builder::new(&config, loader);
         let emb = builder.emb_width();
         let (input, skips) = builder.input()?;
         let bottom = skips.last().copied().unwrap_or(config.model_channels);
         let middle = builder.middle(bottom)?;
         let output = builder.output(bottom, skips)?;
-        let time_parts = std::mem::take(&mut builder.time_parts);
         let width = config.model_channels;
         Ok(Self {
             time1: loader.linear("time_embed.0", emb, width)?,
             time2: loader.linear("time_embed.2", emb, emb)?,
-            time_biases: loader.stacked(&time_parts, emb)?,
+            label: match config.adm_channels {
+                Some(adm) => Some([
+                    loader.linear("label_emb.0.0", emb, adm)?,
+                    loader.linear("label_emb.0.2", emb, emb)?,
+                ]),
+                None => None,
+            },
+            time_biases: builder.time_biases()?,
             out_norm: loader.norm("out.0", width)?,
             out_conv: loader.conv("out.2", config.out_channels, width, 3)?,
             contexts: context::ContextCache::default(),
@@ -255,6 +289,16 @@ impl Unet {
 
     /// The model's raw prediction `[B, out_channels, h, w]`.
     pub fn forward(&self, input: &UnetInput<'_>, probe: Option<Probe<'_>>) -> Result<HostTensor, ModelError> {
+        self.forward_controlled(input, &[], probe)
+    }
+
+    /// [`forward`](Self::forward) with ControlNets, which run on the same latents and timesteps.
+    pub fn forward_controlled(
+        &self,
+        input: &UnetInput<'_>,
+        controls: &[ControlInput],
+        probe: Option<Probe<'_>>,
+    ) -> Result<HostTensor, ModelError> {
         if input.x.dim(1) != self.config.in_channels {
             let (expected, found) = (self.config.in_channels, input.x.dim(1));
             return Err(ModelError::Input { what: "latent channels", expected, found });
@@ -262,49 +306,84 @@ impl Unet {
         let ops = Ops(self.backend.as_ref());
         let x = ops.upload_nchw(input.x)?;
         let embedded = ops.timestep_embedding(input.timesteps, self.config.model_channels)?;
+        let vector = self.vector(ops, input)?;
+        let latents = controlnet::latents(ops, input.x, controls)?;
+        let own = [&x, &embedded].into_iter().chain(&vector).chain(&input.context.kv);
+        let nets = latents.iter().chain(controls.iter().flat_map(ControlInput::tensors));
+        let count = own.clone().count();
+        let inputs: Vec<&Tensor> = own.chain(nets).collect();
+        let run = |inputs: &[&Tensor], probe: Probe<'_>| {
+            let (own, nets) = inputs.split_at(count.min(inputs.len()));
+            let own = self.split(own)?;
+            let added = controlnet::run_all(ops, &own, controls, nets)?;
+            self.layers(ops, &own, added, probe)
+        };
         let out = match probe {
-            Some(probe) => {
-                let context: Vec<&Tensor> = input.context.kv.iter().collect();
-                self.layers(ops, &x, &embedded, &context, probe)?
-            }
-            None => {
-                let inputs: Vec<&Tensor> = [&x, &embedded].into_iter().chain(&input.context.kv).collect();
-                self.backend
-                    .record(self.id, &inputs, &mut |inputs| match inputs {
-                        [x, embedded, context @ ..] => {
-                            Ok(self.layers(ops, x, embedded, context, &mut |_, _| {})?)
-                        }
-                        _ => Err("recorded without its inputs".into()),
-                    })
-                    .map_err(ModelError::from_recorded)?
-            }
+            Some(probe) => run(&inputs, probe)?,
+            None => self
+                .backend
+                .record(controlnet::key(self.id, controls), &inputs, &mut |inputs| {
+                    Ok(run(inputs, &mut |_, _| {})?)
+                })
+                .map_err(ModelError::from_recorded)?,
         };
         ops.download_nchw(&out)
+    }
+
+    /// Uploads the vector, if the model has such an input.
+    fn vector(&self, ops: Ops<'_>, input: &UnetInput<'_>) -> Result<Option<Tensor>, ModelError> {
+        let Some(width) = self.config.adm_channels else { return Ok(None) };
+        let batch = input.x.dim(0);
+        let found = input.vector.map_or(0, HostTensor::len);
+        let rows = input.vector.and_then(|v| v.clone().reshape(&[batch, width, 1, 1]));
+        match rows {
+            Some(rows) => Ok(Some(ops.upload_nchw(&rows)?)),
+            None => {
+                let (what, expected) = ("size of the vector of pooled text and sizes", batch * width);
+                Err(ModelError::Input { what, expected, found })
+            }
+        }
+    }
+
+    /// The inputs of [`layers`](Self::layers) from the order in which they are recorded.
+    fn split<'t>(&self, inputs: &'t [&'t Tensor]) -> Result<LayerInputs<'t>, ModelError> {
+        let (expected, found) = (2 + usize::from(self.label.is_some()), inputs.len());
+        match (inputs, &self.label) {
+            ([x, embedded, vector, context @ ..], Some(_)) => {
+                Ok(LayerInputs { x, embedded, vector: Some(vector), context })
+            }
+            ([x, embedded, context @ ..], None) => Ok(LayerInputs { x, embedded, vector: None, context }),
+            _ => Err(ModelError::Input { what: "tensors of a recorded UNet call", expected, found }),
+        }
     }
 
     /// Everything between upload and download: the same launches for the same shapes.
     fn layers(
         &self,
         ops: Ops<'_>,
-        x: &Tensor,
-        embedded: &Tensor,
-        context: &[&Tensor],
+        inputs: &LayerInputs<'_>,
+        mut added: Additions,
         probe: Probe<'_>,
     ) -> Result<Tensor, ModelError> {
-        let time = self.time(ops, embedded)?;
+        let (x, context) = (inputs.x, inputs.context);
+        let time = self.time(ops, inputs.embedded, inputs.vector)?;
         let mut scope = Scope { ops, time: &time, context, probe };
         let mut skips: Vec<Tensor> = Vec::with_capacity(self.input.len());
         for stage in &self.input {
             let next = run_stage(&mut scope, stage, skips.last().unwrap_or(x), None, None)?;
-            skips.push(next);
+            skips.push(controlnet::add(ops, next, added.input(skips.len()))?);
         }
         let bottom = skips.last().unwrap_or(x);
         let first = run_stage(&mut scope, &self.middle[0], bottom, None, None)?;
         let mut x = run_stage(&mut scope, &self.middle[1], &first, None, None)?;
         drop(first);
+        x = controlnet::add(ops, x, added.middle.take())?;
         (scope.probe)("middle_block", &x);
         for stage in &self.output {
-            let skip = skips.pop();
+            let skip = match skips.pop() {
+                Some(skip) => Some(controlnet::add(ops, skip, added.skips.pop())?),
+                None => None,
+            };
             let target = skips.last().map(|t| (t.shape().h, t.shape().w));
             x = run_stage(&mut scope, stage, &x, skip.as_ref(), target)?;
         }
@@ -322,16 +401,24 @@ impl Unet {
     }
 
     /// Every ResBlock's time bias, side by side: `[B, 1, 1, Σ cout]`.
-    fn time(&self, ops: Ops<'_>, embedded: &Tensor) -> Result<Tensor, ModelError> {
-        let emb =
-            ops.linear(&Linear { act: Activation::Silu, ..Linear::new(embedded, self.time1.get()?) })?;
+    fn time(&self, ops: Ops<'_>, embedded: &Tensor, vector: Option<&Tensor>) -> Result<Tensor, ModelError> {
+        let act = Activation::Silu;
+        let emb = ops.linear(&Linear { act, ..Linear::new(embedded, self.time1.get()?) })?;
         // Each ResBlock applies SiLU to the embedding before its own projection.
-        let emb = ops.linear(&Linear { act: Activation::Silu, ..Linear::new(&emb, self.time2.get()?) })?;
+        let emb = match (&self.label, vector) {
+            (Some([label1, label2]), Some(vector)) => {
+                let label = ops.linear(&Linear { act, ..Linear::new(vector, label1.get()?) })?;
+                let label = ops.linear(&Linear::new(&label, label2.get()?))?;
+                let residual = Some(&label);
+                ops.activate(&ops.linear(&Linear { residual, ..Linear::new(&emb, self.time2.get()?) })?, act)?
+            }
+            _ => ops.linear(&Linear { act, ..Linear::new(&emb, self.time2.get()?) })?,
+        };
         ops.linear(&Linear { x: Cols::all(&emb), ..Linear::new(&emb, self.time_biases.get()?) })
     }
 }
 
-fn run_stage(
+pub(super) fn run_stage(
     scope: &mut Scope<'_, '_>,
     stage: &Stage,
     x: &Tensor,

@@ -62,7 +62,10 @@ struct Room<'a>(Option<&'a dyn Backend>);
 
 impl<'a> Room<'a> {
     fn make(backend: &'a dyn Backend, bytes: usize) -> Self {
-        if bytes < LARGE_BYTES {
+        let memory = backend.memory();
+        // A device with room to spare need not be asked for memory again and again, which stops it every time.
+        let is_roomy = memory.device_total.is_some() && memory.available / 2 > bytes;
+        if bytes < LARGE_BYTES || is_roomy {
             return Self(None);
         }
         backend.trim();
@@ -82,6 +85,48 @@ impl Room<'_> {
 impl Drop for Room<'_> {
     fn drop(&mut self) {
         self.clear();
+    }
+}
+
+/// An image encoder and decoder.
+///
+/// Pictures are `[B, 3, H, W]` in about −1..1, latents as they travel on links.
+pub trait Autoencoder: Send + Sync {
+    /// Pixels to a latent cell, in each direction.
+    fn downscale(&self) -> usize;
+
+    /// Channels of a latent.
+    fn latent_channels(&self) -> usize;
+
+    /// Decodes `[B, z, h, w]` to the network's raw output `[B, 3, H, W]`.
+    fn decode_raw(&self, latent: &HostTensor) -> Result<HostTensor, ModelError>;
+
+    /// Encodes `[B, 3, H, W]`, with sides that are multiples of the downscale.
+    fn encode_raw(&self, picture: &HostTensor) -> Result<HostTensor, ModelError>;
+
+    /// Bytes of activations that decoding one `h`×`w` latent takes at its peak, about.
+    fn decode_bytes(&self, h: usize, w: usize, element_bytes: usize) -> usize;
+}
+
+impl Autoencoder for Vae {
+    fn downscale(&self) -> usize {
+        self.config.downscale()
+    }
+
+    fn latent_channels(&self) -> usize {
+        self.config.z_channels
+    }
+
+    fn decode_raw(&self, latent: &HostTensor) -> Result<HostTensor, ModelError> {
+        Vae::decode_raw(self, latent)
+    }
+
+    fn encode_raw(&self, picture: &HostTensor) -> Result<HostTensor, ModelError> {
+        Vae::encode_raw(self, picture)
+    }
+
+    fn decode_bytes(&self, h: usize, w: usize, element_bytes: usize) -> usize {
+        Vae::decode_bytes(self, h, w, element_bytes)
     }
 }
 

@@ -74,6 +74,25 @@ pub fn run(
     Ok(sum.unwrap_or_default().map(|v| v / 3.0))
 }
 
+/// Runs `network` over `x` in square tiles of `tiling`, once.
+/// `progress` is called before each tile with (done, total).
+pub fn run_once(
+    x: &HostTensor,
+    tiling: Tiling,
+    scale: Scale,
+    mut network: impl FnMut(&HostTensor) -> Result<HostTensor, ModelError>,
+    mut progress: impl FnMut(usize, usize) -> Result<(), ModelError>,
+) -> Result<HostTensor, ModelError> {
+    let Tiling { tile, overlap } = tiling;
+    let total = x.dim(0) * starts(x.dim(2), tile, overlap).len() * starts(x.dim(3), tile, overlap).len();
+    let mut done = 0;
+    Pass { th: tile, tw: tile, overlap, scale }.run(x, &mut |part| {
+        progress(done, total)?;
+        done += 1;
+        network(part)
+    })
+}
+
 /// Where tiles of side `tile` begin on a side of length `n`.
 fn starts(n: usize, tile: usize, overlap: usize) -> Vec<usize> {
     if n <= tile {

@@ -5,6 +5,7 @@ mod generations;
 mod history;
 mod jobs;
 mod models;
+mod page;
 mod prompt;
 mod queue;
 mod system;
@@ -27,7 +28,9 @@ pub(super) use waiting::links;
 /// Every route of this server.
 pub(super) fn all() -> Router {
     Router::default()
-        .get("/", system::page)
+        .get("/", page::index)
+        .get("/kiln/{file}", page::asset)
+        .get("/templates/{file}", page::templates)
         .get("/ws", ws::upgrade)
         .get("/system_stats", system::stats)
         .get("/features", system::features)

@@ -1,7 +1,6 @@
-//! `/`, `/system_stats`, `/features`, `/extensions`, `/object_info`, `/free`.
+//! `/system_stats`, `/features`, `/extensions`, `/object_info`, `/free`.
 
 use hyper::StatusCode;
-use hyper::header::{CACHE_CONTROL, CONTENT_SECURITY_POLICY};
 use serde_json::{Value as Json, json};
 
 use super::{blocking, is_truthy};
@@ -12,18 +11,6 @@ use crate::server::{COMFYUI_VERSION, host, openapi};
 /// Versions of ComfyUI's web page and templates that belong to [`COMFYUI_VERSION`]; clients compare them.
 const FRONTEND_VERSION: &str = "1.27.10";
 const TEMPLATES_VERSION: &str = "0.1.95";
-
-/// `GET /`: the built-in page.
-pub(in crate::server) async fn page(_call: Call) -> Result<Response, Failure> {
-    let mut response = http::html(include_str!("../page.html"));
-    http::set(&mut response, CACHE_CONTROL, "no-cache");
-    http::set(
-        &mut response,
-        CONTENT_SECURITY_POLICY,
-        "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; frame-ancestors 'none'",
-    );
-    Ok(response)
-}
 
 /// The device of `/system_stats`. A CPU's memory is the machine's.
 fn device(engine: &Engine, machine: &host::Memory) -> Json {

@@ -233,3 +233,88 @@ async fn a_full_queue_and_a_stopping_server_refuse() {
     server.post("/interrupt", &json!({})).await;
     server.stop().await;
 }
+
+#[tokio::test]
+async fn the_page_is_whole() {
+    let server = Server::start().await;
+    let page = server.get("/").await;
+    let policy = page.header("content-security-policy").unwrap();
+    assert!(
+        policy.starts_with("default-src 'none'; script-src 'self'") && !policy.contains("unsafe"),
+        "{policy}"
+    );
+    let text = String::from_utf8(page.body).unwrap();
+    assert!(!text.contains("http://") && !text.contains("https://"), "nothing from elsewhere");
+    let mut found = 0;
+    for name in text.split('"').filter(|t| t.starts_with("kiln/")) {
+        let file = server.get(&format!("/{name}")).await;
+        let kind = match name.rsplit('.').next() {
+            Some("css") => "text/css; charset=utf-8",
+            Some("js") => "text/javascript; charset=utf-8",
+            _ => "image/svg+xml",
+        };
+        assert_eq!((file.status, file.header("content-type")), (200, Some(kind)), "{name}");
+        let tag = file.header("etag").unwrap();
+        let again = server.send("GET", &format!("/{name}"), &[("If-None-Match", tag)], b"").await;
+        assert_eq!((again.status, again.body.len()), (304, 0), "{name}");
+        for import in String::from_utf8(file.body.clone()).unwrap().split("from \"./").skip(1) {
+            let module = format!("/kiln/{}", import.split('"').next().unwrap());
+            assert_eq!(server.get(&module).await.status, 200, "{module}");
+        }
+        found += 1;
+    }
+    assert!(found >= 3, "{found} files in {text}");
+    assert_eq!(server.get("/kiln/Cargo.toml").await.status, 404);
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn an_installed_page_is_served_where_there_is_no_route() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().join("web");
+    std::fs::create_dir_all(root.join("assets")).unwrap();
+    std::fs::create_dir_all(root.join("queue")).unwrap();
+    for (name, text) in [
+        ("web/index.html", "<html>theirs"),
+        ("web/assets/index-B3xZ01ab.js", "export {}"),
+        ("web/user.css", "a {}"),
+        ("web/free", "a file under a POST route's name"),
+        ("web/queue/index.html", "not this"),
+        ("secret", "canary"),
+    ] {
+        std::fs::write(dir.path().join(name), text).unwrap();
+    }
+    let server = Server::with(|config| config.front_end_root = Some(root)).await;
+    for (path, status, kind, caching) in [
+        ("/", 200, Some("text/html; charset=utf-8"), Some("no-cache")),
+        ("/index.html", 200, Some("text/html; charset=utf-8"), Some("no-cache")),
+        (
+            "/assets/index-B3xZ01ab.js",
+            200,
+            Some("text/javascript; charset=utf-8"),
+            Some("public, max-age=31536000, immutable"),
+        ),
+        ("/user.css?x=1", 200, Some("text/css; charset=utf-8"), Some("no-cache")),
+        ("/free", 200, Some("application/octet-stream"), None),
+        ("/queue", 200, Some("application/json; charset=utf-8"), None),
+        ("/assets", 404, Some("application/octet-stream"), None),
+        ("/nothing.js", 404, Some("text/javascript; charset=utf-8"), Some("no-cache")),
+        ("/nothing.css", 404, Some("text/css; charset=utf-8"), Some("no-cache")),
+        ("/../secret", 404, Some("application/octet-stream"), None),
+        ("/%2e%2e/secret", 404, Some("application/octet-stream"), None),
+        ("/assets/..%2f..%2fsecret", 404, Some("application/octet-stream"), None),
+        ("/assets/%5c..%5c..%5csecret", 404, Some("application/octet-stream"), None),
+    ] {
+        let answer = server.get(path).await;
+        let got = (answer.status, answer.header("content-type"), answer.header("cache-control"));
+        assert_eq!(got, (status, kind, caching), "{path}");
+        assert!(!answer.body.ends_with(b"canary"), "{path}");
+    }
+    let page = server.get("/").await;
+    assert_eq!(page.body, b"<html>theirs");
+    let tag = page.header("etag").unwrap();
+    assert_eq!(server.send("GET", "/", &[("If-None-Match", tag)], b"").await.status, 304);
+    let head = server.send("HEAD", "/user.css", &[], b"").await;
+    assert_eq!((head.status, head.header("content-length"), head.body.len()), (200, Some("4"), 0));
+    server.stop().await;
+}

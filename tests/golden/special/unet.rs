@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use kiln::diffusion::ModelHandle;
 use kiln::models::unet::UnetInput;
+use kiln::models::unet::vector::sinusoids;
 use kiln::nodes::Value;
 use kiln::nodes::loaders::VaeHandle;
 use kiln::tensor::{HostLayout, HostTensor, Tensor};
@@ -31,9 +32,6 @@ pub fn compare(group: &Group, name: &str, case: &Json, bench: &Bench) -> Result<
     let (Some(model), Some(part)) = (model, part) else {
         return Err(Outcome::Fail("the loader gave no model".to_owned()));
     };
-    if group.tensors.raw(&format!("{name}.y")).is_some() {
-        return Err(Outcome::Later(vec!["a UNet with a vector of sizes".to_owned()]));
-    }
     let unet = part.file.unet().map_err(|e| Outcome::Fail(e.to_string()))?;
     let sigma = case["sigma"].as_f64().ok_or_else(|| Outcome::Fail("no sigma".to_owned()))? as f32;
     let forward = Forward { group, name, bench, sigma };
@@ -78,7 +76,12 @@ impl Forward<'_> {
                 seen.insert(module.to_owned(), out);
             }
         };
-        let input = UnetInput { x: &xc, timesteps: timesteps.data(), context: &context };
+        let vector = self.recorded("y").ok();
+        if let Some(recorded) = &vector {
+            self.check_sizes(recorded)?;
+        }
+        let vector = vector.as_ref();
+        let input = UnetInput { x: &xc, timesteps: timesteps.data(), context: &context, vector };
         let output = unet.forward(&input, Some(&mut probe)).map_err(|e| e.to_string())?;
 
         let golden = self.recorded("eps").or_else(|_| self.recorded("model_output"))?;
@@ -97,6 +100,20 @@ impl Forward<'_> {
             *detail += &format!(" {compared} activations");
         }
         Ok(outcome)
+    }
+}
+
+/// Height, width, crop and target size that the recorded vector was made of.
+const SIZES: [f32; 6] = [768.0, 1024.0, 8.0, 16.0, 1152.0, 896.0];
+
+impl Forward<'_> {
+    /// The sinusoids of the recorded vector are ours. A frequency may be off in its last bit (2⁻²⁴), which the
+    /// largest size (1152) turns into an angle of 7e-5.
+    fn check_sizes(&self, recorded: &HostTensor) -> Result<(), String> {
+        let ours = sinusoids(&SIZES);
+        let theirs = recorded.row(0).get(recorded.row_len() - ours.len()..).ok_or("the vector is short")?;
+        let worst = ours.iter().zip(theirs).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        if worst <= 7e-5 { Ok(()) } else { Err(format!("the vector of sizes is off by {worst:e}")) }
     }
 }
 

@@ -128,6 +128,8 @@ fn activate<const ACTIVATION: u8>(x: __m512) -> __m512 {
         SILU => sigmoid_linear(x, 1.0),
         QUICK_GELU => sigmoid_linear(x, 1.702),
         GELU => gelu(x),
+        RELU => _mm512_max_ps(_mm512_setzero_ps(), x),
+        LEAKY_RELU => _mm512_max_ps(_mm512_mul_ps(_mm512_set1_ps(0.2), x), x),
         _ => x,
     }
 }
@@ -136,6 +138,8 @@ const NONE: u8 = 0;
 const SILU: u8 = 1;
 const GELU: u8 = 2;
 const QUICK_GELU: u8 = 3;
+const RELU: u8 = 4;
+const LEAKY_RELU: u8 = 5;
 
 fn mask16(count: usize) -> __mmask16 {
     if count >= 16 { 0xffff } else { (1u16 << count) - 1 }
@@ -206,6 +210,8 @@ pub(super) unsafe fn finish(f: &Finish, block: &FinishBlock) {
             Activation::Silu => finish_plain::<SILU>(f, block),
             Activation::Gelu => finish_plain::<GELU>(f, block),
             Activation::QuickGelu => finish_plain::<QUICK_GELU>(f, block),
+            Activation::Relu => finish_plain::<RELU>(f, block),
+            Activation::LeakyRelu => finish_plain::<LEAKY_RELU>(f, block),
             Activation::Geglu => finish_geglu(f, block),
         }
     }

@@ -20,6 +20,10 @@ pub enum Activation {
     Gelu,
     /// x · sigmoid(1.702 x).
     QuickGelu,
+    /// max(x, 0).
+    Relu,
+    /// x, or 0.2 x where x is negative.
+    LeakyRelu,
     /// a · gelu(b) over weights packed by [`PackedB::geglu`].
     Geglu,
 }

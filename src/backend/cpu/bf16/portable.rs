@@ -108,6 +108,8 @@ pub(super) unsafe fn finish(f: &Finish, block: &FinishBlock) {
                     Activation::Silu => sum * sigmoid(sum),
                     Activation::QuickGelu => sum * sigmoid(1.702 * sum),
                     Activation::Gelu => gelu(sum),
+                    Activation::Relu => sum.max(0.0),
+                    Activation::LeakyRelu => sum.max(0.2 * sum),
                     Activation::Geglu => {
                         let gate = *block.sums.add(i * C_COLUMNS + TILE + j);
                         sum * gelu(gate + bias(f, row, f.gate_offset + column))

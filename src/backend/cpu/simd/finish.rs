@@ -97,6 +97,8 @@ impl<E: Element> Kernel for Finish<'_, '_, E> {
                 (_, Activation::Silu) => self.rows::<S, false>(|v| math::silu::<S>(v)),
                 (_, Activation::Gelu) => self.rows::<S, false>(|v| math::gelu::<S>(v)),
                 (_, Activation::QuickGelu) => self.rows::<S, false>(|v| math::quick_gelu::<S>(v)),
+                (_, Activation::Relu) => self.rows::<S, false>(|v| math::relu::<S>(v)),
+                (_, Activation::LeakyRelu) => self.rows::<S, false>(|v| math::leaky_relu::<S>(v)),
             }
         }
     }

@@ -27,6 +27,8 @@ impl<E: Element> Kernel for Activate<'_, E> {
                 Activation::Silu => self.map::<S>(|v| math::silu::<S>(v)),
                 Activation::Gelu => self.map::<S>(|v| math::gelu::<S>(v)),
                 Activation::QuickGelu => self.map::<S>(|v| math::quick_gelu::<S>(v)),
+                Activation::Relu => self.map::<S>(|v| math::relu::<S>(v)),
+                Activation::LeakyRelu => self.map::<S>(|v| math::leaky_relu::<S>(v)),
             }
         }
     }

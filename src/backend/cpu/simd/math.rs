@@ -136,6 +136,26 @@ pub unsafe fn quick_gelu<S: Simd>(x: S::V) -> S::V {
     unsafe { swish::<S>(x, 1.702) }
 }
 
+/// The larger of x and 0; NaN stays NaN.
+///
+/// # Safety
+/// As [`poly`].
+#[inline(always)]
+pub unsafe fn relu<S: Simd>(x: S::V) -> S::V {
+    // SAFETY: see the function's contract.
+    unsafe { S::max(S::splat(0.0), x) }
+}
+
+/// The larger of x and 0.2·x; NaN stays NaN.
+///
+/// # Safety
+/// As [`poly`].
+#[inline(always)]
+pub unsafe fn leaky_relu<S: Simd>(x: S::V) -> S::V {
+    // SAFETY: see the function's contract.
+    unsafe { S::max(S::mul(S::splat(0.2), x), x) }
+}
+
 /// x·Φ(x), exact form: `max(x, 0) − |x|·½erfc(|x|/√2)`, which doesn't cancel
 /// for negative x as `1 + erf` does.
 ///

@@ -181,8 +181,16 @@ fn activation(act: Activation, x: f64) -> f64 {
         Activation::Silu => x / (1.0 + (-x).exp()),
         Activation::Gelu => x * 0.5 * (1.0 + erf(x / 2f64.sqrt())),
         Activation::QuickGelu => x / (1.0 + (-1.702 * x).exp()),
+        Activation::Relu => x.max(0.0),
+        Activation::LeakyRelu => x.max(f64::from(0.2f32) * x),
     }
 }
 
-const ACTIVATIONS: [Activation; 4] =
-    [Activation::None, Activation::Silu, Activation::Gelu, Activation::QuickGelu];
+const ACTIVATIONS: [Activation; 6] = [
+    Activation::None,
+    Activation::Silu,
+    Activation::Gelu,
+    Activation::QuickGelu,
+    Activation::Relu,
+    Activation::LeakyRelu,
+];

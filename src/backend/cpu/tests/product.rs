@@ -149,7 +149,7 @@ fn random_convolutions_match_the_reference() {
             up: rng.range(0, 3) == 0,
             time_bias: rng.range(0, 1) == 1,
             residual: rng.range(0, 1) == 1,
-            act: ACTIVATIONS[rng.range(0, 3)],
+            act: ACTIVATIONS[rng.range(0, 5)],
             scale: rng.value(),
             dtype: [DType::F16, DType::F32, DType::BF16][rng.range(0, 2)],
         };

@@ -25,6 +25,8 @@ pub struct Buffer {
     pub ptr: DevicePtr,
     /// Bytes, without guard.
     pub bytes: usize,
+    /// Poisoned bytes behind the end; none on the SIMT layer, where a page that faults follows every allocation.
+    pub guard: usize,
 }
 
 /// Operands, outputs and results of one case.
@@ -102,7 +104,7 @@ impl<'a> Context<'a> {
         let ptr = driver.alloc(bytes.len().max(1), stream)?;
         self.owned.push(ptr);
         driver.upload(ptr, bytes, stream)?;
-        Ok(Buffer { ptr, bytes: bytes.len() })
+        Ok(Buffer { ptr, bytes: bytes.len(), guard: 0 })
     }
 
     /// Memory that holds `values` as `element`.
@@ -113,12 +115,11 @@ impl<'a> Context<'a> {
     /// Poisoned memory for a result of `bytes`, guarded behind its end.
     pub fn output(&mut self, bytes: usize) -> Result<Buffer, CudaError> {
         let (driver, stream) = (self.gpu.driver(), self.gpu.stream());
-        // The SIMT layer has a page that faults behind every allocation.
         let guard = if driver.device().is_simulated { 0 } else { GUARD };
         let ptr = driver.alloc((bytes + guard).max(1), stream)?;
         self.owned.push(ptr);
         driver.fill(ptr, POISON, bytes + guard, stream)?;
-        Ok(Buffer { ptr, bytes })
+        Ok(Buffer { ptr, bytes, guard })
     }
 
     /// Memory for a result that is written in part: it holds `values`, guarded behind its end.
@@ -131,8 +132,7 @@ impl<'a> Context<'a> {
     /// The bytes of `buffer`; `None` if something was written behind its end.
     pub fn download(&self, buffer: Buffer) -> Result<Option<Vec<u8>>, CudaError> {
         let (driver, stream) = (self.gpu.driver(), self.gpu.stream());
-        let guard = if driver.device().is_simulated { 0 } else { GUARD };
-        let mut bytes = vec![0; buffer.bytes + guard];
+        let mut bytes = vec![0; buffer.bytes + buffer.guard];
         driver.download(&mut bytes, buffer.ptr, stream)?;
         let intact = bytes[buffer.bytes..].iter().all(|b| *b == POISON);
         bytes.truncate(buffer.bytes);

@@ -128,8 +128,39 @@ pub(super) fn cases() -> Vec<Case> {
         edges(element, &mut specs);
         random(element, &mut specs);
         real(element, &mut specs);
+        adapters(element, &mut specs);
     }
     specs.into_iter().map(Spec::case).collect()
+}
+
+/// Layers of ControlNets' picture encoders, upscalers and TAESD: narrow channels, other activations.
+fn adapters(element: Element, specs: &mut Vec<Spec>) {
+    let act = |act| EpilogueCase { act, ..BIAS };
+    let (silu, relu, leaky) = (act(Act::Silu), act(Act::Relu), act(Act::LeakyRelu));
+    let branch = EpilogueCase { bias: true, residual: true, scale: 0.2, ..EpilogueCase::PLAIN };
+    let part = EpilogueCase { residual: true, ..EpilogueCase::PLAIN };
+    for (side, c1, c2, cout, stride, epilogue) in [
+        (64, 3, 0, 16, 1, silu),
+        (64, 16, 0, 32, 2, silu),
+        (32, 32, 0, 96, 2, silu),
+        (16, 96, 0, 256, 2, silu),
+        (8, 256, 0, 320, 1, BIAS),
+        (24, 64, 0, 32, 1, leaky),
+        (24, 64, 32, 32, 1, leaky),
+        (24, 32, 32, 32, 1, part),
+        (24, 64, 32, 64, 1, branch),
+        (24, 32, 0, 64, 1, EpilogueCase { bias: false, ..branch }),
+        (24, 12, 0, 64, 1, BIAS),
+        (16, 4, 0, 64, 1, relu),
+        (32, 64, 0, 64, 2, EpilogueCase::PLAIN),
+        (24, 64, 0, 48, 1, BIAS),
+    ] {
+        specs.push(Spec { c2, stride, epilogue, ..Spec::plain([1, side, side], c1, cout, element) });
+    }
+    for side in [512, 1024] {
+        specs.push(Spec { epilogue: silu, ..Spec::plain([2, side, side], 3, 16, element) });
+        specs.push(Spec { c2: 32, epilogue: leaky, ..Spec::plain([1, side / 2, side / 2], 64, 32, element) });
+    }
 }
 
 /// Each tile, whole and split, with channels that end inside a tile of K and at its end.

@@ -9,6 +9,10 @@ fn erf(x: f64) -> f64 {
     statrs::function::erf::erf(x)
 }
 
+/// All activation functions.
+pub(super) const ACTS: [Act; 6] =
+    [Act::None, Act::Silu, Act::Gelu, Act::QuickGelu, Act::Relu, Act::LeakyRelu];
+
 /// `act(x)` in f64.
 pub(super) fn act(x: f64, act: Act) -> f64 {
     match act {
@@ -16,6 +20,8 @@ pub(super) fn act(x: f64, act: Act) -> f64 {
         Act::Silu => x / (1.0 + (-x).exp()),
         Act::Gelu => 0.5 * x * (1.0 + erf(x / std::f64::consts::SQRT_2)),
         Act::QuickGelu => x / (1.0 + (-1.702 * x).exp()),
+        Act::Relu => x.max(0.0),
+        Act::LeakyRelu => x.max(f64::from(0.2f32) * x),
     }
 }
 
@@ -26,7 +32,7 @@ pub(super) fn cases() -> Vec<Case> {
             let name = format!("axpby_{} {count}", element.suffix());
             cases.push(case(name, count, element, 3, move |cx| run_axpby(cx, count, element)));
         }
-        for act in [Act::None, Act::Silu, Act::Gelu, Act::QuickGelu] {
+        for act in ACTS {
             for count in [5usize, 16, 777, 20_480, 4_096_003] {
                 let name = format!("activate_{} {act:?} {count}", element.suffix());
                 cases.push(case(name, count, element, 2, move |cx| run_activate(cx, count, element, act)));

@@ -2,7 +2,7 @@
 
 use super::Measured;
 use super::context::{Buffer, Context, error_of};
-use super::elementwise::act as activation;
+use super::elementwise::{ACTS, act as activation};
 use crate::backend::cuda::launch::elementwise::Act;
 use crate::backend::cuda::launch::epilogue::{Epilogue, Rows};
 use crate::backend::cuda::{CudaError, Element};
@@ -45,7 +45,7 @@ impl EpilogueCase {
         Self {
             bias: random(3) > 0,
             time_bias: has_samples && !geglu && random(2) == 0,
-            act: if geglu { Act::None } else { [Act::None, Act::Silu, Act::Gelu, Act::QuickGelu][random(4)] },
+            act: if geglu { Act::None } else { ACTS[random(ACTS.len())] },
             geglu,
             scale: [1.0, 0.5, -1.25][random(3)],
             residual,

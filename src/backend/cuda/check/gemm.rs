@@ -193,6 +193,10 @@ fn real(element: Element, specs: &mut Vec<Spec>) {
         (2048, 1280, 5120, 0, residual),
         (8192, 5120, 640, 0, geglu),
         (8192, 640, 640, 0, residual),
+        // A ControlNet's outputs at a strength, added to those of the net before; a PReLU.
+        (8192, 320, 320, 0, EpilogueCase { scale: 0.6, ..residual }),
+        (128, 1280, 1280, 0, EpilogueCase { scale: 0.6, bias: true, ..EpilogueCase::PLAIN }),
+        (4096, 64, 64, 64, EpilogueCase::PLAIN),
     ] {
         specs.push(Spec { k2, epilogue, ..Spec::plain(m, n, k1, element) });
     }

@@ -274,7 +274,7 @@ fn linear_case((n, k, row_offset, is_geglu, off): Matrix, from: Stored, to: Elem
         let gpu = cx.gpu;
         let src = src.ptr.offset(off * from.size());
         let op = PackLinear { src, from, dst: all.ptr, to, n, k, row_offset, is_geglu };
-        let out = super::Buffer { ptr: all.ptr.offset(before), bytes: n * kp * to.size() };
+        let out = super::Buffer { ptr: all.ptr.offset(before), bytes: n * kp * to.size(), guard: all.guard };
         cx.measure(out, to, &want, || pack_linear(gpu, &op))
     };
     let geglu = if is_geglu { " geglu" } else { "" };
@@ -313,7 +313,7 @@ fn vector_case(n: usize, offset: usize, is_geglu: bool, from: Stored) -> Case {
         let all = cx.output(4 * (offset + n))?;
         let gpu = cx.gpu;
         let op = PackVector { src: src.ptr, from, dst: all.ptr, n, offset, is_geglu };
-        let out = super::Buffer { ptr: all.ptr.offset(4 * offset), bytes: 4 * n };
+        let out = super::Buffer { ptr: all.ptr.offset(4 * offset), bytes: 4 * n, guard: all.guard };
         cx.measure(out, Element::F32, &want, || pack_vector(gpu, &op))
     };
     let geglu = if is_geglu { " geglu" } else { "" };

@@ -367,7 +367,7 @@ fn rows(gpu: &Gpu, op: &Attention) -> Result<(), CudaError> {
     const WARPS: usize = 4;
     let name = format!("attention_rows_{}", op.element.suffix());
     // One query row a warp, which keeps it and the row of the result in shared memory.
-    let shared = WARPS * 2 * op.head_dim * size_of::<f32>();
+    let shared = WARPS * 2 * op.head_dim.next_multiple_of(2) * size_of::<f32>();
     let most = gpu.driver().device().shared_memory as usize;
     if shared > most {
         return Err(unsupported(format!("{} columns a head need {shared} bytes of {most}", op.head_dim)));

@@ -11,7 +11,7 @@ use super::conv::{Conv, Padding};
 use super::epilogue::{self, EpilogueArgs, Rows, int};
 use super::gemm_sm90;
 use super::hopper::{
-    Cut, DEPTH, Plan, Product, ROWS, Tiles, best_cut, epilogue_in_vectors, map_element, matrix_map,
+    Cut, DEPTH, Finish, Plan, Product, ROWS, Tiles, best_cut, epilogue_in_vectors, map_element, matrix_map,
     partial_memory, reduce,
 };
 use crate::driver::{Im2col, Swizzle, TensorMap, TensorMapDesc};
@@ -150,8 +150,9 @@ pub fn conv_by(gpu: &Gpu, op: &Conv, pixels: Pixels, cut: Cut) -> Result<(), Cud
     let map_w = matrix_map(gpu, Rows::new(op.w, depth), [op.cout, depth], plan.box_rows(), op.element)?;
     let mut args = arguments(op, pixels, &plan)?;
     let rows = op.problem().m;
-    args.epilogue.partial = partial_memory(gpu, &plan, rows, op.cout)?;
-    let name = format!("conv_sm90_128x{}_{}", cut.width, op.element.suffix());
+    let finish = Finish::of(&op.epilogue, cut, true);
+    args.epilogue.partial = partial_memory(gpu, &plan, finish, rows, op.cout)?;
+    let name = format!("conv_sm90_128x{}{}_{}", cut.width, finish.name(), op.element.suffix());
     let params = [bytes_of(&args), bytes_of(&map_x), bytes_of(&map_x2), bytes_of(&map_w)];
     gpu.launch(&Kernel { module: OP, name: &name }, &plan.geometry(), &params)?;
     reduce(gpu, &args.epilogue, &plan, [rows, op.epilogue.out_columns(op.cout)], op.element)

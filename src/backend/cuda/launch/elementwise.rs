@@ -23,6 +23,10 @@ pub enum Act {
     Gelu = 2,
     /// x·σ(1.702·x)
     QuickGelu = 3,
+    /// max(x, 0)
+    Relu = 4,
+    /// x, or 0.2·x where x is negative
+    LeakyRelu = 5,
 }
 
 /// `out = a·x + b·y` over `count` elements; arrays begin at multiples of 16 bytes and may be the same.

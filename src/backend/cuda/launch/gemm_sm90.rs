@@ -9,7 +9,8 @@ use super::super::{CudaError, Element, Gpu, Kernel};
 use super::epilogue::{self, EpilogueArgs, Rows};
 use super::gemm::Gemm;
 use super::hopper::{
-    Cut, DEPTH, Plan, Product, ROWS, Tiles, best_cut, epilogue_in_vectors, matrix_map, partial_memory, reduce,
+    Cut, DEPTH, Finish, Plan, Product, ROWS, Tiles, best_cut, epilogue_in_vectors, matrix_map,
+    partial_memory, reduce,
 };
 
 const OP: &str = "gemm_sm90";
@@ -71,8 +72,9 @@ pub fn gemm_by(gpu: &Gpu, op: &Gemm, cut: Cut) -> Result<(), CudaError> {
         k1: epilogue::int(OP, "columns of x", op.k1)?,
         k1_steps: op.k1.div_ceil(DEPTH) as i32,
     };
-    args.epilogue.partial = partial_memory(gpu, &plan, op.m, op.n)?;
-    let name = format!("gemm_sm90_128x{}_{}", cut.width, op.element.suffix());
+    let finish = Finish::of(&op.epilogue, cut, false);
+    args.epilogue.partial = partial_memory(gpu, &plan, finish, op.m, op.n)?;
+    let name = format!("gemm_sm90_128x{}{}_{}", cut.width, finish.name(), op.element.suffix());
     let params = [bytes_of(&args), bytes_of(&map_x), bytes_of(&map_x2), bytes_of(&map_w)];
     gpu.launch(&Kernel { module: "gemm_sm90", name: &name }, &plan.geometry(), &params)?;
     reduce(gpu, &args.epilogue, &plan, [op.m, op.epilogue.out_columns(op.n)], op.element)

@@ -4,6 +4,7 @@
 use bytemuck::{Pod, Zeroable, bytes_of};
 
 use super::super::{CudaError, Element, Geometry, Gpu, Kernel};
+use super::elementwise::Act;
 use super::epilogue::{Epilogue, EpilogueArgs, Rows};
 use crate::driver::{DevicePtr, MapElement, Swizzle, TensorMap, TensorMapDesc};
 
@@ -23,8 +24,10 @@ const WIDTHS: [usize; 3] = [128, 160, 256];
 const L2_BYTES_PER_CYCLE: usize = 30;
 /// Cycles to write a tile out, a column of it each.
 const CYCLES_PER_COLUMN: usize = 10;
+/// The same where the blocks of a cluster add their sums up first.
+const CYCLES_PER_CLUSTER_COLUMN: usize = 22;
 /// Cycles of one more launch, for the sum of a split product.
-const CYCLES_OF_LAUNCH: usize = 4000;
+const CYCLES_OF_LAUNCH: usize = 5000;
 
 /// `HopperTiles` of `hopper_tile.cuh`.
 #[repr(C)]
@@ -47,6 +50,13 @@ pub struct Cut {
     pub splits: usize,
     /// Tiles above each other that share their right operand: 1 or 2.
     pub cluster: usize,
+}
+
+impl Cut {
+    /// Whether the splits of a tile meet in a cluster of blocks instead of in device memory.
+    fn adds_in_cluster(self) -> bool {
+        self.cluster == 1 && self.width < 256 && [2, 4, 8].contains(&self.splits)
+    }
 }
 
 /// A product to cut up.
@@ -99,7 +109,8 @@ impl Plan {
             cluster: cut.cluster as i32,
         };
         let clusters = units.min((multiprocessors / cut.cluster).max(1));
-        Ok(Self { cut, blocks: clusters * cut.cluster, tiles })
+        let blocks = if cut.adds_in_cluster() { units } else { clusters * cut.cluster };
+        Ok(Self { cut, blocks, tiles })
     }
 
     /// Launch geometry; the shared memory is `sizeof(hopper::Smem)`.
@@ -111,7 +122,7 @@ impl Plan {
             grid: [self.blocks as u32, 1, 1],
             threads: THREADS,
             shared,
-            cluster: self.cut.cluster as u32,
+            cluster: if self.cut.adds_in_cluster() { self.cut.splits } else { self.cut.cluster } as u32,
         }
     }
 
@@ -124,8 +135,9 @@ impl Plan {
 /// The best way to cut up a product.
 ///
 /// Estimates every width and split in cycles and takes the least: a step costs what the tensor cores need for it or what the
-/// L2 cache needs to deliver it (a cluster asks only once for what its tiles share), tiles come in waves of as many as there are multiprocessors, and a split product writes and
-/// reads its partial sums and launches once more.
+/// L2 cache needs to deliver it (a cluster asks only once for what its tiles share), tiles come in waves of as many as there
+/// are multiprocessors, and a split product either adds up in clusters or writes and reads its partial sums and launches
+/// once more.
 pub(super) fn best_cut(product: &Product, multiprocessors: usize) -> Cut {
     let mut best = (usize::MAX, Cut { width: WIDTHS[0], splits: 1, cluster: 1 });
     let clusters = if product.tiles_m > 1 && multiprocessors > 1 { CLUSTER } else { 1 };
@@ -136,14 +148,20 @@ pub(super) fn best_cut(product: &Product, multiprocessors: usize) -> Cut {
         let arithmetic = ROWS * width * DEPTH * 2 / 4096;
         let step = arithmetic.max((ROWS + width / cluster) * DEPTH * 2 / L2_BYTES_PER_CYCLE);
         for splits in 1..=(product.steps / 4).clamp(1, 16) {
-            let waves = (tiles / cluster * splits).div_ceil(multiprocessors / cluster);
-            let mut cycles = waves * (product.steps.div_ceil(splits) * step + width * CYCLES_PER_COLUMN);
-            if splits > 1 {
+            let cut = Cut { width, splits, cluster };
+            let sums = product.steps.div_ceil(splits) * step;
+            let cycles = if cut.adds_in_cluster() {
+                // Clusters of eight leave some multiprocessors of a graphics processing cluster without one.
+                let at_a_time = (multiprocessors - multiprocessors / 16) / splits;
+                tiles.div_ceil(at_a_time.max(1)) * (sums + width * CYCLES_PER_CLUSTER_COLUMN)
+            } else {
+                let waves = (tiles / cluster * splits).div_ceil(multiprocessors / cluster);
                 let partial = tiles * ROWS * width * 4 * splits;
-                cycles += CYCLES_OF_LAUNCH + 2 * partial / (L2_BYTES_PER_CYCLE * multiprocessors);
-            }
+                let second = CYCLES_OF_LAUNCH + 2 * partial / (L2_BYTES_PER_CYCLE * multiprocessors);
+                waves * (sums + width * CYCLES_PER_COLUMN) + if splits > 1 { second } else { 0 }
+            };
             if cycles < best.0 {
-                best = (cycles, Cut { width, splits, cluster });
+                best = (cycles, cut);
             }
         }
     }
@@ -195,16 +213,59 @@ pub(super) fn epilogue_in_vectors(epilogue: &Epilogue, columns: usize) -> bool {
         && epilogue.time_bias.is_none_or(|rows| rows.is_vector())
 }
 
-/// Memory for the partial sums of a split product; null if it is not split.
+/// What a kernel does with a tile's sums: `Finish` in `hopper_tile.cuh`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Finish {
+    /// Bias and residual.
+    Plain,
+    /// Bias and the bias of the sample.
+    Time,
+    /// Value times gate, with their bias.
+    Geglu,
+    /// Sums as they are, which a second kernel adds up and finishes.
+    Partial,
+    /// The splits of a tile are the blocks of a cluster, which add their sums up and do any epilogue.
+    Cluster,
+}
+
+impl Finish {
+    /// The one for this epilogue; kernels of `has_time` have [`Finish::Time`], the others [`Finish::Geglu`].
+    pub fn of(epilogue: &Epilogue, cut: Cut, has_time: bool) -> Self {
+        let Epilogue { act, geglu, out_f32, scale, .. } = *epilogue;
+        let (residual, time) = (epilogue.residual.is_some(), epilogue.time_bias.is_some());
+        match (geglu, residual, time) {
+            _ if cut.adds_in_cluster() => Self::Cluster,
+            _ if cut.splits > 1 || act != Act::None || out_f32 || scale != 1.0 => Self::Partial,
+            (false, _, false) => Self::Plain,
+            (true, false, false) if !has_time => Self::Geglu,
+            (false, false, true) if has_time => Self::Time,
+            _ => Self::Partial,
+        }
+    }
+
+    /// As a part of the kernel's name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Plain => "",
+            Self::Time => "_time",
+            Self::Geglu => "_geglu",
+            Self::Partial => "_partial",
+            Self::Cluster => "_cluster",
+        }
+    }
+}
+
+/// Memory for the partial sums of a product that a second kernel finishes; null for others.
 pub(super) fn partial_memory(
     gpu: &Gpu,
     plan: &Plan,
+    finish: Finish,
     rows: usize,
     columns: usize,
 ) -> Result<DevicePtr, CudaError> {
-    match plan.cut.splits {
-        1 => Ok(DevicePtr::NULL),
-        splits => gpu.workspace(splits * rows * columns * size_of::<f32>()),
+    match finish {
+        Finish::Partial => gpu.workspace(plan.cut.splits * rows * columns * size_of::<f32>()),
+        _ => Ok(DevicePtr::NULL),
     }
 }
 
@@ -224,7 +285,7 @@ pub(super) fn reduce(
     extent: [usize; 2],
     element: Element,
 ) -> Result<(), CudaError> {
-    if plan.cut.splits == 1 {
+    if epilogue.partial.is_null() {
         return Ok(());
     }
     let [rows, columns] = extent;

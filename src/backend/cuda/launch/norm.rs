@@ -1,4 +1,4 @@
-//! GroupNorm and LayerNorm (`kernels/norm/groupnorm.cu`, `layernorm.cu`).
+//! GroupNorm and LayerNorm (`kernels/norm/groupnorm.cu`, `groupnorm_sm90.cu`, `layernorm.cu`).
 
 use bytemuck::{Pod, Zeroable, bytes_of};
 
@@ -76,6 +76,9 @@ struct GroupNormArgs {
 enum GroupNormPlan {
     /// One kernel; a block takes `slab` channels of a sample.
     Fused { slab: usize },
+    /// One kernel on Hopper; each of the `blocks` of a cluster takes `run` pixels of `slab` channels, `vectors` a thread
+    /// at most.
+    Cluster { slab: usize, blocks: usize, run: usize, vectors: usize },
     /// Statistics over runs of `run` pixels, then normalisation of spans of `span` pixels.
     TwoPass { run: usize, span: usize },
 }
@@ -90,6 +93,46 @@ struct GroupNormShape {
     element_bytes: usize,
     /// Elements of one access.
     vector: usize,
+}
+
+/// Channels of a slab at most, so that two threads share a channel's sum.
+const CLUSTER_SLAB: usize = GROUPNORM_THREADS as usize / 2;
+/// Groups of a slab at most.
+const CLUSTER_GROUPS: usize = 8;
+/// Vectors of a thread that there are kernels for.
+const CLUSTER_VECTORS: [usize; 2] = [6, 16];
+/// `ClusterSmem`: sums of threads and of channels, and what is known of the groups.
+const CLUSTER_BYTES: usize = 4 * GROUPNORM_THREADS as usize * (VECTOR + 1) + CLUSTER_GROUPS * (4 + 4 + 8);
+
+/// The plan on Hopper, if a cluster holds a slab.
+fn cluster_plan(shape: &GroupNormShape, multiprocessors: usize) -> Option<GroupNormPlan> {
+    if shape.element_bytes != 2 || shape.vector != VECTOR {
+        return None;
+    }
+    let size = shape.channels / shape.groups;
+    let mut slab = size * VECTOR / gcd(size, VECTOR);
+    // Memory comes in sectors of 32 bytes.
+    if slab < 16 && shape.channels.is_multiple_of(2 * slab) && 2 * slab / size <= CLUSTER_GROUPS {
+        slab *= 2;
+    }
+    if slab > CLUSTER_SLAB {
+        return None;
+    }
+    let lanes = GROUPNORM_THREADS as usize / (slab / VECTOR);
+    let of = |blocks: usize| {
+        let run = shape.pixels.div_ceil(blocks);
+        (run, run.div_ceil(lanes))
+    };
+    // As few blocks as hold it in few registers, but enough for nearly all multiprocessors.
+    let is_enough = |blocks: &usize| {
+        let (_, vectors) = of(*blocks);
+        let all = blocks * shape.channels / slab * shape.samples;
+        vectors <= 2 || (vectors <= CLUSTER_VECTORS[0] && 10 * all >= 9 * multiprocessors)
+    };
+    let blocks = [1, 2, 4, 8].into_iter().find(is_enough).unwrap_or(8);
+    let (run, needed) = of(blocks);
+    let vectors = CLUSTER_VECTORS.into_iter().find(|v| needed <= *v)?;
+    Some(GroupNormPlan::Cluster { slab, blocks, run, vectors })
 }
 
 fn plan(shape: &GroupNormShape, multiprocessors: usize) -> GroupNormPlan {
@@ -149,7 +192,19 @@ pub fn group_norm(gpu: &Gpu, op: &GroupNorm) -> Result<(), CudaError> {
         eps: op.eps,
         silu: i32::from(op.silu),
     };
-    match plan(&shape, gpu.multiprocessors()) {
+    let on_hopper = if gpu.is_hopper() { cluster_plan(&shape, gpu.multiprocessors()) } else { None };
+    match on_hopper.unwrap_or_else(|| plan(&shape, gpu.multiprocessors())) {
+        GroupNormPlan::Cluster { slab, blocks, run, vectors } => {
+            (args.slab, args.run, args.runs) = (slab as i32, run as i32, blocks as i32);
+            let name = format!("groupnorm_cluster_{vectors}_{}", op.element.suffix());
+            let geometry = Geometry {
+                grid: [(channels / slab * blocks) as u32, op.samples as u32, 1],
+                threads: GROUPNORM_THREADS,
+                shared: CLUSTER_BYTES as u32,
+                cluster: blocks as u32,
+            };
+            gpu.launch(&Kernel { module: "groupnorm_sm90", name: &name }, &geometry, &[bytes_of(&args)])
+        }
         GroupNormPlan::Fused { slab } => {
             args.slab = slab as i32;
             let bytes = FUSED_TABLES + slab * op.pixels * op.element.size();
@@ -330,6 +385,22 @@ mod tests {
         assert_eq!(plan(&shape(2, 256, 1280), 132), GroupNormPlan::Fused { slab: 40 });
         assert_eq!(plan(&shape(2, 256, 2560), 132), GroupNormPlan::Fused { slab: 80 });
         assert_eq!(plan(&shape(2, 1024, 640), 132), GroupNormPlan::TwoPass { run: 36, span: 18 });
+    }
+
+    #[test]
+    fn clusters_hold_the_maps_of_the_unets() {
+        let of = |samples, pixels, channels| match cluster_plan(&shape(samples, pixels, channels), 132) {
+            Some(GroupNormPlan::Cluster { slab, blocks, run, vectors }) => Some((slab, blocks, run, vectors)),
+            _ => None,
+        };
+        assert_eq!(of(2, 64, 1280), Some((40, 1, 64, 6)));
+        assert_eq!(of(2, 256, 1280), Some((40, 2, 128, 6)));
+        assert_eq!(of(2, 1024, 640), Some((40, 4, 256, 6)));
+        assert_eq!(of(2, 4096, 320), Some((40, 8, 512, 6)));
+        assert_eq!(of(2, 4096, 960), Some((120, 8, 512, 16)));
+        assert_eq!(of(2, 16384, 320), None);
+        assert_eq!(of(1, 4096, 512), Some((16, 4, 1024, 6)));
+        assert_eq!(of(1, 512 * 512, 128), None);
     }
 
     #[test]

@@ -8,6 +8,8 @@ fn activate(activation: Activation, x: f64, gate: f64) -> f64 {
         Activation::Silu => x / (1.0 + (-x).exp()),
         Activation::QuickGelu => x / (1.0 + (-1.702 * x).exp()),
         Activation::Gelu => x * normal_cdf(x),
+        Activation::Relu => x.max(0.0),
+        Activation::LeakyRelu => x.max(f64::from(0.2f32) * x),
         Activation::Geglu => x * gate * normal_cdf(gate),
     }
 }
@@ -109,8 +111,15 @@ fn check_case(tier: Tier, (m, n, k): (usize, usize, usize), activation: Activati
     }
 }
 
-const ACTIVATIONS: [Activation; 5] =
-    [Activation::None, Activation::Silu, Activation::Gelu, Activation::QuickGelu, Activation::Geglu];
+const ACTIVATIONS: [Activation; 7] = [
+    Activation::None,
+    Activation::Silu,
+    Activation::Gelu,
+    Activation::QuickGelu,
+    Activation::Relu,
+    Activation::LeakyRelu,
+    Activation::Geglu,
+];
 
 fn check_tier(tier: Tier) {
     if !tier.is_available() {
@@ -139,7 +148,7 @@ fn check_tier(tier: Tier) {
     let mut random = Random(5);
     for seed in 100..140 {
         let mut draw = |limit: u64| 1 + (random.next() % limit) as usize;
-        check_case(tier, (draw(90), 2 * draw(40), draw(150)), ACTIVATIONS[seed as usize % 5], seed);
+        check_case(tier, (draw(90), 2 * draw(40), draw(150)), ACTIVATIONS[seed as usize % 7], seed);
     }
 }
 
