@@ -8,8 +8,8 @@
 
 use std::path::Path;
 
+use hyper::HeaderMap;
 use hyper::header::{CACHE_CONTROL, CONTENT_DISPOSITION, CONTENT_SECURITY_POLICY, CONTENT_TYPE, HeaderValue};
-use hyper::{HeaderMap, StatusCode};
 
 use super::download;
 use super::http::{self, Failure, Response};
@@ -35,14 +35,6 @@ fn media_type(name: &str) -> HeaderValue {
     let kind = mime_guess::from_path(name).first_or_octet_stream();
     let text = if kind.type_() == "text" { format!("{kind}; charset=utf-8") } else { kind.to_string() };
     HeaderValue::from_str(&text).unwrap_or_else(|_| HeaderValue::from_static("application/octet-stream"))
-}
-
-/// What is not there. The type is what the name promises: a browser that misses a style sheet would complain about
-/// the type on top.
-pub(super) fn missing(path: &str) -> Response {
-    let mut response = http::empty(StatusCode::NOT_FOUND);
-    response.headers_mut().insert(CONTENT_TYPE, media_type(path));
-    response
 }
 
 /// The file of a request path below `root`; `/` is `index.html`.

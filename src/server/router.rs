@@ -10,8 +10,10 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use hyper::body::Incoming;
-use hyper::header::{ALLOW, CACHE_CONTROL, HeaderName, HeaderValue, SET_COOKIE, X_CONTENT_TYPE_OPTIONS};
-use hyper::{Method, Request, StatusCode};
+use hyper::header::{
+    ALLOW, CACHE_CONTROL, CONTENT_TYPE, HeaderName, HeaderValue, SET_COOKIE, X_CONTENT_TYPE_OPTIONS,
+};
+use hyper::{HeaderMap, Method, Request, StatusCode};
 
 use super::App;
 use super::compress;
@@ -110,11 +112,18 @@ pub(super) async fn answer(app: Arc<App>, peer: Peer, request: Request<Incoming>
     let (method, uri) = (request.method().clone(), request.uri().clone());
     let cookie = app.config.auth.cookie_for(&request);
     let accepts_gzip = compress::accepts_gzip(request.headers());
+    let wanted_type = wanted_type(request.headers());
     let mut response = match app.config.origin.check(&method, request.headers(), peer.via_loopback) {
         Ok(()) if method == Method::OPTIONS => http::empty(StatusCode::OK),
         Ok(()) => route(app.clone(), peer, request).await,
         Err(refusal) => refuse(refusal, request.headers().get("host")),
     };
+    // what has a type already is an error in JSON or a line of text
+    let is_bare =
+        response.status() == StatusCode::NOT_FOUND && !response.headers().contains_key(CONTENT_TYPE);
+    if let Some(kind) = wanted_type.filter(|_| is_bare) {
+        http::set(&mut response, CONTENT_TYPE, kind);
+    }
     finish(&mut response, uri.path());
     if let Some(cookie) = cookie {
         response.headers_mut().insert(SET_COOKIE, cookie);
@@ -125,6 +134,16 @@ pub(super) async fn answer(app: Arc<App>, peer: Peer, request: Request<Incoming>
     }
     tracing::debug!(target: "kiln::http", %method, path = uri.path(), status = response.status().as_u16());
     response
+}
+
+/// The type of a style sheet or script that a page asks for. It goes on the answer that there is none, too, or
+/// browsers, told by `nosniff` to insist on types, report a wrong type besides.
+fn wanted_type(headers: &HeaderMap) -> Option<&'static str> {
+    match headers.get("sec-fetch-dest")?.as_bytes() {
+        b"style" => Some("text/css; charset=utf-8"),
+        b"script" => Some("text/javascript; charset=utf-8"),
+        _ => None,
+    }
 }
 
 fn refuse(refusal: Refusal, host: Option<&HeaderValue>) -> Response {
@@ -182,14 +201,9 @@ async fn route(app: Arc<App>, peer: Peer, request: Request<Incoming>) -> Respons
 async fn no_route(app: &App, request: &Request<Incoming>, style: ErrorStyle) -> Response {
     let root = app.config.front_end_root.as_ref();
     match root.filter(|_| matches!(*request.method(), Method::GET | Method::HEAD)) {
-        Some(root) => {
-            frontend::serve(root, request.uri().path(), request.headers()).await.unwrap_or_else(|failure| {
-                match failure {
-                    Failure::Status(StatusCode::NOT_FOUND) => frontend::missing(request.uri().path()),
-                    other => other.into_response(style),
-                }
-            })
-        }
+        Some(root) => frontend::serve(root, request.uri().path(), request.headers())
+            .await
+            .unwrap_or_else(|failure| failure.into_response(style)),
         None => Failure::NOT_FOUND.into_response(style),
     }
 }
