@@ -6,6 +6,7 @@
 //! | module | what |
 //! | --- | --- |
 //! | [`cli`] | one file a sub-command |
+//! | [`embed`] | a server inside another program, with that program's nodes |
 //! | [`server`] | HTTP and WebSocket: ComfyUI's API |
 //! | [`engine`] | queue, executor, cache, history, events, residency |
 //! | [`nodes`] | the node library, one file a category |
@@ -22,6 +23,8 @@ pub mod cli;
 #[forbid(unsafe_code)]
 pub mod diffusion;
 pub mod driver;
+#[forbid(unsafe_code)]
+pub mod embed;
 #[forbid(unsafe_code)]
 pub mod engine;
 #[forbid(unsafe_code)]
@@ -41,3 +44,5 @@ pub mod tensor;
 #[forbid(unsafe_code)]
 pub mod tokenizer;
 pub mod weights;
+
+pub use embed::{RunningServer, Server, ServerBuilder, ServerError};

@@ -5,6 +5,7 @@ mod bench_device;
 mod bench_kernels;
 mod check;
 pub mod client;
+mod convert;
 mod demo;
 pub mod device;
 mod gpu;
@@ -38,6 +39,8 @@ enum Command {
     Demo(demo::DemoArgs),
     /// Run a workflow file (API format) without a server.
     Run(run::RunArgs),
+    /// Convert a workflow saved by the web page to API format.
+    Convert(convert::ConvertArgs),
     /// Show what a model file holds, or what this build and machine are.
     Info(info::InfoArgs),
     /// Write a synthetic checkpoint of real size.
@@ -58,6 +61,7 @@ pub fn main() -> ExitCode {
             match command {
                 Command::Demo(args) => demo::run(args),
                 Command::Run(args) => run::run(args),
+                Command::Convert(args) => convert::run(&args),
                 Command::Info(args) => info::run(args),
                 Command::Synth(args) => synth::run(args),
                 Command::Bench(args) => bench::run(args),

@@ -23,7 +23,7 @@ use super::setup::{self, RuntimeArgs};
 use crate::engine::{Engine, EngineConfig};
 use crate::files::{FolderOptions, Folders, Kind};
 use crate::nodes::{self, PreviewMethod, Services};
-use crate::server::{App, Limits, LogTail, OriginPolicy, ServerConfig};
+use crate::server::{App, Auth, Limits, LogTail, OriginPolicy, ServerConfig, tls};
 
 /// What `--listen` without an address means.
 const EVERYWHERE: &str = "0.0.0.0,::";
@@ -120,6 +120,26 @@ pub struct ServeArgs {
     /// Keep the data of several users apart
     #[arg(long)]
     pub multi_user: bool,
+
+    /// Prompts of one client (an API key, else an address) that may wait; 0 sets no limit
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub max_queue_per_client: usize,
+
+    /// File of API keys, 'KEY' or 'NAME KEY' a line; with it every request needs one
+    #[arg(long, value_name = "FILE")]
+    pub api_key_file: Option<PathBuf>,
+
+    /// Certificate chain (PEM): serve HTTPS
+    #[arg(long, value_name = "FILE", requires = "tls_keyfile")]
+    pub tls_certfile: Option<PathBuf>,
+
+    /// Private key (PEM) of the certificate
+    #[arg(long, value_name = "FILE", requires = "tls_certfile")]
+    pub tls_keyfile: Option<PathBuf>,
+
+    /// Let webhooks go to private addresses and to plain HTTP
+    #[arg(long)]
+    pub allow_private_webhooks: bool,
 
     /// Folder of a web page to serve instead of the built-in one, such as that of comfyui-frontend-package
     #[arg(long, value_name = "DIR")]
@@ -229,12 +249,29 @@ fn config(args: &ServeArgs) -> anyhow::Result<ServerConfig> {
     if !(1.0..1e15).contains(&bytes) {
         bail!("--max-upload-size {}: must be a positive number of megabytes", args.max_upload_size);
     }
+    let auth = match &args.api_key_file {
+        Some(file) => Auth::from_file(file)?,
+        None => Auth::default(),
+    };
+    let tls = match (&args.tls_certfile, &args.tls_keyfile) {
+        (Some(certificates), Some(key)) => Some(tls::load(certificates, key)?),
+        _ => None,
+    };
+    let per_client = args.max_queue_per_client;
     let front_end_root = args.front_end_root.clone();
     if let Some(root) = front_end_root.as_ref().filter(|root| !root.join("index.html").is_file()) {
         bail!("--front-end-root {}: there is no index.html in it", root.display());
     }
     Ok(ServerConfig {
-        limits: Limits { max_body_bytes: bytes as u64, queued_prompts: args.max_queue, ..Limits::default() },
+        limits: Limits {
+            max_body_bytes: bytes as u64,
+            queued_prompts: args.max_queue,
+            prompts_per_client: if per_client == 0 { usize::MAX } else { per_client },
+            ..Limits::default()
+        },
+        auth,
+        tls,
+        allow_private_webhooks: args.allow_private_webhooks,
         origin: OriginPolicy {
             cors: args.enable_cors_header.clone(),
             allowed_hosts: args.allowed_hosts.clone(),
@@ -291,17 +328,33 @@ async fn serve(
     let listeners = bind(args).await?;
     for listener in &listeners {
         let address = listener.local_addr()?;
-        tracing::info!("listening on http://{address}");
-        if !address.ip().is_loopback() {
-            tracing::warn!(
-                "everybody who can reach {address} can use this server: it has no authentication; \
-                 put it behind a proxy that does"
-            );
+        let scheme = if config.tls.is_some() { "https" } else { "http" };
+        tracing::info!("listening on {scheme}://{address}");
+        if let Some(warning) = exposure(address, config.auth.is_on(), config.tls.is_some()) {
+            tracing::warn!("{warning}");
         }
     }
     let app = App::new(engine, folders, config)?;
     crate::server::run(listeners, app, stop_signal()).await?;
     Ok(())
+}
+
+/// What an operator should know who opens the server to others.
+fn exposure(address: SocketAddr, has_keys: bool, has_tls: bool) -> Option<String> {
+    if address.ip().is_loopback() {
+        return None;
+    }
+    match (has_keys, has_tls) {
+        (false, _) => Some(format!(
+            "!! EVERYBODY who can reach {address} can use this server, read its pictures and fill its disk: \
+             it asks for no key. Use --api-key-file (and --tls-certfile, --tls-keyfile), or --listen 127.0.0.1"
+        )),
+        (true, false) => Some(format!(
+            "API keys cross the network to {address} in plain text: use --tls-certfile and --tls-keyfile, or a \
+             proxy that encrypts"
+        )),
+        (true, true) => None,
+    }
 }
 
 /// Resolves at the first SIGTERM or ctrl-c; a second one ends the process at once.
@@ -372,6 +425,18 @@ mod tests {
         assert_eq!(config(&args).unwrap().limits.max_body_bytes, 524_288);
         assert!(config(&parse("--max-upload-size 0").unwrap()).is_err());
         assert!(addresses("somewhere", 1).is_err());
+    }
+
+    #[test]
+    fn who_opens_the_server_is_warned() {
+        let (here, everywhere) = ("127.0.0.1:1".parse().unwrap(), "0.0.0.0:1".parse().unwrap());
+        assert_eq!(exposure(here, false, false), None);
+        assert!(exposure(everywhere, false, true).is_some_and(|w| w.contains("EVERYBODY")));
+        assert!(exposure(everywhere, true, false).is_some_and(|w| w.contains("plain text")));
+        assert_eq!(exposure(everywhere, true, true), None);
+        assert!(parse("--tls-keyfile key.pem").is_err(), "the certificate is missing");
+        assert_eq!(config(&parse("--max-queue-per-client 3").unwrap()).unwrap().limits.prompts_per_client, 3);
+        assert_eq!(config(&parse("").unwrap()).unwrap().limits.prompts_per_client, usize::MAX);
     }
 
     #[test]

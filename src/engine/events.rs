@@ -116,6 +116,11 @@ pub enum EventKind {
         /// Milliseconds since 1970.
         timestamp: u64,
     },
+    /// A prompt was taken out of the queue before it ran. No message: ComfyUI sends none.
+    Cancelled {
+        /// The prompt.
+        prompt_id: Id,
+    },
     /// A finished picture sent right away (`SaveImageWebsocket`); binary only.
     Picture {
         /// The prompt.
@@ -197,7 +202,7 @@ impl EventKind {
             EventKind::ExecutionSuccess { .. } => "execution_success",
             EventKind::ExecutionError(_) => "execution_error",
             EventKind::ExecutionInterrupted { .. } => "execution_interrupted",
-            EventKind::Picture { .. } | EventKind::Text { .. } => return None,
+            EventKind::Cancelled { .. } | EventKind::Picture { .. } | EventKind::Text { .. } => return None,
         })
     }
 
@@ -235,7 +240,36 @@ impl EventKind {
                 "prompt_id": **prompt_id, "node_id": **node_id, "node_type": **node_type,
                 "executed": list(executed), "timestamp": timestamp,
             }),
-            EventKind::Picture { .. } | EventKind::Text { .. } => Json::Null,
+            EventKind::Cancelled { .. } | EventKind::Picture { .. } | EventKind::Text { .. } => Json::Null,
+        }
+    }
+
+    /// The prompt that ends with this event, which is the last one about it.
+    pub fn ended_prompt(&self) -> Option<&Id> {
+        match self {
+            EventKind::Executing { node: None, prompt_id } | EventKind::Cancelled { prompt_id } => {
+                Some(prompt_id)
+            }
+            _ => None,
+        }
+    }
+
+    /// The prompt that this event is about; `None` if it is about the queue.
+    pub fn prompt_id(&self) -> Option<&Id> {
+        match self {
+            EventKind::Status { .. } => None,
+            EventKind::ExecutionError(error) => Some(&error.prompt_id),
+            EventKind::ExecutionStart { prompt_id, .. }
+            | EventKind::ExecutionCached { prompt_id, .. }
+            | EventKind::Executing { prompt_id, .. }
+            | EventKind::Progress { prompt_id, .. }
+            | EventKind::ProgressState { prompt_id, .. }
+            | EventKind::Executed { prompt_id, .. }
+            | EventKind::ExecutionSuccess { prompt_id, .. }
+            | EventKind::ExecutionInterrupted { prompt_id, .. }
+            | EventKind::Cancelled { prompt_id }
+            | EventKind::Picture { prompt_id, .. }
+            | EventKind::Text { prompt_id, .. } => Some(prompt_id),
         }
     }
 

@@ -30,7 +30,7 @@ use super::queue::Job;
 use super::signature::{Signature, signatures};
 use super::{Running, Shared, lock};
 use crate::graph::{self, Graph, Input, Presence};
-use crate::nodes::{NodeCtx, NodeError, ProgressSink, Value};
+use crate::nodes::{NodeCtx, NodeError, ProgressSink, Services, Value};
 
 /// Runs a prompt to its end and makes its history entry. Never panics.
 pub(super) fn run(shared: &Shared, running: &Arc<Running>) -> Entry {
@@ -43,7 +43,7 @@ pub(super) fn run(shared: &Shared, running: &Arc<Running>) -> Entry {
         Run::new(shared, running, &graph).run()
     }))
     .unwrap_or_else(|panic| executor_failed(shared, job, panic_text(&*panic)));
-    *lock(&running.node) = None;
+    lock(&running.live).current = None;
     tracing::info!(success = entry.is_success, seconds = started.elapsed().as_secs_f64(), "prompt done");
     entry
 }
@@ -83,6 +83,8 @@ struct Run<'a> {
     job: &'a Arc<Job>,
     graph: &'a Graph,
     progress: Progress<'a>,
+    /// The engine's services with this prompt's choice of previews.
+    services: Services,
     signatures: Vec<Option<Signature>>,
     /// What later nodes of this prompt need, by node.
     results: Vec<Option<Arc<NodeResult>>>,
@@ -101,6 +103,10 @@ impl<'a> Run<'a> {
             job: &running.job,
             graph,
             progress: Progress::new(shared, running),
+            services: Services {
+                preview: running.job.preview_method().unwrap_or(shared.services.preview),
+                ..shared.services.clone()
+            },
             signatures: Vec::new(),
             results: Vec::new(),
             ui: BTreeMap::new(),
@@ -111,11 +117,14 @@ impl<'a> Run<'a> {
 
     fn run(mut self) -> Entry {
         let prompt_id = self.job.id.clone();
-        self.announce(EventKind::ExecutionStart { prompt_id: prompt_id.clone(), timestamp: now_ms() });
+        let timestamp = now_ms();
+        lock(&self.running.live).started_ms = Some(timestamp);
+        self.announce(EventKind::ExecutionStart { prompt_id: prompt_id.clone(), timestamp });
         self.signatures = signatures(self.graph, &self.shared.catalog, &self.shared.services);
         self.results = lock(&self.shared.cache).begin(&self.signatures);
         let cached = self.graph.nodes().iter().zip(&self.results).filter(|(_, result)| result.is_some());
-        let nodes = cached.map(|(node, _)| node.id.clone()).collect();
+        let nodes: Vec<Id> = cached.map(|(node, _)| node.id.clone()).collect();
+        self.count_nodes(&nodes);
         self.announce(EventKind::ExecutionCached {
             nodes,
             prompt_id: prompt_id.clone(),
@@ -134,6 +143,16 @@ impl<'a> Run<'a> {
             .map(|(node, ui)| (self.graph.nodes()[node].id.to_string(), Json::Object((*ui).clone())))
             .collect();
         Entry { job: self.job.clone(), outputs, is_success, messages: self.messages }
+    }
+
+    /// Notes how many nodes the outputs need, and which of those are there already.
+    fn count_nodes(&self, cached: &[Id]) {
+        let outputs = self.job.outputs.iter().filter_map(|id| self.graph.find(id));
+        let needed = self.graph.needed_for(outputs);
+        let mut live = lock(&self.running.live);
+        live.nodes_total = needed.iter().filter(|is_needed| **is_needed).count();
+        let is_needed = |id: &&Id| self.graph.find(id).is_some_and(|node| needed[node]);
+        live.done = cached.iter().filter(is_needed).cloned().collect();
     }
 
     /// Sends an event and notes it for the history.
@@ -187,13 +206,18 @@ impl<'a> Run<'a> {
         let id = self.graph.nodes()[node].id.clone();
         if let Some(result) = self.find_result(node) {
             let output = result.ui.clone();
-            self.ui.extend(output.clone().map(|ui| (node, ui)));
+            if let Some(ui) = &output {
+                self.keep_ui(node, ui);
+            }
             self.results[node] = Some(result);
             self.send(EventKind::Executed { node: id.clone(), prompt_id: self.job.id.clone(), output });
             self.progress.finish(&id);
             return Ok(());
         }
-        *lock(&self.running.node) = Some(id.clone());
+        {
+            let mut live = lock(&self.running.live);
+            (live.current, live.step) = (Some((id.clone(), self.graph.nodes()[node].class)), None);
+        }
         self.progress.start(&id);
         self.send(EventKind::Executing { node: Some(id.clone()), prompt_id: self.job.id.clone() });
         let result = Arc::new(self.compute(node)?);
@@ -201,7 +225,7 @@ impl<'a> Run<'a> {
             lock(&self.shared.cache).insert(signature, result.clone());
         }
         if let Some(ui) = &result.ui {
-            self.ui.insert(node, ui.clone());
+            self.keep_ui(node, ui);
             let prompt_id = self.job.id.clone();
             self.send(EventKind::Executed { node: id.clone(), prompt_id, output: Some(ui.clone()) });
         }
@@ -209,6 +233,13 @@ impl<'a> Run<'a> {
         self.executed.push(id.clone());
         self.progress.finish(&id);
         Ok(())
+    }
+
+    /// Keeps a node's data for the history and for whoever asks before the end.
+    fn keep_ui(&mut self, node: usize, ui: &Arc<Map<String, Json>>) {
+        let id = self.graph.nodes()[node].id.to_string();
+        lock(&self.running.live).outputs.insert(id, Json::Object((**ui).clone()));
+        self.ui.insert(node, ui.clone());
     }
 
     /// A result from an earlier prompt or from a twin in this one.
@@ -225,7 +256,7 @@ impl<'a> Run<'a> {
         };
         let inputs = mapping::gather(this, &self.results).map_err(|error| fail(error, Vec::new()))?;
         let mut ctx = NodeCtx {
-            services: &self.shared.services,
+            services: &self.services,
             node_id: &this.id,
             prompt: &self.job.prompt,
             extra_pnginfo: self.job.extra_pnginfo(),

@@ -9,7 +9,8 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value as Json, json};
 
-use super::events::Id;
+use super::events::{Id, now_ms};
+use super::jobs::JobStatus;
 use super::queue::Job;
 
 /// A finished prompt.
@@ -24,6 +25,12 @@ pub(super) struct Entry {
 }
 
 impl Entry {
+    /// A prompt that was taken out of the queue before it ran.
+    pub fn cancelled(job: Arc<Job>) -> Self {
+        let data = json!({"prompt_id": *job.id, "timestamp": now_ms()});
+        Self { job, outputs: Map::new(), is_success: false, messages: vec![("execution_interrupted", data)] }
+    }
+
     fn to_json(&self) -> Json {
         let meta: Map<String, Json> = self
             .outputs
@@ -50,8 +57,39 @@ impl Entry {
 /// each may hold a page of the heap: they are two, made one after the other.
 #[derive(Clone, Debug)]
 pub(super) struct Kept {
-    id: Id,
+    pub id: Id,
+    pub facts: Facts,
     form: Form,
+}
+
+/// What lists of jobs need to know of an entry without reading its text.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Facts {
+    pub status: JobStatus,
+    /// Milliseconds since 1970, as all times here.
+    pub created_ms: u64,
+    pub started_ms: Option<u64>,
+    pub ended_ms: Option<u64>,
+}
+
+impl Facts {
+    fn of(entry: &Entry) -> Self {
+        let time = |names: &[&str]| {
+            let (_, data) = entry.messages.iter().find(|(name, _)| names.contains(name))?;
+            data.get("timestamp")?.as_u64()
+        };
+        let is_interrupted = entry.messages.iter().any(|(name, _)| *name == "execution_interrupted");
+        Self {
+            status: match entry.is_success {
+                true => JobStatus::Completed,
+                false if is_interrupted => JobStatus::Cancelled,
+                false => JobStatus::Failed,
+            },
+            created_ms: entry.job.created_ms,
+            started_ms: time(&["execution_start"]),
+            ended_ms: time(&["execution_success", "execution_error", "execution_interrupted"]),
+        }
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -62,7 +100,8 @@ enum Form {
 }
 
 impl Kept {
-    fn to_json(&self) -> Json {
+    /// The entry as `/history` shows it.
+    pub fn to_json(&self) -> Json {
         match &self.form {
             // Was read back before it was kept.
             Form::Text(text) => serde_json::from_str(text).unwrap_or_default(),
@@ -92,7 +131,7 @@ impl From<Entry> for Kept {
         let text = tree.to_string();
         let is_same = serde_json::from_str::<Json>(&text).is_ok_and(|back| back == tree);
         let form = if is_same { Form::Text(text.into()) } else { Form::Tree(tree.into()) };
-        Self { id: Id::from(&*entry.job.id), form }
+        Self { id: Id::from(&*entry.job.id), facts: Facts::of(&entry), form }
     }
 }
 
@@ -165,6 +204,8 @@ mod tests {
             extra_data: Map::new(),
             outputs: vec![],
             client_id: None,
+            owner: None,
+            created_ms: 0,
         });
         Entry { job, outputs: Map::new(), is_success: true, messages: vec![] }
     }

@@ -17,6 +17,7 @@ mod catalog;
 pub mod events;
 mod executor;
 mod history;
+pub mod jobs;
 mod mapping;
 mod order;
 mod progress;
@@ -30,7 +31,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{JoinHandle, ThreadId};
 
-use serde_json::{Map, Number, Value as Json};
+use serde_json::{Map, Number, Value as Json, json};
 use tokio::sync::broadcast;
 
 use crate::graph;
@@ -42,8 +43,13 @@ use catalog::Catalog;
 use events::Id;
 pub use events::{Event, EventKind};
 use history::{Entry, History};
+use jobs::Live;
+pub use jobs::{Cancelling, JobList, JobProgress, JobQuery, JobSort, JobStatus, JobView};
 use queue::{Job, PendingQueue};
 pub use residency::FreeRequest;
+
+/// How many prompts that were cancelled while they waited are remembered.
+const CANCELLED_CAP: usize = 1000;
 
 /// What an engine is made of.
 pub struct EngineConfig {
@@ -84,6 +90,25 @@ pub struct Submission {
     pub client_id: Option<String>,
     /// Runs only these output nodes.
     pub partial_execution_targets: Option<Vec<String>>,
+    /// Who counts as the sender for [`QueueLimits::per_owner`].
+    pub owner: Option<String>,
+    /// How long the queue may be with it.
+    pub limits: QueueLimits,
+}
+
+/// How many prompts may wait or run.
+#[derive(Clone, Copy, Debug)]
+pub struct QueueLimits {
+    /// In all.
+    pub total: usize,
+    /// Of one owner.
+    pub per_owner: usize,
+}
+
+impl Default for QueueLimits {
+    fn default() -> Self {
+        Self { total: usize::MAX, per_owner: usize::MAX }
+    }
 }
 
 /// The answer to an accepted prompt.
@@ -105,6 +130,15 @@ pub struct Refused {
     pub error: Json,
     /// Errors by node id.
     pub node_errors: Json,
+    /// Whether only the length of the queue is in the way.
+    pub is_queue_full: bool,
+}
+
+impl Refused {
+    fn full(kind: &str, message: String) -> Box<Self> {
+        let error = json!({"type": kind, "message": message, "details": message, "extra_info": {}});
+        Box::new(Self { error, node_errors: json!({}), is_queue_full: true })
+    }
 }
 
 /// What runs and what waits: tuples `[number, id, prompt, extra_data, outputs]`.
@@ -120,10 +154,10 @@ pub struct QueueSnapshot {
 struct Running {
     job: Arc<Job>,
     is_interrupted: AtomicBool,
-    /// The node that runs now.
-    node: Mutex<Option<Id>>,
     /// The thread that runs it.
     thread: OnceLock<ThreadId>,
+    /// How far it is, for whoever asks or connects late.
+    live: Mutex<Live>,
 }
 
 /// What the lock guards.
@@ -131,6 +165,8 @@ struct State {
     queue: PendingQueue,
     running: Vec<Arc<Running>>,
     history: History,
+    /// Prompts taken out of the queue before they ran.
+    cancelled: History,
     free: FreeRequest,
     next_number: i64,
     is_shut_down: bool,
@@ -158,6 +194,27 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+impl State {
+    /// Whether one more prompt may wait.
+    fn check_room(&self, job: &Job, limits: QueueLimits) -> Result<(), Box<Refused>> {
+        let total = self.queue.len() + self.running.len();
+        if total >= limits.total {
+            let message = format!("the queue is full: {total} prompts run or wait; try again later");
+            return Err(Refused::full("queue_full", message));
+        }
+        let Some(owner) = job.owner.as_deref().filter(|_| limits.per_owner < limits.total) else {
+            return Ok(());
+        };
+        let runs = self.running.iter().filter(|r| r.job.owner.as_deref() == Some(owner)).count();
+        let mine = runs + self.queue.count_of(owner);
+        if mine >= limits.per_owner {
+            let message = format!("{mine} of your prompts run or wait, which is the limit; try again later");
+            return Err(Refused::full("client_queue_full", message));
+        }
+        Ok(())
+    }
+}
+
 impl Shared {
     fn emit(&self, client_id: Option<Id>, kind: EventKind) {
         // An error only says that nobody listens.
@@ -183,8 +240,8 @@ impl Shared {
                 let running = Arc::new(Running {
                     job,
                     is_interrupted: AtomicBool::new(false),
-                    node: Mutex::new(None),
                     thread: OnceLock::new(),
+                    live: Mutex::new(Live::default()),
                 });
                 state.running.push(running.clone());
                 self.emit_status(&state);
@@ -244,6 +301,7 @@ impl Engine {
             queue: PendingQueue::default(),
             running: Vec::new(),
             history: History::new(history_cap),
+            cancelled: History::new(CANCELLED_CAP.min(history_cap)),
             free: FreeRequest::default(),
             next_number: 0,
             is_shut_down: false,
@@ -289,28 +347,47 @@ impl Engine {
     /// Checks a prompt and queues it.
     pub fn submit(&self, submission: Submission) -> Result<Accepted, Box<Refused>> {
         let Submission { mut prompt, prompt_id, number, front, mut extra_data, client_id, .. } = submission;
+        let (owner, limits) = (submission.owner.map(Id::from), submission.limits);
         let number = self.take_number(number, front);
         let targets = submission.partial_execution_targets;
-        let validated = graph::validate(&mut prompt, &self.shared.catalog, targets.as_deref())
-            .map_err(|r| Box::new(Refused { error: r.error, node_errors: r.node_errors }))?;
+        let validated =
+            graph::validate(&mut prompt, &self.shared.catalog, targets.as_deref()).map_err(|r| {
+                Box::new(Refused { error: r.error, node_errors: r.node_errors, is_queue_full: false })
+            })?;
         if let Some(client_id) = client_id {
             extra_data.insert("client_id".to_owned(), Json::String(client_id));
         }
         let prompt_id = prompt_id.unwrap_or_else(|| uuid::Uuid::new_v4().to_string());
-        let job = Arc::new(Job {
+        let job = Job {
             number: number.clone(),
             id: prompt_id.as_str().into(),
             prompt,
             client_id: extra_data.get("client_id").and_then(Json::as_str).map(Id::from),
             extra_data,
             outputs: validated.outputs,
-        });
+            owner,
+            created_ms: events::now_ms(),
+        };
         let mut state = lock(&self.shared.state);
+        state.check_room(&job, limits)?;
         state.queue.push(job);
         self.shared.emit_status(&state);
         drop(state);
         self.shared.wake.notify_one();
         Ok(Accepted { prompt_id, number, node_errors: validated.node_errors })
+    }
+
+    /// Checks a prompt without queueing it.
+    pub fn validate(&self, submission: Submission) -> Result<graph::Validated, Box<Refused>> {
+        let Submission { mut prompt, partial_execution_targets: targets, .. } = submission;
+        graph::validate(&mut prompt, &self.shared.catalog, targets.as_deref()).map_err(|r| {
+            Box::new(Refused { error: r.error, node_errors: r.node_errors, is_queue_full: false })
+        })
+    }
+
+    /// A workflow as the web page saves it, as a prompt.
+    pub fn convert_workflow(&self, workflow: &Json) -> Result<Json, graph::WorkflowError> {
+        graph::convert_workflow(workflow, &|class| self.shared.catalog.class(class).map(|c| &c.schema))
     }
 
     /// The given priority or the next number. Counts up in every case, as ComfyUI does.
@@ -328,12 +405,28 @@ impl Engine {
     pub fn queue(&self) -> QueueSnapshot {
         let state = lock(&self.shared.state);
         let running: Vec<_> = state.running.iter().map(|r| r.job.clone()).collect();
-        let pending = state.queue.jobs();
+        let pending = state.queue.waiting();
         drop(state);
         QueueSnapshot {
             running: running.iter().map(|job| job.to_json()).collect(),
-            pending: pending.iter().map(|job| job.to_json()).collect(),
+            pending: pending.iter().map(|waiting| waiting.job().to_json()).collect(),
         }
+    }
+
+    /// `{"queue_running": […], "queue_pending": […]}`, made without the trees.
+    pub fn queue_text(&self) -> String {
+        let state = lock(&self.shared.state);
+        let running: Vec<_> = state.running.iter().map(|r| r.job.clone()).collect();
+        let pending = state.queue.waiting();
+        drop(state);
+        let running: Vec<Json> = running.iter().map(|job| job.to_json()).collect();
+        let mut text = format!("{{\"queue_running\":{},\"queue_pending\":[", Json::Array(running));
+        for (i, waiting) in pending.iter().enumerate() {
+            text.push_str(if i > 0 { "," } else { "" });
+            waiting.write(&mut text);
+        }
+        text.push_str("]}");
+        text
     }
 
     /// Running plus waiting prompts.
@@ -346,18 +439,21 @@ impl Engine {
     /// Returns how many were taken out.
     pub fn delete_pending(&self, ids: &[String]) -> usize {
         let mut state = lock(&self.shared.state);
-        let count = state.queue.delete(ids);
+        let jobs = state.queue.delete(ids);
+        let count = jobs.len();
         if count > 0 {
             self.shared.emit_status(&state);
         }
+        self.shared.note_cancelled(&mut state, jobs);
         count
     }
 
     /// Takes all waiting prompts out of the queue.
     pub fn clear_pending(&self) {
         let mut state = lock(&self.shared.state);
-        state.queue.clear();
+        let jobs = state.queue.clear();
         self.shared.emit_status(&state);
+        self.shared.note_cancelled(&mut state, jobs);
     }
 
     /// Asks the running prompt of that id to stop, or any that runs. Does nothing while idle.
@@ -396,12 +492,17 @@ impl Engine {
     /// Forgets finished prompts.
     pub fn delete_history(&self, ids: &[String]) {
         let mut state = lock(&self.shared.state);
-        ids.iter().for_each(|id| state.history.delete(id));
+        for id in ids {
+            state.history.delete(id);
+            state.cancelled.delete(id);
+        }
     }
 
     /// Forgets all finished prompts.
     pub fn clear_history(&self) {
-        lock(&self.shared.state).history.clear();
+        let mut state = lock(&self.shared.state);
+        state.history.clear();
+        state.cancelled.clear();
     }
 
     /// The device that diffusion models run on, and its memory.
@@ -432,7 +533,7 @@ impl Engine {
     pub fn executing(&self, client_id: &str) -> Option<(String, String)> {
         let state = lock(&self.shared.state);
         state.running.iter().filter(|r| r.job.client_id.as_deref() == Some(client_id)).find_map(|r| {
-            let node = lock(&r.node).clone()?;
+            let (node, _) = lock(&r.live).current.clone()?;
             Some((r.job.id.to_string(), node.to_string()))
         })
     }

@@ -80,6 +80,12 @@ impl<'a> Progress<'a> {
         let entry = states.entry(node);
         entry.value = entry.max.clone();
         entry.is_finished = true;
+        let id = entry.node.clone();
+        {
+            let mut live = lock(&self.running.live);
+            live.done.insert(id);
+            live.step = None;
+        }
         self.send_states(&mut states, false);
     }
 
@@ -97,6 +103,7 @@ impl<'a> Progress<'a> {
         if !states.is_unsent {
             states.last_sent = Some(Instant::now());
             let prompt_id = self.running.job.id.clone();
+            lock(&self.running.live).states.clone_from(&states.nodes);
             self.send(EventKind::ProgressState { prompt_id, nodes: states.nodes.clone() });
         }
     }
@@ -112,6 +119,13 @@ impl ProgressSink for Progress<'_> {
         let entry = states.entry(node_id);
         (entry.value, entry.max) = (value.into(), max.into());
         let node = entry.node.clone();
+        {
+            let mut live = lock(&self.running.live);
+            live.step = Some((value, max));
+            if let Some(preview) = &preview {
+                live.preview = Some((node.clone(), preview.clone()));
+            }
+        }
         self.send_states(&mut states, false);
         let prompt_id = self.running.job.id.clone();
         self.send(EventKind::Progress { value, max, prompt_id, node, preview });

@@ -13,6 +13,7 @@
 //! Model folders are the operator's: links inside them are followed, names are
 //! checked as text all the same ([`models`]).
 
+pub mod assets;
 mod clock;
 mod error;
 mod extra_paths;

@@ -10,6 +10,7 @@ mod prompt;
 mod python;
 pub mod schema;
 mod validate;
+mod workflow;
 
 use serde_json::{Map, Value as Json};
 
@@ -18,6 +19,7 @@ pub use prompt::{Graph, GraphNode, Source};
 pub use python::{repr, text};
 pub use schema::{ComboSource, FileList, Input, InputKind, Output, Presence, Schema};
 pub use validate::{Refusal, Validated, validate};
+pub use workflow::{WorkflowError, convert_workflow, is_ui_workflow};
 
 /// Gives the file names behind a [`FileList`], as they are now.
 pub trait FileLists {

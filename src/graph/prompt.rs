@@ -98,6 +98,18 @@ impl Graph {
         self.index.get(id).copied()
     }
 
+    /// For each node, whether one of these is made from it (or is it).
+    pub fn needed_for(&self, outputs: impl Iterator<Item = usize>) -> Vec<bool> {
+        let mut needed = vec![false; self.nodes.len()];
+        let mut stack: Vec<usize> = outputs.collect();
+        while let Some(node) = stack.pop() {
+            if !std::mem::replace(&mut needed[node], true) {
+                stack.extend(self.nodes[node].upstream());
+            }
+        }
+        needed
+    }
+
     /// Sources first; without the nodes that can't run because a cycle or a
     /// dangling link is upstream.
     pub fn topological(&self) -> Vec<usize> {

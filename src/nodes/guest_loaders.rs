@@ -96,7 +96,6 @@ impl Node for GligenLoader {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use crate::nodes::registry;
 
     #[test]

@@ -8,16 +8,19 @@
 use std::convert::Infallible;
 use std::future::Future;
 use std::io;
+use std::net::IpAddr;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
+use tokio_rustls::TlsAcceptor;
 
 use super::App;
 use super::http::Peer;
@@ -68,8 +71,9 @@ async fn accept(
     loop {
         let Ok(place) = places.clone().acquire_owned().await else { return };
         match listener.accept().await {
-            Ok((stream, _)) => {
-                tokio::spawn(serve(stream, app.clone(), place, stopping.clone()));
+            Ok((stream, address)) => {
+                let address = address.ip().to_canonical();
+                tokio::spawn(open(stream, address, app.clone(), place, stopping.clone()));
             }
             Err(error) => {
                 // out of file descriptors, or the peer is gone already: neither ends the server
@@ -80,25 +84,44 @@ async fn accept(
     }
 }
 
-async fn serve(
+/// Shakes hands if the connection is to be encrypted, then serves it.
+async fn open(
     stream: TcpStream,
+    address: IpAddr,
     app: Arc<App>,
     place: OwnedSemaphorePermit,
-    mut stopping: watch::Receiver<bool>,
+    stopping: watch::Receiver<bool>,
 ) {
     let via_loopback = stream.local_addr().is_ok_and(|a| a.ip().to_canonical().is_loopback());
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%error, "TCP_NODELAY");
     }
+    let stream = GuardedStream::new(stream, app.config.limits.write_timeout);
+    let is_tls = app.config.tls.is_some();
+    let peer = Peer { via_loopback, is_tls, address: Some(address), _place: Arc::new(place) };
+    let Some(tls) = app.config.tls.clone() else { return serve(stream, app, peer, stopping).await };
+    let handshake = TlsAcceptor::from(tls).accept(stream);
+    match timeout(app.config.limits.header_timeout, handshake).await {
+        Ok(Ok(stream)) => serve(stream, app, peer, stopping).await,
+        Ok(Err(error)) => tracing::debug!(%error, "no TLS handshake"),
+        Err(_) => tracing::debug!("the TLS handshake took too long"),
+    }
+}
+
+async fn serve(
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    app: Arc<App>,
+    peer: Peer,
+    mut stopping: watch::Receiver<bool>,
+) {
     let limits = &app.config.limits;
-    let io = TokioIo::new(GuardedStream::new(stream, limits.write_timeout));
+    let io = TokioIo::new(stream);
     let mut builder = hyper::server::conn::http1::Builder::new();
     builder
         .timer(TokioTimer::new())
         .header_read_timeout(limits.header_timeout)
         .max_headers(MAX_HEADERS)
         .max_buf_size(HEAD_BYTES);
-    let peer = Peer { via_loopback, _place: Arc::new(place) };
     let service = service_fn(|request| {
         let (app, peer) = (app.clone(), peer.clone());
         async move { Ok::<_, Infallible>(router::answer(app, peer, request).await) }

@@ -1,20 +1,21 @@
 //! What a handler takes and gives: [`Call`] in, [`Response`] or [`Failure`] out.
 //!
-//! The one table from errors to HTTP is [`Failure::into_response`].
+//! The one table from errors to HTTP is [`Failure::into_response`]; [`ErrorStyle`] says in which form.
 
 use std::io;
+use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
 use hyper::body::{Frame, Incoming, SizeHint};
-use hyper::header::{CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER};
+use hyper::header::{ACCEPT, CONTENT_TYPE, HOST, HeaderName, HeaderValue, RETRY_AFTER, WWW_AUTHENTICATE};
 use hyper::{HeaderMap, StatusCode, http};
 use percent_encoding::percent_decode_str;
 use serde_json::{Value as Json, json};
 use tokio::io::{AsyncRead, ReadBuf};
-use tokio::sync::OwnedSemaphorePermit;
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
 use super::App;
 use super::json::{self, JsonError};
@@ -42,6 +43,8 @@ pub enum Body {
         /// Holds one piece.
         buffer: Vec<u8>,
     },
+    /// Pieces as they come, until the sender is dropped.
+    Stream(mpsc::Receiver<Bytes>),
 }
 
 impl Body {
@@ -60,6 +63,7 @@ impl hyper::body::Body for Body {
             Body::Bytes(bytes) if bytes.is_empty() => Poll::Ready(None),
             Body::Bytes(bytes) => Poll::Ready(Some(Ok(Frame::data(std::mem::take(bytes))))),
             Body::File { left: 0, .. } => Poll::Ready(None),
+            Body::Stream(pieces) => pieces.poll_recv(cx).map(|piece| piece.map(|p| Ok(Frame::data(p)))),
             Body::File { file, left, buffer } => {
                 buffer.resize(FILE_CHUNK.min(usize::try_from(*left).unwrap_or(FILE_CHUNK)), 0);
                 let mut piece = ReadBuf::new(buffer);
@@ -85,10 +89,11 @@ impl hyper::body::Body for Body {
     }
 
     fn size_hint(&self) -> SizeHint {
-        SizeHint::with_exact(match self {
-            Body::Bytes(bytes) => bytes.len() as u64,
-            Body::File { left, .. } => *left,
-        })
+        match self {
+            Body::Bytes(bytes) => SizeHint::with_exact(bytes.len() as u64),
+            Body::File { left, .. } => SizeHint::with_exact(*left),
+            Body::Stream(_) => SizeHint::new(),
+        }
     }
 }
 
@@ -97,6 +102,10 @@ impl hyper::body::Body for Body {
 pub(super) struct Peer {
     /// The connection came in on a loopback address.
     pub(super) via_loopback: bool,
+    /// The connection is encrypted.
+    pub(super) is_tls: bool,
+    /// The other end.
+    pub(super) address: Option<IpAddr>,
     /// The connection's place among the allowed ones; a WebSocket keeps it.
     pub(super) _place: Arc<OwnedSemaphorePermit>,
 }
@@ -111,6 +120,8 @@ pub(super) struct Call {
     pub(super) params: Vec<(String, String)>,
     /// The connection.
     pub(super) peer: Peer,
+    /// The name of the API key that was shown, if keys are asked for.
+    pub(super) key_name: Option<Arc<str>>,
 }
 
 /// Decodes `%xx`; bytes that are not UTF-8 become U+FFFD.
@@ -130,6 +141,24 @@ impl Call {
     /// The request's headers.
     pub(super) fn headers(&self) -> &HeaderMap {
         self.request.headers()
+    }
+
+    /// Who counts as the sender of prompts: the API key's name, else the peer's address.
+    pub(super) fn owner(&self) -> Option<String> {
+        let address = || self.peer.address.map(|address| address.to_string());
+        self.key_name.as_ref().map(|name| format!("key {name}")).or_else(address)
+    }
+
+    /// In what idempotency keys are told apart: the kind of request, and whose it is.
+    pub(super) fn idempotency_scope(&self, what: &str) -> String {
+        format!("{what} {}", self.key_name.as_deref().unwrap_or_default())
+    }
+
+    /// This server's address as the client sees it, such as `http://127.0.0.1:8188`.
+    pub(super) fn base_url(&self) -> String {
+        let scheme = if self.peer.is_tls { "https" } else { "http" };
+        let host = self.headers().get(HOST).and_then(|v| v.to_str().ok()).unwrap_or("127.0.0.1");
+        format!("{scheme}://{host}")
     }
 
     /// A path parameter, or an empty text.
@@ -191,6 +220,18 @@ pub(super) enum Failure {
         /// `error.message` and `error.details`.
         message: String,
     },
+    /// A status with a code that programs read, and more about it.
+    #[error("{status}: {code}: {message}")]
+    Coded {
+        /// The status.
+        status: StatusCode,
+        /// What happened, for programs.
+        code: &'static str,
+        /// What happened, for people.
+        message: String,
+        /// More about it; null if there is no more.
+        details: Json,
+    },
     /// The body could not be read.
     #[error(transparent)]
     Body(#[from] BodyError),
@@ -217,39 +258,131 @@ impl Failure {
         Failure::Text(StatusCode::INTERNAL_SERVER_ERROR, error.to_string())
     }
 
-    /// The answer.
-    pub(super) fn into_response(self) -> Response {
+    /// A failure with a code that programs read.
+    pub(super) fn coded(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
+        Failure::Coded { status, code, message: message.into(), details: Json::Null }
+    }
+
+    /// The status of the answer.
+    fn status(&self) -> StatusCode {
         match self {
-            Failure::Status(status) => empty(status),
-            Failure::Text(status, message) => text(status, message),
-            Failure::Refused { kind, message } => refused(kind, &message),
-            Failure::Json(error) => refused("invalid_json", &error.to_string()),
-            Failure::Body(error) => {
-                let status = match error {
-                    BodyError::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
-                    BodyError::TooSlow { .. } => StatusCode::REQUEST_TIMEOUT,
-                    BodyError::Busy => StatusCode::SERVICE_UNAVAILABLE,
-                    BodyError::Transport(_) => StatusCode::BAD_REQUEST,
-                };
-                let is_busy = matches!(error, BodyError::Busy);
-                let mut response = text(status, error.to_string());
-                // the rest of the body is not read, so the connection can't be used again
-                response.headers_mut().insert(http::header::CONNECTION, HeaderValue::from_static("close"));
-                if is_busy {
-                    response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
-                }
-                response
-            }
+            Failure::Status(status) | Failure::Text(status, _) | Failure::Coded { status, .. } => *status,
+            Failure::Refused { .. } | Failure::Json(_) => StatusCode::BAD_REQUEST,
+            Failure::Body(error) => match error {
+                BodyError::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
+                BodyError::TooSlow { .. } => StatusCode::REQUEST_TIMEOUT,
+                BodyError::Busy => StatusCode::SERVICE_UNAVAILABLE,
+                BodyError::Transport(_) => StatusCode::BAD_REQUEST,
+            },
         }
+    }
+
+    /// The answer, in the form that the client expects.
+    pub(super) fn into_response(self, style: ErrorStyle) -> Response {
+        let (is_busy, is_body) =
+            (matches!(self, Failure::Body(BodyError::Busy)), matches!(self, Failure::Body(_)));
+        let mut response = style.answer(self);
+        if is_body {
+            // the rest of the body is not read, so the connection can't be used again
+            response.headers_mut().insert(http::header::CONNECTION, HeaderValue::from_static("close"));
+        }
+        if response.status() == StatusCode::UNAUTHORIZED {
+            set(&mut response, WWW_AUTHENTICATE, "Bearer");
+        }
+        match response.status() {
+            _ if is_busy => set(&mut response, RETRY_AFTER, "1"),
+            StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE => {
+                set(&mut response, RETRY_AFTER, "5");
+            }
+            _ => {}
+        }
+        response
     }
 }
 
-fn refused(kind: &str, message: &str) -> Response {
-    let body = json!({
-        "error": {"type": kind, "message": message, "details": message, "extra_info": {}},
-        "node_errors": {},
-    });
-    json_response(StatusCode::BAD_REQUEST, &body)
+/// How errors look. ComfyUI's own routes answer many without a body, or with a line of
+/// text, and its clients know that; who asks for JSON, or uses a newer surface, gets JSON.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum ErrorStyle {
+    /// As ComfyUI 0.3.64.
+    Comfy,
+    /// Always ComfyUI's JSON object: the client says `Accept: application/json`.
+    Json,
+    /// `{"error": {code, message, details}}`: Comfy API v2 and assets.
+    Coded,
+    /// `{"error": {message, type, param, code}}`: the OpenAI-like routes.
+    OpenAi,
+}
+
+/// Routes whose errors carry codes.
+const CODED_PATHS: &[&str] = &["/v2/jobs", "/v2/assets", "/v2/health", "/assets", "/tags"];
+
+impl ErrorStyle {
+    /// The style for a request.
+    pub(super) fn of(path: &str, headers: &HeaderMap) -> Self {
+        let bare = path.strip_prefix("/api").filter(|rest| rest.starts_with('/'));
+        let is_below = |prefix: &&str| {
+            let path = if prefix.starts_with("/v2") { bare.unwrap_or(path) } else { bare.unwrap_or("") };
+            path.strip_prefix(*prefix).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+        };
+        if CODED_PATHS.iter().any(|prefix| is_below(prefix)) {
+            return Self::Coded;
+        }
+        if bare.unwrap_or(path).starts_with("/v1/") {
+            return Self::OpenAi;
+        }
+        let mut accepted = headers.get_all(ACCEPT).iter().filter_map(|v| v.to_str().ok());
+        if accepted.any(|v| v.contains("application/json")) { Self::Json } else { Self::Comfy }
+    }
+
+    fn answer(self, failure: Failure) -> Response {
+        let status = failure.status();
+        let (code, message, details) = match failure {
+            Failure::Status(status) if self == Self::Comfy => return empty(status),
+            Failure::Text(status, message) if self == Self::Comfy => return text(status, message),
+            Failure::Body(error) if self == Self::Comfy => return text(status, error.to_string()),
+            Failure::Refused { kind, message } => (kind, message, Json::Null),
+            Failure::Json(error) => ("invalid_json", error.to_string(), Json::Null),
+            Failure::Coded { code, message, details, .. } => (code, message, details),
+            Failure::Text(status, message) => (code_of(status), message, Json::Null),
+            Failure::Status(status) => (code_of(status), reason(status), Json::Null),
+            Failure::Body(error) => (code_of(status), error.to_string(), Json::Null),
+        };
+        let body = match self {
+            Self::Comfy | Self::Json => json!({
+                "error": {"type": code, "message": message, "details": message, "extra_info": {}},
+                "node_errors": {},
+            }),
+            Self::Coded => json!({"error": {"code": code, "message": message, "details": details}}),
+            Self::OpenAi => {
+                let kind = if status.is_client_error() { "invalid_request_error" } else { "server_error" };
+                json!({"error": {"message": message, "type": kind, "param": null, "code": code}})
+            }
+        };
+        json_response(status, &body)
+    }
+}
+
+/// A status in words.
+fn reason(status: StatusCode) -> String {
+    status.canonical_reason().unwrap_or("error").to_owned()
+}
+
+/// A status as a code that programs read.
+fn code_of(status: StatusCode) -> &'static str {
+    match status {
+        StatusCode::UNAUTHORIZED => "unauthorized",
+        StatusCode::FORBIDDEN => "forbidden",
+        StatusCode::NOT_FOUND => "not_found",
+        StatusCode::METHOD_NOT_ALLOWED => "method_not_allowed",
+        StatusCode::REQUEST_TIMEOUT => "request_timeout",
+        StatusCode::PAYLOAD_TOO_LARGE => "payload_too_large",
+        StatusCode::URI_TOO_LONG => "uri_too_long",
+        StatusCode::TOO_MANY_REQUESTS => "too_many_requests",
+        StatusCode::SERVICE_UNAVAILABLE => "unavailable",
+        status if status.is_server_error() => "internal_error",
+        _ => "invalid_request",
+    }
 }
 
 fn with_type(status: StatusCode, content_type: &'static str, body: impl Into<Bytes>) -> Response {

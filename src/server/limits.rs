@@ -39,6 +39,14 @@ pub struct Limits {
     pub buffered_bytes: usize,
     /// Running and waiting prompts; further ones are refused with 429.
     pub queued_prompts: usize,
+    /// Running and waiting prompts of one client (an API key, else an address).
+    pub prompts_per_client: usize,
+    /// Longest path with query.
+    pub uri_bytes: usize,
+    /// Nodes in one prompt.
+    pub prompt_nodes: usize,
+    /// Open event streams; further ones are refused with 429.
+    pub event_streams: usize,
     /// How long open requests may take to end after the engine has stopped.
     pub drain_timeout: Duration,
 }
@@ -56,6 +64,10 @@ impl Default for Limits {
             max_json_bytes: 32 * 1024 * 1024,
             buffered_bytes: 256 * 1024 * 1024,
             queued_prompts: 10_000,
+            prompts_per_client: usize::MAX,
+            uri_bytes: 16 * 1024,
+            prompt_nodes: 50_000,
+            event_streams: 256,
             drain_timeout: Duration::from_secs(5),
         }
     }

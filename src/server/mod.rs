@@ -9,12 +9,14 @@
 //! | --- | --- |
 //! | [`connection`] | accept, serve, shut down |
 //! | [`stream`], [`limits`] | what a peer may cost: time, bytes, memory |
+//! | [`auth`], [`tls`] | who may come in, and that nobody listens |
+//! | [`endings`] | who waits for the end of a prompt |
 //! | [`router`], [`origin`], [`compress`] | what every request and answer passes |
-//! | [`http`], [`json`], [`download`] | bodies and answers |
 //! | [`users`], [`log`] | whose data it is; the last lines of the log |
+//! | [`http`], [`json`], [`download`], [`outputs`] | bodies and answers |
 //! | [`frontend`] | files of an installed web page |
-//! | [`routes`] | one file a group of routes |
-//! | [`ws`] | events to clients |
+//! | [`routes`], [`openapi`] | one file a group of routes; their description |
+//! | [`ws`], [`webhook`] | events to clients |
 //!
 //! hyper is used directly: four middlewares are clearer as four functions.
 //! Nothing here waits for a node, and whatever takes CPU time (validation,
@@ -33,22 +35,28 @@
 //! # }
 //! ```
 
+mod auth;
 mod compress;
 mod connection;
 mod download;
+mod endings;
 mod frontend;
 mod host;
 mod http;
 mod json;
 mod limits;
 mod log;
+mod openapi;
 mod origin;
+mod outputs;
 mod router;
 mod routes;
 mod stream;
 #[cfg(test)]
 mod tests;
+pub mod tls;
 mod users;
+mod webhook;
 mod ws;
 
 use std::path::PathBuf;
@@ -62,12 +70,16 @@ use tokio::time::Instant;
 
 use crate::engine::Engine;
 use crate::files::Folders;
+use crate::files::assets::AssetStore;
+pub use auth::{Auth, KeyFileError};
 pub use connection::run;
+use endings::Endings;
 use limits::BodyBudget;
 pub use limits::Limits;
 pub use log::LogTail;
 pub use origin::OriginPolicy;
 use router::Router;
+use routes::Idempotency;
 use users::Users;
 pub use users::UsersError;
 use ws::Sockets;
@@ -85,6 +97,14 @@ pub struct ServerConfig {
     pub limits: Limits,
     /// Which web pages may talk to the server.
     pub origin: OriginPolicy,
+    /// The API keys; without any, everybody may use the server.
+    pub auth: Auth,
+    /// Certificate and key, if connections are encrypted (see [`tls::load`]).
+    pub tls: Option<Arc<tokio_rustls::rustls::ServerConfig>>,
+    /// Whether webhooks may go to private addresses and to plain HTTP.
+    pub allow_private_webhooks: bool,
+    /// Pause before a webhook is told again; each further one is four times as long.
+    pub webhook_pause: Duration,
     /// Whether text answers are compressed for clients that accept gzip.
     pub compress: bool,
     /// Longer side of previews in pixels; the node's own choice if not given.
@@ -106,6 +126,10 @@ impl Default for ServerConfig {
         Self {
             limits: Limits::default(),
             origin: OriginPolicy::default(),
+            auth: Auth::default(),
+            tls: None,
+            allow_private_webhooks: false,
+            webhook_pause: Duration::from_secs(1),
             compress: false,
             preview_size: None,
             shutdown_timeout: Duration::from_secs(60),
@@ -126,6 +150,14 @@ pub struct App {
     router: Router,
     sockets: Sockets,
     body_budget: BodyBudget,
+    /// Uploads and results, by id and by hash.
+    assets: Arc<AssetStore>,
+    /// Who waits for the end of a prompt.
+    endings: Endings,
+    /// Keys of submissions that were taken.
+    idempotency: Idempotency,
+    /// Places for live event streams.
+    event_streams: Arc<Semaphore>,
     /// Places for decoding pictures, which takes memory in proportion to their size.
     image_slots: Semaphore,
     is_stopping: AtomicBool,
@@ -140,6 +172,9 @@ pub enum SetupError {
     /// The list of users can't be used.
     #[error(transparent)]
     Users(#[from] UsersError),
+    /// The list of uploads is there but can't be read.
+    #[error("the list of assets can't be read: {0}")]
+    Assets(#[from] std::io::Error),
 }
 
 impl App {
@@ -152,7 +187,11 @@ impl App {
         Ok(Arc::new(Self {
             engine,
             users: Users::open(folders.clone(), config.multi_user)?,
+            assets: Arc::new(AssetStore::open(folders.clone())?),
             folders,
+            endings: Endings::default(),
+            idempotency: Idempotency::default(),
+            event_streams: Arc::new(Semaphore::new(config.limits.event_streams)),
             body_budget: BodyBudget::new(config.limits.buffered_bytes),
             config,
             router: routes::all().build()?,

@@ -63,7 +63,7 @@ fn is_loopback(host: &str) -> bool {
 }
 
 /// Whether `Origin: scheme://host[:port]` names the same host and port as `Host`.
-fn same_place(origin: &str, host: &str) -> bool {
+pub(super) fn same_place(origin: &str, host: &str) -> bool {
     let Some((scheme, authority)) = origin.split_once("://") else { return false };
     let default_port = match scheme {
         "http" => "80",

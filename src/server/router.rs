@@ -1,7 +1,8 @@
 //! From a path to a handler, and what every answer gets on its way out.
 //!
 //! Every route answers under its own path and under `/api` + path, except
-//! `/internal/*`. A wrong method is 405 with `Allow`; `GET` on a route that only
+//! `/internal/*` and what is written with `/api` here (a web page's own files lie
+//! under `/assets`, for one). A wrong method is 405 with `Allow`; `GET` on a route that only
 //! takes `POST` is 404, as in ComfyUI, where a file could have that name.
 
 use std::future::Future;
@@ -9,13 +10,15 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use hyper::body::Incoming;
-use hyper::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, HeaderName, HeaderValue, X_CONTENT_TYPE_OPTIONS};
+use hyper::header::{
+    ALLOW, CACHE_CONTROL, CONTENT_TYPE, HeaderName, HeaderValue, SET_COOKIE, X_CONTENT_TYPE_OPTIONS,
+};
 use hyper::{HeaderMap, Method, Request, StatusCode};
 
 use super::App;
 use super::compress;
 use super::frontend;
-use super::http::{self, Call, Failure, Peer, Response};
+use super::http::{self, Call, ErrorStyle, Failure, Peer, Response};
 use super::origin::Refusal;
 
 type Outcome = Pin<Box<dyn Future<Output = Result<Response, Failure>> + Send>>;
@@ -84,11 +87,19 @@ impl Router {
         self.on(Method::POST, path, handler)
     }
 
+    /// Every method and path pattern, without the `/api` aliases.
+    pub(super) fn patterns(&self) -> Vec<(Method, String)> {
+        let of = |(path, entry): &(String, Entry)| {
+            entry.handlers.iter().map(|(method, _)| (method.clone(), path.clone())).collect::<Vec<_>>()
+        };
+        self.routes.iter().flat_map(of).collect()
+    }
+
     /// Builds the lookup table.
     pub(super) fn build(mut self) -> Result<Self, matchit::InsertError> {
         for (path, entry) in &self.routes {
             self.table.insert(path.clone(), entry.clone())?;
-            if !path.starts_with("/internal") && path != "/" {
+            if !path.starts_with("/internal") && !path.starts_with("/api/") && path != "/" {
                 self.table.insert(format!("/api{path}"), entry.clone())?;
             }
         }
@@ -99,6 +110,7 @@ impl Router {
 /// Answers one request.
 pub(super) async fn answer(app: Arc<App>, peer: Peer, request: Request<Incoming>) -> Response {
     let (method, uri) = (request.method().clone(), request.uri().clone());
+    let cookie = app.config.auth.cookie_for(&request);
     let accepts_gzip = compress::accepts_gzip(request.headers());
     let wanted_type = wanted_type(request.headers());
     let mut response = match app.config.origin.check(&method, request.headers(), peer.via_loopback) {
@@ -106,10 +118,16 @@ pub(super) async fn answer(app: Arc<App>, peer: Peer, request: Request<Incoming>
         Ok(()) => route(app.clone(), peer, request).await,
         Err(refusal) => refuse(refusal, request.headers().get("host")),
     };
-    if let Some(kind) = wanted_type.filter(|_| response.status() == StatusCode::NOT_FOUND) {
+    // what has a type already is an error in JSON or a line of text
+    let is_bare =
+        response.status() == StatusCode::NOT_FOUND && !response.headers().contains_key(CONTENT_TYPE);
+    if let Some(kind) = wanted_type.filter(|_| is_bare) {
         http::set(&mut response, CONTENT_TYPE, kind);
     }
     finish(&mut response, uri.path());
+    if let Some(cookie) = cookie {
+        response.headers_mut().insert(SET_COOKIE, cookie);
+    }
     app.config.origin.add_cors(response.headers_mut());
     if app.config.compress && accepts_gzip {
         response = compress::gzip(response).await;
@@ -141,8 +159,18 @@ fn refuse(refusal: Refusal, host: Option<&HeaderValue>) -> Response {
 }
 
 async fn route(app: Arc<App>, peer: Peer, request: Request<Incoming>) -> Response {
+    let style = ErrorStyle::of(request.uri().path(), request.headers());
+    let uri_bytes = request.uri().path_and_query().map_or(0, |p| p.as_str().len());
+    if uri_bytes > app.config.limits.uri_bytes {
+        let message = format!("the address has {uri_bytes} bytes; {} are read", app.config.limits.uri_bytes);
+        return Failure::Text(StatusCode::URI_TOO_LONG, message).into_response(style);
+    }
+    let key_name = match app.config.auth.check(&request) {
+        Ok(name) => name,
+        Err(failure) => return failure.into_response(style),
+    };
     let (entry, params) = match app.router.table.at(request.uri().path()) {
-        Err(_) => return no_route(&app, &request).await,
+        Err(_) => return no_route(&app, &request, style).await,
         Ok(found) => {
             let params = found.params.iter().map(|(k, v)| (k.to_owned(), http::decode(v))).collect();
             (found.value.clone(), params)
@@ -151,31 +179,32 @@ async fn route(app: Arc<App>, peer: Peer, request: Request<Incoming>) -> Respons
     let method = request.method();
     let Some(handler) = entry.find(method) else {
         if matches!(*method, Method::GET | Method::HEAD) {
-            return no_route(&app, &request).await;
+            return no_route(&app, &request, style).await;
         }
-        let mut response = http::text(StatusCode::METHOD_NOT_ALLOWED, "405: Method Not Allowed");
+        let refused = Failure::Text(StatusCode::METHOD_NOT_ALLOWED, "405: Method Not Allowed".to_owned());
+        let mut response = refused.into_response(style);
         if let Ok(allow) = HeaderValue::from_str(&entry.allowed()) {
             response.headers_mut().insert(ALLOW, allow);
         }
         return response;
     };
-    match handler(Call { app, request, params, peer }).await {
+    match handler(Call { app, request, params, peer, key_name }).await {
         Ok(response) => response,
         Err(failure) => {
             tracing::debug!(target: "kiln::http", %failure);
-            failure.into_response()
+            failure.into_response(style)
         }
     }
 }
 
 /// A file of `--front-end-root`, or 404.
-async fn no_route(app: &App, request: &Request<Incoming>) -> Response {
+async fn no_route(app: &App, request: &Request<Incoming>, style: ErrorStyle) -> Response {
     let root = app.config.front_end_root.as_ref();
     match root.filter(|_| matches!(*request.method(), Method::GET | Method::HEAD)) {
         Some(root) => frontend::serve(root, request.uri().path(), request.headers())
             .await
-            .unwrap_or_else(Failure::into_response),
-        None => http::empty(StatusCode::NOT_FOUND),
+            .unwrap_or_else(|failure| failure.into_response(style)),
+        None => Failure::NOT_FOUND.into_response(style),
     }
 }
 

@@ -51,6 +51,11 @@ impl Server {
         format!("http://{}", self.address)
     }
 
+    /// Where it listens: address and port.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
     /// How many lines of the log hold `text`.
     pub fn count_lines(&self, text: &str) -> usize {
         self.log.lock().unwrap().iter().filter(|line| line.contains(text)).count()

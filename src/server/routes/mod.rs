@@ -1,7 +1,10 @@
 //! The routes, one file a group.
 
+mod assets;
+mod generations;
 mod history;
 mod internal;
+mod jobs;
 mod models;
 mod page;
 mod prompt;
@@ -10,7 +13,9 @@ mod settings;
 mod system;
 mod upload;
 mod userdata;
+mod v2;
 mod view;
+mod waiting;
 mod web;
 
 use hyper::Method;
@@ -20,6 +25,9 @@ use super::http::Failure;
 use super::router::Router;
 use super::ws;
 use crate::files::{PathError, names};
+pub(super) use jobs::detail as job_detail;
+pub(super) use v2::Idempotency;
+pub(super) use waiting::links;
 
 /// Every route of this server.
 pub(super) fn all() -> Router {
@@ -73,6 +81,38 @@ pub(super) fn all() -> Router {
         .on(Method::PATCH, "/internal/logs/subscribe", internal::subscribe)
         .get("/internal/folder_paths", internal::folder_paths)
         .get("/internal/files/{type}", internal::files)
+        .get("/health", system::health)
+        .get("/openapi.json", system::openapi)
+        .post("/workflow/convert", prompt::convert_only)
+        .post("/models/load", generations::load)
+        .post("/v1/images/generations", generations::create)
+        .get("/v1/models", generations::models)
+        .get("/jobs", jobs::list)
+        .post("/jobs/cancel", jobs::cancel_many)
+        .get("/jobs/{id}", jobs::one)
+        .post("/jobs/{id}/cancel", jobs::cancel)
+        .get("/jobs/{id}/assets", assets::list_of_job)
+        .get("/api/assets", assets::list)
+        .post("/api/assets", assets::upload)
+        .post("/api/assets/from-hash", v2::assets::from_hash)
+        .get("/api/assets/hash/{hash}", v2::assets::by_hash)
+        .get("/api/assets/{id}", assets::one)
+        .on(Method::DELETE, "/api/assets/{id}", v2::assets::delete)
+        .get("/api/assets/{id}/content", v2::assets::content)
+        .get("/api/tags", assets::list_tags)
+        .get("/v2/health", v2::health)
+        .get("/v2/jobs", v2::jobs::list)
+        .post("/v2/jobs", v2::jobs::create)
+        .get("/v2/jobs/{id}", v2::jobs::one)
+        .get("/v2/jobs/{id}/workflow", v2::jobs::workflow)
+        .get("/v2/jobs/{id}/events", v2::events::stream)
+        .post("/v2/jobs/{id}/cancel", v2::jobs::cancel)
+        .post("/v2/assets", v2::assets::upload)
+        .post("/v2/assets/from-hash", v2::assets::from_hash)
+        .get("/v2/assets/by-hash/{hash}", v2::assets::by_hash)
+        .get("/v2/assets/{id}", v2::assets::one)
+        .on(Method::DELETE, "/v2/assets/{id}", v2::assets::delete)
+        .get("/v2/assets/{id}/content", v2::assets::content)
 }
 
 /// Runs file or CPU work on a blocking thread.

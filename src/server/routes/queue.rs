@@ -1,18 +1,14 @@
 //! `/queue` and `/interrupt`.
 
 use hyper::StatusCode;
-use serde_json::{Value as Json, json};
+use serde_json::Value as Json;
 
 use super::{blocking, ids, is_truthy};
 use crate::server::http::{self, Call, Failure, Response, json_text};
 
 /// `GET /queue`: what runs and what waits.
 pub(in crate::server) async fn list(call: Call) -> Result<Response, Failure> {
-    let text = blocking(move || {
-        let queue = call.app.engine.queue();
-        json!({"queue_running": queue.running, "queue_pending": queue.pending}).to_string()
-    })
-    .await?;
+    let text = blocking(move || call.app.engine.queue_text()).await?;
     Ok(json_text(StatusCode::OK, text))
 }
 

@@ -6,7 +6,7 @@ use serde_json::{Value as Json, json};
 use super::{blocking, is_truthy};
 use crate::engine::{Engine, FreeRequest};
 use crate::server::http::{self, Call, Failure, Response, json_response, json_text};
-use crate::server::{COMFYUI_VERSION, host};
+use crate::server::{COMFYUI_VERSION, host, openapi};
 
 /// Versions of ComfyUI's web page and templates that belong to [`COMFYUI_VERSION`]; clients compare them.
 const FRONTEND_VERSION: &str = "1.27.10";
@@ -59,6 +59,20 @@ pub(in crate::server) async fn stats(call: Call) -> Result<Response, Failure> {
         "devices": [device(&call.app.engine, &memory)],
     });
     Ok(json_response(StatusCode::OK, &body))
+}
+
+/// `GET /health`: whether the server takes prompts. Needs no key.
+pub(in crate::server) async fn health(call: Call) -> Result<Response, Failure> {
+    let (status, word) = match call.app.is_stopping() {
+        false => (StatusCode::OK, "ok"),
+        true => (StatusCode::SERVICE_UNAVAILABLE, "stopping"),
+    };
+    Ok(json_response(status, &json!({"status": word, "version": env!("CARGO_PKG_VERSION")})))
+}
+
+/// `GET /openapi.json`: the API, for programs.
+pub(in crate::server) async fn openapi(call: Call) -> Result<Response, Failure> {
+    Ok(json_response(StatusCode::OK, &openapi::document(&call.app.router.patterns())))
 }
 
 /// `GET /features`: what the server can do.

@@ -27,7 +27,7 @@ use crate::server::http::{Call, Failure, Response, decode, json_response};
 use crate::server::limits::BodyError;
 
 /// Largest text field.
-const MAX_FIELD_BYTES: u64 = 64 * 1024;
+pub(super) const MAX_FIELD_BYTES: u64 = 64 * 1024;
 /// Names tried before a collision is given up.
 const MAX_RENAMES: usize = 10_000;
 
@@ -60,12 +60,12 @@ pub(in crate::server) async fn mask(call: Call) -> Result<Response, Failure> {
     finish(app.clone(), form).await
 }
 
-fn bad(message: impl Into<String>) -> Failure {
+pub(super) fn bad(message: impl Into<String>) -> Failure {
     Failure::Text(StatusCode::BAD_REQUEST, message.into())
 }
 
 /// A failure of the multipart parser: the body's own failure if that is behind it.
-fn unreadable(error: multer::Error) -> Failure {
+pub(super) fn unreadable(error: multer::Error) -> Failure {
     match error {
         multer::Error::StreamReadFailed(cause) => match cause.downcast::<BodyError>() {
             Ok(body) => Failure::Body(*body),
@@ -76,7 +76,7 @@ fn unreadable(error: multer::Error) -> Failure {
 }
 
 /// The client's name for a file; the extended form (`filename*`) counts first.
-fn client_name(field: &Field<'_>) -> Option<String> {
+pub(super) fn client_name(field: &Field<'_>) -> Option<String> {
     let disposition =
         String::from_utf8_lossy(field.headers().get(CONTENT_DISPOSITION)?.as_bytes()).into_owned();
     let extended = disposition.split(';').find_map(|part| {
@@ -95,7 +95,7 @@ fn staging(folders: &Folders) -> io::Result<NamedTempFile> {
     builder.tempfile_in(folders.root(Kind::Temp))
 }
 
-async fn store(field: &mut Field<'_>, folders: Arc<Folders>) -> Result<NamedTempFile, Failure> {
+pub(super) async fn store(field: &mut Field<'_>, folders: Arc<Folders>) -> Result<NamedTempFile, Failure> {
     let (staged, handle) = blocking(move || {
         let staged = staging(&folders)?;
         let handle = staged.reopen()?;
@@ -111,7 +111,7 @@ async fn store(field: &mut Field<'_>, folders: Arc<Folders>) -> Result<NamedTemp
     Ok(staged)
 }
 
-async fn next_chunk(field: &mut Field<'_>) -> Result<Option<Bytes>, Failure> {
+pub(super) async fn next_chunk(field: &mut Field<'_>) -> Result<Option<Bytes>, Failure> {
     field.chunk().await.map_err(unreadable)
 }
 
@@ -148,7 +148,7 @@ async fn receive(call: Call) -> Result<(Arc<App>, Form), Failure> {
     Ok((app, Form { staged, filename, kind, subfolder, overwrite, original_ref }))
 }
 
-fn boundary(headers: &HeaderMap) -> Result<String, Failure> {
+pub(super) fn boundary(headers: &HeaderMap) -> Result<String, Failure> {
     let kind = headers.get(CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or_default();
     multer::parse_boundary(kind).map_err(|_| Failure::BAD_REQUEST)
 }

@@ -1,12 +1,17 @@
 //! The server over real sockets: every test binds port 0 and speaks raw HTTP,
 //! so that what goes over the wire is what is asserted.
 
+mod access;
 mod files;
 mod hostile;
+mod jobs;
 mod nodes;
+mod openapi;
 mod routes;
 mod sockets;
 mod user;
+mod v2;
+mod waiting;
 
 use std::net::SocketAddr;
 use std::sync::Arc;

@@ -7,8 +7,9 @@ use std::time::Duration;
 use serde_json::{Map, json};
 
 use crate::backend::{self, Device, DeviceOptions};
-use crate::files::{FolderOptions, Folders};
+use crate::files::{FolderOptions, Folders, Kind};
 use crate::graph::{Input, Schema};
+use crate::image::{Bitmap, PngCompression, encode_png};
 use crate::models::ModelStore;
 use crate::nodes::{
     Inputs, Node, NodeCtx, NodeError, NodeOutput, PreviewFrame, PreviewMethod, Services, Value,
@@ -24,6 +25,8 @@ struct Show;
 struct Slow;
 /// Sends a picture.
 struct Picture;
+/// Saves a small picture, like `SaveImage`; takes the name of an input file.
+struct Keep;
 
 impl Node for Number {
     fn schema(&self) -> Schema {
@@ -81,8 +84,29 @@ impl Node for Picture {
     }
 }
 
+impl Node for Keep {
+    fn schema(&self) -> Schema {
+        Schema::new("Keep", "test")
+            .input(Input::string("name"))
+            .input(Input::string("from").optional())
+            .sink()
+    }
+
+    fn execute(&self, ctx: &mut NodeCtx<'_>, inputs: &Inputs) -> Result<NodeOutput, NodeError> {
+        let name = format!("{}.png", inputs.string("name")?);
+        let fail = |e: &dyn std::fmt::Display| NodeError::failed("Keep", e.to_string());
+        let picture = Bitmap::from_images(&HostTensor::full(&[1, 2, 3, 3], 0.5), 0).map_err(|e| fail(&e))?;
+        let file = encode_png(&picture, PngCompression::Fast, &[]).map_err(|e| fail(&e))?;
+        let folders = &ctx.services.folders;
+        let path = folders.resolve(Kind::Output, "", &name).map_err(|e| fail(&e))?;
+        std::fs::write(path, file).map_err(|e| fail(&e))?;
+        let ui = json!({"images": [{"filename": name, "subfolder": "", "type": "output"}]});
+        Ok(NodeOutput::ui(ui.as_object().cloned().unwrap_or_else(Map::new)))
+    }
+}
+
 pub(super) fn all() -> Vec<Box<dyn Node>> {
-    vec![Box::new(Number), Box::new(Show), Box::new(Slow), Box::new(Picture)]
+    vec![Box::new(Number), Box::new(Show), Box::new(Slow), Box::new(Picture), Box::new(Keep)]
 }
 
 pub(super) fn folders(base: &Path) -> Folders {

@@ -156,9 +156,13 @@ async fn a_second_connection_takes_over_and_is_told_what_runs() {
     let mut new = Client::connect(&server, "/ws?clientId=me").await;
     let first = new.next().await;
     assert_eq!(first["data"]["status"]["exec_info"]["queue_remaining"], 1);
-    let second = new.next().await;
-    assert_eq!(second["type"], "executing");
-    assert_eq!(second["data"], json!({"node": "1", "display_node": "1", "prompt_id": prompt}));
+    let told: Vec<Json> = [new.next().await, new.next().await, new.next().await, new.next().await].into();
+    assert_eq!(
+        told.iter().map(name).collect::<Vec<_>>(),
+        ["execution_start", "progress_state", "executing:1", "progress:1"]
+    );
+    assert_eq!(told[2]["data"], json!({"node": "1", "display_node": "1", "prompt_id": prompt}));
+    assert_eq!(told[1]["data"]["nodes"]["1"]["state"], "running");
     old.drain().await;
     server.post("/interrupt", &json!({})).await;
     let seen = new.until_done(&prompt).await;
@@ -168,6 +172,32 @@ async fn a_second_connection_takes_over_and_is_told_what_runs() {
     sleep(Duration::from_millis(50)).await;
     let again = server.queue(show(1), Some("me")).await;
     assert!(!new.until_done(&again).await.is_empty(), "closing the old connection leaves the new one");
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn sockets_that_announce_themselves_share_an_id() {
+    let server = Server::start().await;
+    let mut tab = Client::connect(&server, "/ws?clientId=me").await;
+    tab.next().await;
+    tab.send(json!({"type": "feature_flags", "data": {}})).await;
+    assert_eq!(tab.next().await["type"], "feature_flags");
+    let mut asked = Client::connect(&server, "/ws?clientId=me&shared=1").await;
+    asked.next().await;
+    let mut plain = Client::connect(&server, "/ws?clientId=me").await;
+    plain.next().await;
+    let prompt = server.queue(show(3), Some("me")).await;
+    let counts: Vec<usize> = [
+        tab.until_done(&prompt).await.len(),
+        asked.until_done(&prompt).await.len(),
+        plain.until_done(&prompt).await.len(),
+    ]
+    .into();
+    assert!(counts[0] >= 8 && counts.iter().all(|c| *c == counts[0]), "{counts:?}");
+    drop(tab);
+    sleep(Duration::from_millis(50)).await;
+    let again = server.queue(show(4), Some("me")).await;
+    assert!(asked.until_done(&again).await.len() >= 8, "closing one takes nothing from the others");
     server.stop().await;
 }
 

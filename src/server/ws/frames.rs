@@ -101,6 +101,11 @@ fn encode_preview(preview: &PreviewFrame, longest: u32) -> Result<Picture, Strin
     Ok(Picture { weight: Weight::Preview, format: 1, media_type: "image/jpeg", file })
 }
 
+/// A preview as a JPEG file; CPU work.
+pub(in crate::server) fn preview_jpeg(preview: &PreviewFrame, size: Option<u32>) -> Result<Vec<u8>, String> {
+    encode_preview(preview, size.unwrap_or(preview.max_size)).map(|picture| picture.file)
+}
+
 fn encode_picture(image: &HostTensor) -> Result<Picture, String> {
     let bitmap = Bitmap::from_images(image, 0).map_err(|e| e.to_string())?;
     let file = image::encode_png(&bitmap, PngCompression::Fast, &[]).map_err(|e| e.to_string())?;

@@ -2,9 +2,14 @@
 //!
 //! One task a socket reads and writes; [`pump`] turns engine events into frames
 //! and puts them into the sockets' bounded queues ([`outbox`]), so that a slow
-//! client costs nobody else anything. A client that connects under an id that
-//! is in use takes over its events (the older socket stays open and silent:
-//! closing it would make two tabs with one id evict each other for ever).
+//! client costs nobody else anything. Registration is per connection: closing
+//! one takes nothing from another. Sockets that announced themselves with
+//! `feature_flags` (web pages), or asked for it with `?shared=1`, share an id, so
+//! that two tabs with one id both hear. A plain older socket stays open but falls
+//! silent when its id connects again, as in ComfyUI.
+//!
+//! A socket that connects late, or again, is told first what the running prompt
+//! of its id has done so far.
 
 mod frames;
 mod outbox;
@@ -36,6 +41,7 @@ use super::connection::is_true;
 use super::http::{self, Call, Failure, Peer, Response};
 use crate::engine::{Event, EventKind};
 use frames::Frames;
+pub(super) use frames::preview_jpeg;
 use outbox::{Outbox, Weight};
 
 /// Largest message and frame that a client may send.
@@ -60,12 +66,14 @@ const LOG_INTERVAL: Duration = Duration::from_millis(200);
 struct Socket {
     outbox: Outbox,
     knows_preview_metadata: AtomicBool,
+    /// Whether it goes on hearing when its id connects again.
+    shares_id: AtomicBool,
 }
 
 /// The open WebSockets, by client id.
 #[derive(Debug, Default)]
 pub(super) struct Sockets {
-    by_client: Mutex<HashMap<String, Arc<Socket>>>,
+    by_client: Mutex<HashMap<String, Vec<Arc<Socket>>>>,
     /// Clients that want new lines of the log; each is connected.
     want_log: Mutex<HashSet<String>>,
     open: AtomicUsize,
@@ -73,31 +81,36 @@ pub(super) struct Sockets {
 }
 
 impl Sockets {
-    fn by_client(&self) -> MutexGuard<'_, HashMap<String, Arc<Socket>>> {
+    fn by_client(&self) -> MutexGuard<'_, HashMap<String, Vec<Arc<Socket>>>> {
         self.by_client.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Registers a socket whose queue begins with the first `status` and, on a
-    /// reconnection, with the node that runs right now.
-    fn connect(&self, client_id: &str, app: &App) -> Arc<Socket> {
-        let socket = Arc::new(Socket::default());
+    /// Registers a socket whose queue begins with the first `status` and what the
+    /// running prompt of its id has done so far.
+    fn connect(&self, client_id: &str, shares_id: bool, app: &App) -> Arc<Socket> {
+        let socket = Arc::new(Socket { shares_id: shares_id.into(), ..Socket::default() });
         let mut by_client = self.by_client();
         let queue_remaining = app.engine.queue_remaining();
         let status = EventKind::Status { queue_remaining };
         let mut data = status.data();
         data["sid"] = client_id.into();
         socket.outbox.push(Weight::Vital, message("status", &data));
-        if let Some((prompt_id, node)) = app.engine.executing(client_id) {
-            let data = json!({"node": node, "display_node": node, "prompt_id": prompt_id});
-            socket.outbox.push(Weight::Vital, message("executing", &data));
+        for event in app.engine.catch_up(client_id) {
+            if let Some(json) = event.to_json() {
+                socket.outbox.push(Weight::Vital, Message::text(json.to_string()));
+            }
         }
-        by_client.insert(client_id.to_owned(), socket.clone());
+        let of_client = by_client.entry(client_id.to_owned()).or_default();
+        of_client.retain(|older| older.shares_id.load(Ordering::Acquire));
+        of_client.push(socket.clone());
         socket
     }
 
     fn disconnect(&self, client_id: &str, socket: &Arc<Socket>) {
         let mut by_client = self.by_client();
-        if by_client.get(client_id).is_some_and(|current| Arc::ptr_eq(current, socket)) {
+        let Some(of_client) = by_client.get_mut(client_id) else { return };
+        of_client.retain(|other| !Arc::ptr_eq(other, socket));
+        if of_client.is_empty() {
             by_client.remove(client_id);
             self.want_log().remove(client_id);
         }
@@ -119,15 +132,15 @@ impl Sockets {
 
     fn log_readers(&self) -> Vec<Arc<Socket>> {
         let by_client = self.by_client();
-        self.want_log().iter().filter_map(|id| by_client.get(id)).cloned().collect()
+        self.want_log().iter().filter_map(|id| by_client.get(id)).flatten().cloned().collect()
     }
 
     /// The sockets that an event is for.
     fn targets(&self, event: &Event) -> Vec<Arc<Socket>> {
         let by_client = self.by_client();
         match &event.client_id {
-            Some(id) => by_client.get(&**id).cloned().into_iter().collect(),
-            None => by_client.values().cloned().collect(),
+            Some(id) => by_client.get(&**id).cloned().unwrap_or_default(),
+            None => by_client.values().flatten().cloned().collect(),
         }
     }
 
@@ -150,9 +163,11 @@ pub(super) async fn pump(app: Arc<App>, mut events: broadcast::Receiver<Arc<Even
             Err(broadcast::error::RecvError::Closed) => return,
             Err(broadcast::error::RecvError::Lagged(count)) => {
                 tracing::warn!(count, "events were lost: the sockets could not be served in time");
+                app.endings.catch_up(&app.engine);
                 continue;
             }
         };
+        app.endings.note(&event);
         let targets = app.sockets.targets(&event);
         if targets.is_empty() {
             continue;
@@ -234,16 +249,17 @@ impl Drop for OpenCount {
     }
 }
 
-/// `GET /ws?clientId=…`
+/// `GET /ws?clientId=…&shared=1`
 pub(super) async fn upgrade(mut call: Call) -> Result<Response, Failure> {
     let accept = accept_key(call.headers())?;
     let client_id = call
         .query("clientId")
         .filter(|id| !id.is_empty())
         .unwrap_or_else(|| uuid::Uuid::new_v4().simple().to_string());
+    let shares_id = call.query("shared").is_some_and(|value| value == "1" || value == "true");
     let count = OpenCount::new(call.app.clone())?;
     let upgrade = hyper::upgrade::on(&mut call.request);
-    tokio::spawn(serve(upgrade, count, call.peer, client_id));
+    tokio::spawn(serve(upgrade, count, call.peer, (client_id, shares_id)));
     let mut response = http::empty(StatusCode::SWITCHING_PROTOCOLS);
     http::set(&mut response, CONNECTION, "Upgrade");
     http::set(&mut response, UPGRADE, "websocket");
@@ -251,7 +267,7 @@ pub(super) async fn upgrade(mut call: Call) -> Result<Response, Failure> {
     Ok(response)
 }
 
-async fn serve(upgrade: OnUpgrade, count: OpenCount, peer: Peer, client_id: String) {
+async fn serve(upgrade: OnUpgrade, count: OpenCount, peer: Peer, (client_id, shares_id): (String, bool)) {
     let upgraded = match upgrade.await {
         Ok(upgraded) => upgraded,
         Err(error) => {
@@ -267,7 +283,7 @@ async fn serve(upgrade: OnUpgrade, count: OpenCount, peer: Peer, client_id: Stri
         .write_buffer_size(WRITE_BUFFER)
         .max_write_buffer_size(MAX_OUTGOING);
     let stream = WebSocketStream::from_raw_socket(TokioIo::new(upgraded), Role::Server, Some(config)).await;
-    let socket = app.sockets.connect(&client_id, app);
+    let socket = app.sockets.connect(&client_id, shares_id, app);
     let end = converse(stream, &socket, app).await;
     app.sockets.disconnect(&client_id, &socket);
     tracing::debug!(client_id, end, "WebSocket closed");
@@ -350,5 +366,6 @@ fn negotiate(text: &str, socket: &Socket, app: &App) {
     }
     let knows_metadata = message["data"]["supports_preview_metadata"] == true;
     socket.knows_preview_metadata.store(knows_metadata, Ordering::Release);
+    socket.shares_id.store(true, Ordering::Release);
     socket.outbox.push(Weight::Vital, self::message("feature_flags", &app.features()));
 }
