@@ -17,6 +17,7 @@
 //! So a wrong coefficient, error norm or controller is not excused: it shows at
 //! every step, and telling one timestep differently doesn't undo it.
 
+use std::any::Any;
 use std::sync::{Arc, Mutex};
 
 use kiln::diffusion::noise::prepare_noise;
@@ -79,6 +80,10 @@ impl Model for Told {
 
     fn latent_scale(&self) -> f32 {
         self.inner.0.latent_scale()
+    }
+
+    fn network(&self) -> &dyn Any {
+        self.inner.0.network()
     }
 }
 
