@@ -17,6 +17,7 @@
 //! So a wrong coefficient, error norm or controller is not excused: it shows at
 //! every step, and telling one timestep differently doesn't undo it.
 
+use std::any::Any;
 use std::sync::{Arc, Mutex};
 
 use kiln::diffusion::noise::prepare_noise;
@@ -81,7 +82,7 @@ impl Model for Told {
         self.inner.0.latent_scale()
     }
 
-    fn network(&self) -> &dyn std::any::Any {
+    fn network(&self) -> &dyn Any {
         self.inner.0.network()
     }
 }
