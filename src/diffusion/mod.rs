@@ -19,7 +19,7 @@ pub use conditioning::{CondEntry, Conditioning};
 pub use error::DiffusionError;
 pub use guidance::{Guidance, Guider};
 pub use latent::Latent;
-pub use model::{DenoiseItem, Model, ModelHandle, RunInputs};
+pub use model::{DenoiseItem, Model, ModelHandle, RunInputs, base_of};
 
 #[cfg(test)]
 pub(crate) mod golden;

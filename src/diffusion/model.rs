@@ -42,7 +42,7 @@ pub struct RunInputs {
 ///
 /// Implementations may split a call as memory demands; the result must not
 /// depend on it beyond rounding.
-pub trait Model: Send + Sync {
+pub trait Model: Any + Send + Sync {
     /// The denoised prediction for every item. Items of one call share the shape
     /// of `x` and are pairwise [batchable](Model::can_batch).
     ///
@@ -86,14 +86,17 @@ pub trait Model: Send + Sync {
         &[]
     }
 
-    /// The network itself, below everything that was attached to it: nodes that
-    /// change its weights look for their own type here.
-    fn network(&self) -> &dyn Any;
-
-    /// The same attachments around another network; `None` if this is the network.
-    fn around(&self, network: Arc<dyn Model>) -> Option<Arc<dyn Model>> {
-        let _ = network;
+    /// The model below the guidance patches, unless this is it.
+    fn inner(&self) -> Option<&dyn Model> {
         None
+    }
+}
+
+/// The model below all guidance patches, if it is a `T`.
+pub fn base_of<T: Model>(model: &dyn Model) -> Option<&T> {
+    match model.inner() {
+        Some(inner) => base_of(inner),
+        None => (model as &dyn Any).downcast_ref(),
     }
 }
 
@@ -128,21 +131,19 @@ impl fmt::Debug for ModelHandle {
 }
 
 impl ModelHandle {
-    /// The network below all attachments, if it is a `T`.
-    pub fn network<T: Any>(&self) -> Option<&T> {
-        self.0.network().downcast_ref()
-    }
-
-    /// Everything that was attached to this model, around another network.
-    pub fn with_network(&self, network: Arc<dyn Model>) -> Self {
-        Self(self.0.around(network.clone()).unwrap_or(network))
-    }
-
     /// The same model with one more guidance patch.
     pub fn with_patch(&self, patch: Arc<dyn GuidancePatch>) -> Self {
         let mut patches = self.0.guidance_patches().to_vec();
         patches.push(patch);
         Self(Arc::new(PatchedModel { inner: self.0.clone(), patches }))
+    }
+
+    /// The same guidance patches on another model.
+    pub fn with_base(&self, inner: Arc<dyn Model>) -> Self {
+        match self.0.guidance_patches() {
+            [] => Self(inner),
+            patches => Self(Arc::new(PatchedModel { inner, patches: patches.to_vec() })),
+        }
     }
 
     /// An all-zero latent with the channels of this model; other latents as they are.
@@ -213,13 +214,8 @@ impl Model for PatchedModel {
         &self.patches
     }
 
-    fn network(&self) -> &dyn Any {
-        self.inner.network()
-    }
-
-    fn around(&self, network: Arc<dyn Model>) -> Option<Arc<dyn Model>> {
-        let inner = self.inner.around(network.clone()).unwrap_or(network);
-        Some(Arc::new(Self { inner, patches: self.patches.clone() }))
+    fn inner(&self) -> Option<&dyn Model> {
+        Some(&*self.inner)
     }
 }
 

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use super::control::{Control, ControlHandle, SHARES_CONTROL, attached};
 use super::loaders::{VaeHandle, model_file};
 use super::pure::PureNode;
+use super::sd_model::SdModel;
 use super::{Inputs, Node, NodeCtx, NodeError, NodeOutput, Schema, Value};
 use crate::diffusion::{CondEntry, Conditioning, ModelHandle};
 use crate::graph::Input;
@@ -75,7 +76,7 @@ impl Node for DiffControlNetLoader {
         let mut handle = load(ctx, inputs)?;
         if handle.file.has_tensor("difference")? {
             let model = inputs.object::<ModelHandle>("model")?;
-            let network = super::lora::network(&model)?;
+            let network = SdModel::of(&model)?;
             let values = network.file().unet_values(network.patches())?;
             let add = |(name, values)| {
                 let change = Arc::new(Change::Add(values));

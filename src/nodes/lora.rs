@@ -32,11 +32,6 @@ fn open(services: &Services, name: &str) -> Result<Arc<WeightsFile>, NodeError> 
     }
 }
 
-/// A model's own network, for nodes that change its weights.
-pub(super) fn network(model: &ModelHandle) -> Result<&SdModel, NodeError> {
-    model.network().ok_or_else(|| NodeError::input("model", "has no weights of its own that can be changed"))
-}
-
 /// The names in the file that neither model knows, as one line in the log.
 fn report_unused(name: &str, loras: &[Lora]) {
     let Some((first, rest)) = loras.split_first() else { return };
@@ -105,7 +100,7 @@ impl Node for LoraLoader {
         }
         let name = inputs.string("lora_name")?;
         let file = open(ctx.services, name)?;
-        let network = network(&model)?;
+        let network = SdModel::of(&model)?;
         let for_model = read(&file, network.file().unet_targets())?;
         let mut clip = clip.as_ref().clone();
         let mut loras = vec![for_model];
@@ -116,7 +111,7 @@ impl Node for LoraLoader {
         }
         report_unused(name, &loras);
         expect_fit(name, &file, &loras)?;
-        let model = model.with_network(Arc::new(network.patched(loras[0].at(on_model))));
+        let model = model.with_base(Arc::new(network.patched(loras[0].at(on_model))));
         Ok(NodeOutput::many(vec![Value::object("MODEL", model), Value::object("CLIP", clip)]))
     }
 }
@@ -142,11 +137,11 @@ impl Node for LoraLoaderModelOnly {
         }
         let name = inputs.string("lora_name")?;
         let file = open(ctx.services, name)?;
-        let network = network(&model)?;
+        let network = SdModel::of(&model)?;
         let lora = read(&file, network.file().unet_targets())?;
         report_unused(name, std::slice::from_ref(&lora));
         expect_fit(name, &file, std::slice::from_ref(&lora))?;
-        let model = model.with_network(Arc::new(network.patched(lora.at(strength))));
+        let model = model.with_base(Arc::new(network.patched(lora.at(strength))));
         Ok(NodeOutput::one(Value::object("MODEL", model)))
     }
 }

@@ -1,15 +1,15 @@
 //! A loaded UNet as the sampling loop sees it.
 
-use std::any::Any;
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use super::NodeError;
 use super::control;
 use super::model_inputs::{Beside, beside, vector};
 use crate::diffusion::model::tokens_batch;
 use crate::diffusion::preview::{self, Latent2Rgb};
 use crate::diffusion::schedule::{Betas, ModelSampling, Prediction};
-use crate::diffusion::{CondEntry, DenoiseItem, DiffusionError, Model};
+use crate::diffusion::{CondEntry, DenoiseItem, DiffusionError, Model, ModelHandle, base_of};
 use crate::models::detect::{Family, UnetConfig};
 use crate::models::patch::{Patch, Patches};
 use crate::models::unet::UnetInput;
@@ -45,6 +45,12 @@ impl SdModel {
         let family = file.family()?;
         let latent_scale = config.latent_scale as f32;
         Ok(Self { file, patches: Patches::default(), family, sampling, latent_scale, channels })
+    }
+
+    /// The model on a `MODEL` link, below its guidance patches.
+    pub fn of(handle: &ModelHandle) -> Result<&Self, NodeError> {
+        let what = "is no diffusion model that this node can change";
+        base_of(&*handle.0).ok_or_else(|| NodeError::input("model", what))
     }
 
     /// The file that holds the network.
@@ -132,10 +138,6 @@ impl Model for SdModel {
     fn can_batch(&self, a: &CondEntry, b: &CondEntry) -> bool {
         let (x, y) = (&a.cond, &b.cond);
         tokens_batch(x.dim(1), y.dim(1)) && x.dim(2) == y.dim(2) && control::is_same(a, b)
-    }
-
-    fn network(&self) -> &dyn Any {
-        self
     }
 
     fn preview_decoder(&self) -> Option<&'static str> {

@@ -17,10 +17,6 @@ struct Toy {
 }
 
 impl Model for Toy {
-    fn network(&self) -> &dyn std::any::Any {
-        self
-    }
-
     fn denoise(&self, items: &[DenoiseItem<'_>], sigma: f32) -> Result<Vec<HostTensor>, DiffusionError> {
         let root = if self.sampling.is_flow() { 1.0 } else { (sigma * sigma + 1.0).sqrt() };
         let one = |item: &DenoiseItem<'_>| {
