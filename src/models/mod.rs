@@ -12,6 +12,7 @@ mod store;
 #[cfg(test)]
 mod tests;
 pub mod text;
+pub mod tiny;
 pub mod unet;
 pub mod vae;
 

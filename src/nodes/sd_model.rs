@@ -56,6 +56,7 @@ impl SdModel {
         let vector = self.vectors(unet.config(), items)?;
         let call = UnetInput { x: &input, timesteps: &timesteps, context: &context, vector: vector.as_ref() };
         let output = unet.forward(&call, None)?;
+        ModelError::check_numbers("diffusion model", input.data(), output.data())?;
         let denoised = self.sampling.calculate_denoised(sigma, &output, &x);
         Ok((0..items.len()).map(|i| denoised.rows(i * batch, batch)).collect())
     }

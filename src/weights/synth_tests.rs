@@ -109,8 +109,14 @@ fn impossible_requests_are_errors() {
 
 #[test]
 fn built_in_manifests_parse() {
-    let expected =
-        [("sd15", 1130, 1_066_235_307u64), ("sd15-embedding", 1, 2304), ("sd15-embedding-clip_l", 1, 1536)];
+    let expected = [
+        ("sd15", 1130, 1_066_235_307u64),
+        ("sd15-embedding", 1, 2304),
+        ("sd15-embedding-clip_l", 1, 1536),
+        ("sd21-v", 1228, 1_303_597_228),
+        ("sdxl-base", 2514, 3_468_837_868),
+        ("sdxl-embedding", 2, 4_096),
+    ];
     for (name, tensors, parameters) in expected {
         let manifest = Manifest::built_in(name).unwrap();
         let total: u64 = manifest.shapes().map(|(_, shape)| shape.iter().product::<u64>()).sum();
