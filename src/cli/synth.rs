@@ -6,6 +6,7 @@ use std::time::Instant;
 use anyhow::{Context as _, Result};
 
 use super::progress::Bar;
+use crate::models::tiny;
 use crate::tensor::DType;
 use crate::weights::synth::{self, Manifest};
 
@@ -16,6 +17,9 @@ pub struct SynthArgs {
     manifest: String,
     /// The file to write.
     out: PathBuf,
+    /// MANIFEST is the name of a family (sd1, sd2-v, sdxl, sdxl-refiner, …): write a tiny model of it, for tests.
+    #[arg(long)]
+    tiny: bool,
     /// Element type.
     #[arg(long, value_enum, default_value_t = SynthType::F16)]
     dtype: SynthType,
@@ -32,25 +36,32 @@ enum SynthType {
 
 /// Writes the file.
 pub fn run(args: SynthArgs) -> Result<()> {
-    let manifest = match Manifest::built_in(&args.manifest) {
-        Some(manifest) => manifest,
-        None => {
-            let built_in: Vec<_> = Manifest::built_in_names().collect();
-            let text = std::fs::read_to_string(&args.manifest).with_context(|| {
-                format!(
-                    "'{}' is neither a built-in manifest ({}) nor a readable file",
-                    args.manifest,
-                    built_in.join(", ")
-                )
-            })?;
-            Manifest::from_json(&text).with_context(|| format!("reading {}", args.manifest))?
-        }
-    };
     let dtype = match args.dtype {
         SynthType::F16 => DType::F16,
         SynthType::F32 => DType::F32,
     };
-    let began = Instant::now();
+    let (began, name) = (Instant::now(), args.manifest);
+    if args.tiny {
+        let known = tiny::names().collect::<Vec<_>>().join(", ");
+        let written = tiny::write(&name, &args.out, dtype);
+        let written = written.with_context(|| format!("no tiny model '{name}'; there are {known}"))??;
+        println!("{}: {} bytes", args.out.display(), written.bytes);
+        return Ok(());
+    }
+    let manifest = match Manifest::built_in(&name) {
+        Some(manifest) => manifest,
+        None => {
+            let built_in: Vec<_> = Manifest::built_in_names().collect();
+            let text = std::fs::read_to_string(&name).with_context(|| {
+                format!(
+                    "'{}' is neither a built-in manifest ({}) nor a readable file",
+                    name,
+                    built_in.join(", ")
+                )
+            })?;
+            Manifest::from_json(&text).with_context(|| format!("reading {name}"))?
+        }
+    };
     let bar = Bar::bytes();
     let written = synth::write(&manifest, &args.out, dtype, &[], |done, total| bar.set(done, total))?;
     bar.clear();

@@ -164,6 +164,7 @@ impl ClipText {
             x = self.layer(ops, layer, x)?;
         }
         let last = self.hidden(ops, &x, true)?;
+        ModelError::check_numbers("text encoder", &[], last.data())?;
         let pooled = pool(rows, &last);
         if kept.is_none() && !state.is_normed {
             kept = Some(self.hidden(ops, &x, false)?);

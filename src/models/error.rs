@@ -36,6 +36,15 @@ pub enum ModelError {
         /// What was given.
         found: usize,
     },
+    /// A network gave something that is no number, from numbers.
+    #[error(
+        "the {network}'s result is not a number (NaN or infinite): its weights are damaged, get the file again; \
+         or they overflow half precision, use a file that was made for it"
+    )]
+    NotANumber {
+        /// Which network.
+        network: &'static str,
+    },
     /// The file can't be used.
     #[error("{0}")]
     File(String),
@@ -51,6 +60,15 @@ impl ModelError {
                 Err(error) => Self::Tensor(TensorError::Device(error.to_string())),
             },
         }
+    }
+
+    /// Checks that `network` made numbers of numbers. What was no number before is let through.
+    ///
+    /// # Errors
+    /// [`NotANumber`](Self::NotANumber).
+    pub fn check_numbers(network: &'static str, input: &[f32], output: &[f32]) -> Result<(), Self> {
+        let are_numbers = |values: &[f32]| values.iter().all(|v| v.is_finite());
+        if are_numbers(output) || !are_numbers(input) { Ok(()) } else { Err(Self::NotANumber { network }) }
     }
 
     /// Whether memory ran out, so that a smaller piece of work may succeed.

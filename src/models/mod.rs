@@ -16,6 +16,7 @@ pub mod taesd;
 #[cfg(test)]
 mod tests;
 pub mod text;
+pub mod tiny;
 pub mod unet;
 pub mod upscale;
 pub mod vae;

@@ -475,17 +475,20 @@ impl ModelFile {
     }
 }
 
+/// Model files by where they are and what they compute in.
+type Files = HashMap<(ModelSource, Precision), Arc<ModelFile>>;
+
 /// Loaded models and the backends they run on.
 pub struct ModelStore {
     placement: Placement,
     options: OpenOptions,
-    files: Arc<Mutex<HashMap<(ModelSource, Precision), Arc<ModelFile>>>>,
+    files: Arc<Mutex<Files>>,
 }
 
 impl ModelStore {
     /// An empty store.
     pub fn new(placement: Placement, options: OpenOptions) -> Self {
-        let files = Arc::<Mutex<HashMap<(ModelSource, Precision), Arc<ModelFile>>>>::default();
+        let files = Arc::<Mutex<Files>>::default();
         let known = Arc::downgrade(&files);
         placement.diffusion.on_pressure(Arc::new(move || {
             let Some(files) = known.upgrade() else { return false };

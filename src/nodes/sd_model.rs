@@ -108,6 +108,7 @@ impl SdModel {
         let sides: Vec<usize> = items.iter().flat_map(|i| std::iter::repeat_n(negative(i), batch)).collect();
         let hooks = Hooks { list: &self.hooks, sigma, sides: &sides };
         let output = unet.forward_hooked(&call, &controls, hooks)?;
+        ModelError::check_numbers("diffusion model", input.data(), output.data())?;
         let denoised = self.sampling.calculate_denoised(sigma, &output, &x);
         Ok((0..items.len()).map(|i| denoised.rows(i * batch, batch)).collect())
     }

@@ -325,7 +325,7 @@ impl ErrorStyle {
             let path = if prefix.starts_with("/v2") { bare.unwrap_or(path) } else { bare.unwrap_or("") };
             path.strip_prefix(*prefix).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
         };
-        if CODED_PATHS.iter().any(|prefix| is_below(prefix)) {
+        if CODED_PATHS.iter().any(is_below) {
             return Self::Coded;
         }
         if bare.unwrap_or(path).starts_with("/v1/") {

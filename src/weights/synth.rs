@@ -45,6 +45,9 @@ const BUILT_IN: &[(&str, &str)] = &[
     ("esrgan-4x-oldkeys", include_str!("../../assets/manifests/esrgan-4x-oldkeys.json")),
     ("taesd_decoder", include_str!("../../assets/manifests/taesd_decoder.json")),
     ("taesd_encoder", include_str!("../../assets/manifests/taesd_encoder.json")),
+    ("sd21-v", include_str!("../../assets/manifests/sd21-v.json")),
+    ("sdxl-base", include_str!("../../assets/manifests/sdxl-base.json")),
+    ("sdxl-embedding", include_str!("../../assets/manifests/sdxl-embedding.json")),
     ("sd15-embedding", include_str!("../../assets/manifests/sd15-embedding.json")),
     ("sd15-embedding-clip_l", include_str!("../../assets/manifests/sd15-embedding-clip_l.json")),
 ];
@@ -122,6 +125,12 @@ impl Manifest {
     /// If the text is anything else.
     pub fn from_json(text: &str) -> Result<Self, SynthError> {
         Ok(Self { entries: serde_json::from_str(text)? })
+    }
+
+    /// A manifest of these names and shapes.
+    pub fn from_shapes(shapes: impl IntoIterator<Item = (String, Vec<usize>)>) -> Self {
+        let entry = |shape: Vec<usize>| Entry::Shape(shape.into_iter().map(|d| d as u64).collect());
+        Self { entries: shapes.into_iter().map(|(name, shape)| (name, entry(shape))).collect() }
     }
 
     /// The manifest called `name` that is part of the program; see [`built_in_names`](Self::built_in_names).

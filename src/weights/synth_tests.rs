@@ -119,6 +119,9 @@ fn built_in_manifests_parse() {
         ("esrgan-4x-oldkeys", 72, 577_811),
         ("taesd_decoder", 67, 1_222_531),
         ("taesd_encoder", 67, 1_222_532),
+        ("sd21-v", 1228, 1_303_597_228),
+        ("sdxl-base", 2514, 3_468_837_868),
+        ("sdxl-embedding", 2, 4_096),
     ];
     for (name, tensors, parameters) in expected {
         let manifest = Manifest::built_in(name).unwrap();

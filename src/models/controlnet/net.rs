@@ -222,7 +222,7 @@ fn averaged(ops: Ops<'_>, x: &Tensor) -> Result<Tensor, ModelError> {
     let mut tokens = ops.axpby(1.0, x, 0.0, x)?;
     tokens.reshape(shape.as_tokens())?;
     let nothing = ops.axpby(0.0, &tokens, 0.0, &tokens)?;
-    let heads = [40, 32, 8].into_iter().find(|d| shape.c % d == 0).map_or(1, |d| shape.c / d);
+    let heads = [40, 32, 8].into_iter().find(|d| shape.c.is_multiple_of(*d)).map_or(1, |d| shape.c / d);
     let (q, v) = (Cols::all(&nothing), Cols::all(&tokens));
     let op = Attention { q, k: Cols::all(&nothing), v, heads, is_causal: false, scale: 1.0 };
     let mut mean = ops.attention(&op)?;

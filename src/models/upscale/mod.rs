@@ -18,8 +18,8 @@ pub(super) use shuffle::unshuffle;
 use srvgg::Srvgg;
 
 enum Architecture {
-    Rrdb(Rrdb),
-    Srvgg(Srvgg),
+    Rrdb(Box<Rrdb>),
+    Srvgg(Box<Srvgg>),
 }
 
 /// An upscaler on a backend.

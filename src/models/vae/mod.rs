@@ -179,7 +179,9 @@ impl Vae {
             }
         }
         let normed = self.norm_out(ops, decoder, x)?;
-        ops.download_nchw(&ops.conv_result(&Conv2d::new(&normed, decoder.conv_out.get()?))?)
+        let picture = ops.download_nchw(&ops.conv_result(&Conv2d::new(&normed, decoder.conv_out.get()?))?)?;
+        ModelError::check_numbers("VAE decoder", latent.data(), picture.data())?;
+        Ok(picture)
     }
 
     /// Encodes the network's raw input `[B, 3, H, W]` (-1..1; sides multiples of the downscale)
@@ -209,6 +211,7 @@ impl Vae {
         let moments = ops.conv(&Conv2d::new(&normed, encoder.conv_out.get()?))?;
         drop(normed);
         let moments = ops.download_nchw(&ops.linear(&Linear::new(&moments, encoder.quant.get()?))?)?;
+        ModelError::check_numbers("VAE encoder", picture.data(), moments.data())?;
         let (batch, z, plane) = (moments.dim(0), self.config.z_channels, moments.dim(2) * moments.dim(3));
         let mut mean = Vec::with_capacity(batch * z * plane);
         for sample in moments.data().chunks_exact(2 * z * plane) {

@@ -161,7 +161,7 @@ fn tiles(specs: &mut Vec<Spec>, element: Element) {
     }
 }
 
-/// Self and cross attention of SD1.5 at 512², SDXL at 1024², text encoders and VAE.
+/// Self and cross attention of SD1.5 at 512², SD2.1 at 768², SDXL and its refiner at 1024², text encoders and VAE.
 fn real(specs: &mut Vec<Spec>, element: Element) {
     let shapes = [
         [2, 8, 40, 4096, 4096],
@@ -178,12 +178,17 @@ fn real(specs: &mut Vec<Spec>, element: Element) {
         [2, 10, 64, 4096, 77],
         [2, 20, 64, 1024, 1024],
         [2, 20, 64, 1024, 77],
+        // SD2.1 at 768², the SDXL refiner at 1024².
+        [2, 5, 64, 9216, 9216],
+        [2, 5, 64, 9216, 77],
+        [2, 12, 64, 4096, 4096],
+        [2, 24, 64, 1024, 77],
         [1, 1, 512, 4096, 4096],
         [1, 1, 512, 16384, 16384],
     ];
     specs.extend(shapes.iter().map(|shape| Spec::new(element, *shape)));
     specs.push(Spec { key_batch: 2, ..Spec::new(element, [16, 8, 40, 4096, 77]) });
-    for heads in [12, 20] {
+    for heads in [12, 16, 20] {
         specs.push(Spec { is_causal: true, is_fused: true, ..Spec::new(element, [2, heads, 64, 77, 77]) });
     }
 }

@@ -160,7 +160,7 @@ fn random(element: Element, specs: &mut Vec<Spec>) {
     }
 }
 
-/// Layers of SD1.5 at 512², cfg pair, its text encoder, and the largest of SDXL at 1024².
+/// Layers of SD1.5 at 512², cfg pair, its text encoder, and the largest and the odd ones of SDXL at 1024².
 fn real(element: Element, specs: &mut Vec<Spec>) {
     let residual = EpilogueCase { bias: true, residual: true, ..EpilogueCase::PLAIN };
     let geglu = EpilogueCase { bias: true, geglu: true, ..EpilogueCase::PLAIN };
@@ -197,6 +197,13 @@ fn real(element: Element, specs: &mut Vec<Spec>) {
         (8192, 320, 320, 0, EpilogueCase { scale: 0.6, ..residual }),
         (128, 1280, 1280, 0, EpilogueCase { scale: 0.6, bias: true, ..EpilogueCase::PLAIN }),
         (4096, 64, 64, 64, EpilogueCase::PLAIN),
+        // SDXL's vector of sizes, prompt, and text encoders; SD2.x's text encoder.
+        (2, 1280, 2816, 0, EpilogueCase { bias: true, act: Act::Silu, ..EpilogueCase::PLAIN }),
+        (2, 1280, 1280, 0, residual),
+        (154, 2560, 2048, 0, EpilogueCase::PLAIN),
+        (154, 5120, 1280, 0, EpilogueCase { bias: true, act: Act::Gelu, ..EpilogueCase::PLAIN }),
+        (1, 1280, 1280, 0, EpilogueCase::PLAIN),
+        (154, 4096, 1024, 0, EpilogueCase { bias: true, act: Act::Gelu, ..EpilogueCase::PLAIN }),
     ] {
         specs.push(Spec { k2, epilogue, ..Spec::plain(m, n, k1, element) });
     }

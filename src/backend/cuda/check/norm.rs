@@ -77,6 +77,10 @@ fn real_maps() -> Vec<Map> {
         (4096, 1280, 640),
         (1024, 1280, 0),
         (1024, 1280, 1280),
+        // The SDXL refiner: groups of 12 channels and more.
+        (16384, 384, 0),
+        (4096, 768, 384),
+        (256, 1536, 1536),
     ];
     let vae = [(4096, 512), (16384, 512), (65536, 256), (262_144, 128)];
     let unet = unet.iter().map(|&(pixels, c1, c2)| map(2, pixels, c1, c2, 32));
@@ -103,9 +107,16 @@ pub(super) fn cases() -> Vec<Case> {
         cases.push(layer_norm_case(5, 768, 0, offset, element));
         cases.push(layer_norm_case(3, 99, 0, offset, element));
     }
-    for (rows, channels) in
-        [(8192, 320), (2048, 640), (512, 1280), (154, 768), (154, 1280), (8192, 640), (2048, 1280)]
-    {
+    for (rows, channels) in [
+        (8192, 320),
+        (2048, 640),
+        (512, 1280),
+        (154, 768),
+        (154, 1024),
+        (154, 1280),
+        (8192, 640),
+        (2048, 1280),
+    ] {
         cases.push(layer_norm_case(rows, channels, 0, 0.25, Element::F16));
     }
     cases

@@ -139,7 +139,7 @@ fn invalid(code: &'static str, message: impl Into<String>) -> Failure {
 }
 
 /// Puts file names in the place of `core/ASSET` objects.
-fn place_assets(store: &AssetStore, value: &mut Json, depth: usize) -> Result<(), Failure> {
+fn place_assets(store: &AssetStore, value: &mut Json) -> Result<(), Failure> {
     if value.get("__type").is_some_and(|kind| kind == "core/ASSET") {
         let id = value["info"]["id"].as_str().unwrap_or_default();
         let asset = store.get(id).filter(|asset| store.path(asset).is_ok_and(|path| path.is_file()));
@@ -153,7 +153,7 @@ fn place_assets(store: &AssetStore, value: &mut Json, depth: usize) -> Result<()
         _ => return Ok(()),
     };
     // the parser bounds the depth
-    children.into_iter().try_for_each(|child| place_assets(store, child, depth + 1))
+    children.into_iter().try_for_each(|child| place_assets(store, child))
 }
 
 /// What is wrong with a graph, by node, in the words of this API.
