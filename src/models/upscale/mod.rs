@@ -45,12 +45,12 @@ impl Network for Upscaler {
         if let Some(layout) = rrdb::Layout::of(&names) {
             let network = Rrdb::load(backend, &loader, &layout)?;
             let scale = network.scale();
-            return Ok(Self { network: Architecture::Rrdb(network), scale });
+            return Ok(Self { network: Architecture::Rrdb(Box::new(network)), scale });
         }
         if names.iter().any(|name| name == "body.0.weight") {
             let network = Srvgg::load(backend, &loader)?;
             let scale = network.scale();
-            return Ok(Self { network: Architecture::Srvgg(network), scale });
+            return Ok(Self { network: Architecture::Srvgg(Box::new(network)), scale });
         }
         Err(opening.is_not("an upscaler of a kind that kiln knows"))
     }

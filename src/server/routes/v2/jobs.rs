@@ -223,7 +223,7 @@ fn submission(app: &App, mut body: Map<String, Json>) -> Result<Submission, Fail
     }
     super::super::prompt::check_size(app, &workflow)
         .map_err(|message| invalid("invalid_workflow", message))?;
-    place_assets(&app.assets, &mut workflow, 0)?;
+    place_assets(&app.assets, &mut workflow)?;
     let limits = super::super::prompt::queue_limits(app);
     Ok(Submission { prompt: workflow, extra_data, limits, ..Submission::default() })
 }
