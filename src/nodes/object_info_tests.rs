@@ -28,7 +28,14 @@ impl FileLists for NoFiles {
 fn normal(value: &Json, lists: &Json) -> Json {
     match value {
         Json::Number(n) => json!(n.as_f64()),
-        Json::Array(items) => items.iter().map(|v| normal(v, lists)).collect(),
+        Json::Array(items) => {
+            let mut items: Vec<Json> = items.iter().map(|v| normal(v, lists)).collect();
+            // An input whose only option was a tooltip is recorded without options.
+            if items.len() == 2 && items[0].is_string() && items[1] == json!({}) {
+                items.pop();
+            }
+            Json::Array(items)
+        }
         Json::Object(map) if map.contains_key("$files") => json!([]),
         Json::Object(map) if map.contains_key("$list") => {
             lists[map["$list"].as_str().unwrap_or_default()].clone()

@@ -33,6 +33,8 @@ fn is_hashed(name: &str) -> bool {
 }
 
 fn media_type(name: &str) -> HeaderValue {
+    // The registered type of modules is that of scripts (RFC 9239); the table still has the old one.
+    let name = if name.ends_with(".mjs") { "a.js" } else { name };
     let kind = mime_guess::from_path(name).first_or_octet_stream();
     let text = if kind.type_() == "text" { format!("{kind}; charset=utf-8") } else { kind.to_string() };
     HeaderValue::from_str(&text).unwrap_or_else(|_| HeaderValue::from_static("application/octet-stream"))

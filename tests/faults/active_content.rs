@@ -40,6 +40,7 @@ const TYPES: &[(&str, bool)] = &[
 
 #[test]
 fn users_files_never_run() {
+    let _alone = super::alone();
     let base = tempfile::tempdir().unwrap();
     let server = Server::start(base.path(), &[]);
     assert!(TYPES.len() >= 25);

@@ -10,6 +10,7 @@ const MEGABYTE: usize = 1024 * 1024;
 
 #[test]
 fn huge_bodies_are_refused_and_uploads_stream() {
+    let _alone = super::alone();
     let base = tempfile::tempdir().unwrap();
     let server = Server::start(base.path(), &[]);
     let head = |path: &str, more: &str| {

@@ -6,6 +6,7 @@ use super::wire::{get, send};
 
 #[test]
 fn opening_the_server_is_warned_of_and_keys_close_it() {
+    let _alone = super::alone();
     let base = tempfile::tempdir().unwrap();
     let open = Server::start(base.path(), &["--listen", "0.0.0.0"]);
     assert_eq!(open.count_lines("EVERYBODY who can reach"), 1, "one loud warning");

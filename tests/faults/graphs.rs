@@ -34,6 +34,7 @@ fn invert(source: Json) -> Json {
 
 #[test]
 fn hostile_graphs_get_the_right_errors_in_time() {
+    let _alone = super::alone();
     let base = tempfile::tempdir().unwrap();
     let server = Server::start(base.path(), &[]);
     let mut circle = chain(2000);
@@ -75,6 +76,7 @@ fn hostile_graphs_get_the_right_errors_in_time() {
 /// What validation lets through must not take the machine down when it runs.
 #[test]
 fn sizes_are_checked_before_memory_is_taken() {
+    let _alone = super::alone();
     let base = tempfile::tempdir().unwrap();
     let server = Server::start(base.path(), &[]);
     let before = memory_kib(&server).0;

@@ -7,6 +7,7 @@ use super::wire::{get, memory_kib, send};
 
 #[test]
 fn bombs_are_refused_quickly() {
+    let _alone = super::alone();
     let base = tempfile::tempdir().unwrap();
     let server = Server::start(base.path(), &[]);
     let keys: Vec<String> = (0..1_000_000).map(|i| format!("\"{i}\":0")).collect();

@@ -14,3 +14,11 @@ mod path_traversal;
 mod process;
 mod slow_sockets;
 mod wire;
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Held by every test: they measure time and memory, so they run one at a time.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}

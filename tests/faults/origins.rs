@@ -7,6 +7,7 @@ use super::wire::send;
 
 #[test]
 fn rebinding_and_foreign_origins_are_refused_by_default() {
+    let _alone = super::alone();
     let base = tempfile::tempdir().unwrap();
     let server = Server::start(base.path(), &["--allowed-hosts", "kiln.lan"]);
     let port = server.address().rsplit(':').next().unwrap().to_owned();

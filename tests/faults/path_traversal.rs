@@ -138,6 +138,7 @@ impl Probe<'_> {
 
 #[test]
 fn no_name_leads_outside() {
+    let _alone = super::alone();
     let outside = tempfile::tempdir().unwrap();
     let base = outside.path().join("base");
     for folder in ["input/sub", "output/sub", "temp", "user/default", "models/checkpoints"] {

@@ -17,6 +17,7 @@ const PREVIEWS: usize = 1000;
 
 #[test]
 fn silent_clients_cost_little_and_delay_nobody() {
+    let _alone = super::alone();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     runtime.block_on(async {
         let base = tempfile::tempdir().unwrap();

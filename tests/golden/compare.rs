@@ -38,6 +38,12 @@ pub fn tolerance(prompt: &Map<String, Json>, id: &str, type_name: &str) -> Measu
         "CONDITIONING" => Absolute(1e-4),
         // Step-size control amplifies rounding.
         "LATENT" if upstream.iter().any(|n| says(n, "dpm_adaptive")) => RelativeToStd(1e-3),
+        // The first x is noise times 4518, in f32 a multiple of 2^-10 (8192 to 16384). Euler's step leaves a picture of
+        // size 1 of it after two roundings at that size, of x - denoised and of d * dt, and either may fall to the
+        // next place where the last bits of denoised differ. The LATENT is that divided by 0.18215.
+        "LATENT" if upstream.iter().any(|n| n["inputs"]["zsnr"] == true) => {
+            Absolute(2.0 * FIRST_X_SPACING / 0.18215)
+        }
         // The reference against itself: 1e-5.
         "LATENT" if has("Sampler") => RelativeToStd(1e-4),
         // Behind a sampler a picture carries the latent's error: 8-bit values decide.
@@ -49,6 +55,9 @@ pub fn tolerance(prompt: &Map<String, Json>, id: &str, type_name: &str) -> Measu
         _ => Absolute(1e-5),
     }
 }
+
+/// Distance of neighbouring f32 from 8192 to 16384.
+const FIRST_X_SPACING: f64 = 1.0 / 1024.0;
 
 /// The tolerance for conditioning of text encoders other than CLIP ViT-L, whose
 /// values are larger (std 5.5).

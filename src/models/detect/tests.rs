@@ -333,7 +333,9 @@ fn other_files_are_named_for_what_they_are() {
         assert_eq!(stored_kind(&shapes), kind, "{names:?}");
         let error = detect_shapes(&shapes, &[]).unwrap_err();
         if matches!(kind, Kind::DiffusionModel | Kind::Diffusers) {
-            assert!(matches!(&error, DetectError::Missing { .. } | DetectError::Kind { .. }), "{error}");
+            // These are looked into further: what is no whole network lacks tensors or has damaged ones.
+            use DetectError::{Kind, Missing, Shape};
+            assert!(matches!(&error, Missing { .. } | Kind { .. } | Shape { .. }), "{error}");
             continue;
         }
         assert!(matches!(&error, DetectError::Kind { found, .. } if *found == kind), "{error}");

@@ -172,7 +172,10 @@ async fn refusals_have_comfyuis_shape() {
 async fn object_info_of_all_and_of_one() {
     let server = Server::start().await;
     let all = server.get("/object_info").await.json();
-    assert_eq!(all.as_object().unwrap().keys().collect::<Vec<_>>(), ["Number", "Show", "Slow", "Picture"]);
+    assert_eq!(
+        all.as_object().unwrap().keys().collect::<Vec<_>>(),
+        ["Number", "Show", "Slow", "Picture", "Keep"]
+    );
     assert_eq!(server.get("/object_info/Show").await.json(), json!({"Show": all["Show"]}));
     assert_eq!(server.get("/object_info/No%20such").await.json(), json!({}));
     server.stop().await;
