@@ -164,6 +164,6 @@ pub fn write_all(models: &Path) {
 
 /// A workflow of the zoo.
 pub fn workflow(name: &str) -> Json {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/workflows/{name}.json"));
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/workflows/adapters/{name}.json"));
     serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
 }

@@ -63,8 +63,8 @@ struct Room<'a>(Option<&'a dyn Backend>);
 impl<'a> Room<'a> {
     fn make(backend: &'a dyn Backend, bytes: usize) -> Self {
         let memory = backend.memory();
-        // A device with room to spare need not be asked for memory again and again, which stops it every time.
-        let is_roomy = memory.device_total.is_some() && memory.available / 2 > bytes;
+        // A device with much room need not be asked for memory again and again, which stops it every time.
+        let is_roomy = memory.device_total.is_some() && memory.available / 8 > bytes;
         if bytes < LARGE_BYTES || is_roomy {
             return Self(None);
         }
