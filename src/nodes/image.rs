@@ -375,8 +375,10 @@ impl Node for GetImageSize {
             .named_output("INT", "batch_size")
     }
 
-    fn execute(&self, _ctx: &mut NodeCtx<'_>, inputs: &Inputs) -> Result<NodeOutput, NodeError> {
+    fn execute(&self, ctx: &mut NodeCtx<'_>, inputs: &Inputs) -> Result<NodeOutput, NodeError> {
         let (_, [b, h, w, _]) = image(inputs, "image")?;
+        // Clients show it on the node, in exactly these words.
+        ctx.sink.text(ctx.node_id, &format!("width: {w}, height: {h}\n batch size: {b}"));
         Ok(NodeOutput::many([w, h, b].map(|n| Value::Json(n.into())).into()))
     }
 }
