@@ -64,7 +64,7 @@ impl<'a> Room<'a> {
     fn make(backend: &'a dyn Backend, bytes: usize) -> Self {
         let memory = backend.memory();
         // A device with much room need not be asked for memory again and again, which stops it every time.
-        let is_roomy = memory.device_total.is_some() && memory.available / 8 > bytes;
+        let is_roomy = memory.device_total.is_some() && memory.available / 16 > bytes;
         if bytes < LARGE_BYTES || is_roomy {
             return Self(None);
         }
