@@ -123,8 +123,12 @@ test("what the page draws is what the model draws: a red circle on blue", async 
 });
 
 test("large seeds keep all their digits", async () => {
+  const tiles = () => document.querySelectorAll("#gallery button").length;
+  const before = await page.evaluate(tiles);
   await set({ seed: "18446744073709551615", steps: 2 });
   await page.locator("#run").click();
+  // "Done." may still be that of the run before, and the gallery follows the end of a run.
+  await until(page, (n) => document.querySelectorAll("#gallery button").length > n, before);
   await status("Done.");
   const raw = await (await fetch(`${kiln.url}/history?max_items=1`)).text();
   assert.match(raw, /"seed":\s*18446744073709551615\b/);
@@ -213,9 +217,12 @@ test("the keyboard is enough", async () => {
   assert.equal(await page.evaluate(() => document.activeElement.className), "skip");
   await page.keyboard.press("Enter");
   assert.equal(await page.evaluate(() => location.hash), "#prompt");
+  const newest = () => document.querySelector("#gallery img")?.src;
+  const before = await until(page, newest);
   await set({ steps: 3 });
   await page.locator("#prompt").focus();
   await page.keyboard.press("Control+Enter");
+  await until(page, (old) => document.querySelector("#gallery img")?.src !== old, before);
   await status("Done.");
   const first = page.locator("#gallery button").first();
   await first.focus();
