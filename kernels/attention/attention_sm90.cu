@@ -21,6 +21,7 @@
 // keys and values stay in L2.
 #include "element.cuh"
 #include "exp2.cuh"
+#include "quad.cuh"
 #include "wgmma_rs.cuh"
 
 struct AttentionSm90Args {
@@ -190,22 +191,6 @@ template <class T, int kKeys> PTX void pack(uint32_t (&p)[kKeys / 16][4], const 
     for (int j = 0; j < kKeys / 16; j++)
 #pragma unroll
         for (int i = 0; i < 4; i++) p[j][i] = pack2<T>(s[8 * j + 2 * i], s[8 * j + 2 * i + 1]);
-}
-
-// Lane c of a quad gives v[g], its two columns of column group g, and receives the eight columns of group c.
-PTX void transpose_quad(uint32_t (&v)[4]) {
-    const unsigned lane = threadIdx.x % 4;
-#pragma unroll
-    for (int step = 1; step <= 2; step *= 2) {
-        const bool upper = lane & step;
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            if (i & step) continue;
-            const uint32_t got = __shfl_xor_sync(~0u, upper ? v[i] : v[i + step], step);
-            if (upper) v[i] = got;
-            else v[i + step] = got;
-        }
-    }
 }
 
 // Divides by the sums and writes the two rows of this thread, 16 bytes a store where four column groups are left.

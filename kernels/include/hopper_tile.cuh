@@ -18,6 +18,7 @@
 // lane all 8 columns of one block of 8 in 4, so that loads and stores are 16 bytes a lane and 64 contiguous bytes a quad.
 #pragma once
 #include "epilogue.cuh"
+#include "quad.cuh"
 #include "wgmma.cuh"
 
 struct HopperTiles {  // how the product is cut up; the twin is launch/hopper.rs
@@ -147,22 +148,6 @@ enum class Finish {
     kPartial,  // sums of K or of a part of it as they are
     kCluster,  // the blocks of a cluster have a part of K each and add their sums up; any epilogue
 };
-
-// Lane c of a quad gives v[b], its two columns of block b of eight columns, and receives the eight columns of block c; and back.
-PTX void transpose_quad(uint32_t (&v)[4]) {
-    const unsigned lane = threadIdx.x % 4;
-#pragma unroll
-    for (int step = 1; step <= 2; step *= 2) {
-        const bool upper = lane & step;
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            if (i & step) continue;
-            const uint32_t got = __shfl_xor_sync(~0u, upper ? v[i] : v[i + step], step);
-            v[i] = upper ? got : v[i];
-            v[i + step] = upper ? v[i + step] : got;
-        }
-    }
-}
 
 // Stores the sums of a tile as they are: a quad writes whole sectors of 32 bytes.
 template <int N> PTX void write_partial(const EpilogueArgs& e, const Unit& unit, const float (&acc)[N / 2], const int (&row)[2]) {

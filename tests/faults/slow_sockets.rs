@@ -63,8 +63,8 @@ fn silent_clients_cost_little_and_delay_nobody() {
         // the prompt goes on, so what the silent ones don't read piles up until they are given up
         let open = || std::fs::read_dir(format!("/proc/{}/fd", server.child.id())).unwrap().count();
         let (began, with_all) = (Instant::now(), open());
-        while open() > with_all - SILENT * 9 / 10 {
-            assert!(began.elapsed() < Duration::from_secs(40), "{} of {with_all} descriptors are open", open());
+        while open() > with_all - SILENT {
+            assert!(began.elapsed() < Duration::from_secs(30), "{} of {with_all} descriptors are open", open());
             let _ = tokio::time::timeout(Duration::from_millis(100), honest.next()).await;
         }
         eprintln!("closed {:?} after the thousandth preview", began.elapsed());
