@@ -263,3 +263,23 @@ fn pictures_and_batches_without_a_cell_are_clear_errors() {
         json!({"class_type": "EmptyImage", "inputs": {"width": 1, "height": 1, "batch_size": 1, "color": 0}});
     bench.fails(prompt, &["1x1", "at least 8 pixels"]);
 }
+
+#[test]
+fn a_pickle_that_is_damaged_or_holds_something_else_is_a_clear_error() {
+    let bench = Bench::new();
+    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/pytorch");
+    for (name, what) in [
+        ("sparse.pt", "torch._utils._rebuild_sparse_tensor"),
+        ("empty.pt", "no tensors"),
+        ("complex.pt", "ComplexFloatStorage"),
+        ("word.pt", "an embedding"),
+        ("hypernetwork.pt", "a hypernetwork"),
+        ("esrgan.pth", "an upscaler"),
+    ] {
+        std::fs::copy(data.join(name), bench.path(&format!("checkpoints/{name}"))).unwrap();
+        bench.fails(txt2img(name), &[name, what]);
+    }
+    let bytes = std::fs::read(data.join("checkpoint-old.ckpt")).unwrap();
+    std::fs::write(bench.path("checkpoints/cut.ckpt"), &bytes[..bytes.len() - 5]).unwrap();
+    bench.fails(txt2img("cut.ckpt"), &["cut.ckpt", "the file ends inside its storages"]);
+}

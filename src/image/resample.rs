@@ -68,6 +68,8 @@ pub enum Method {
     Bilinear,
     /// Four taps an axis; may overshoot the value range.
     Bicubic,
+    /// As many taps as the scale asks for; PyTorch's `bicubic` with `antialias`.
+    BicubicAntialias,
     /// Mean of all source pixels that an output pixel touches.
     Area,
     /// Spherical interpolation of the channel vectors, for latents.
@@ -282,6 +284,7 @@ impl Axis {
                     axis.taps.extend([(at, 1.0 - t), (next, t)]);
                 }
                 Method::Bicubic => axis.push_cubic((i as f32 + 0.5) * scale - 0.5, old),
+                Method::BicubicAntialias => axis.push_cubic_wide(i, scale, old),
                 _ => axis.push_area(i, old, new),
             }
             axis.ends.push(axis.taps.len());
@@ -300,6 +303,23 @@ impl Axis {
             let index = (base as i64 + offset).clamp(0, old as i64 - 1);
             self.taps.push((index as usize, weight));
         }
+    }
+
+    /// Keys' kernel with a = −0.5, as wide as `scale` when the picture shrinks; weights sum to 1.
+    fn push_cubic_wide(&mut self, i: usize, scale: f32, old: usize) {
+        const A: f32 = -0.5;
+        let kernel = |x: f32| match x.abs() {
+            x if x < 1.0 => ((A + 2.0) * x - (A + 3.0)) * x * x + 1.0,
+            x if x < 2.0 => (((x - 5.0) * x + 8.0) * x - 4.0) * A,
+            _ => 0.0,
+        };
+        let wide = scale.max(1.0);
+        let (center, support) = (scale * (i as f32 + 0.5), 2.0 * wide);
+        let first = ((center - support + 0.5) as i64).max(0) as usize;
+        let end = ((center + support + 0.5) as usize).min(old);
+        let weight = |at: usize| kernel((at as f32 - center + 0.5) / wide);
+        let total: f32 = (first..end).map(weight).sum();
+        self.taps.extend((first..end).map(|at| (at, weight(at) / total)));
     }
 
     /// The window `[⌊i·old/new⌋, ⌈(i+1)·old/new⌉)` of adaptive pooling.

@@ -262,6 +262,27 @@ impl Loader {
         }))
     }
 
+    /// A convolution without bias whose steps are as long as its kernel, as a linear layer over patches of
+    /// `k` values, which zeros fill up to `padded`.
+    pub fn patches(
+        &self,
+        name: &str,
+        (n, channels, side): (usize, usize, usize),
+        padded: usize,
+    ) -> Result<LazyLinear, ModelError> {
+        let names = vec![self.checked(&format!("{name}.weight"), &[n, channels, side, side])?];
+        let k = channels * side * side;
+        Ok(self.lazy(names, move |backend, raw| {
+            let mut matrix = vec![0.0f32; n * padded];
+            for (to, from) in matrix.chunks_exact_mut(padded).zip(raw[0].to_f32().chunks_exact(k)) {
+                to[..k].copy_from_slice(from);
+            }
+            let bytes = bytemuck::cast_slice(&matrix).to_vec().into();
+            let weights = [RawTensor { dtype: DType::F32, shape: &[n, padded], bytes }];
+            Ok(backend.pack_linear(&LinearParts { weights: &weights, biases: &[], is_geglu: false })?)
+        }))
+    }
+
     /// A norm `name.weight`, `name.bias` of `c` channels.
     pub fn norm(&self, name: &str, c: usize) -> Result<LazyNorm, ModelError> {
         let names = vec![

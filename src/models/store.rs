@@ -276,10 +276,12 @@ impl ModelFile {
             Kind::Vae => Content::Vae(detect::detect_vae(&file)?),
             Kind::TextEncoder => Content::Text(detect::detect_text_encoders(&file)?),
             Kind::Lora
+            | Kind::VisionEncoder
             | Kind::ControlNet
             | Kind::Embedding
             | Kind::Upscaler
             | Kind::Taesd
+            | Kind::Hypernetwork
             | Kind::Unknown => Content::Other,
             _ => Content::Checkpoint(Box::new(detect::detect(&file)?)),
         };

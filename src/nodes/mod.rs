@@ -6,6 +6,7 @@
 //! bottom and HTTP never waits for compute.
 
 pub mod canny;
+pub mod clip_vision;
 pub mod compositing;
 pub mod conditioning;
 mod context;
@@ -51,6 +52,7 @@ pub mod string;
 pub mod text;
 pub mod text_sdxl;
 pub mod tiny_vae;
+pub mod unclip;
 pub mod unet_patches;
 pub mod upscale_model;
 pub mod vae;
@@ -104,6 +106,8 @@ pub fn registry() -> Vec<Box<dyn Node>> {
         lora::nodes(),
         text::nodes(),
         text_sdxl::nodes(),
+        clip_vision::nodes(),
+        unclip::nodes(),
         inpaint_model::nodes(),
         conditioning::nodes(),
         controlnet::nodes(),

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::model_inputs::{Beside, beside, vector};
-use super::{NodeError, control};
+use super::{NodeError, control, unclip};
 use crate::diffusion::model::tokens_batch;
 use crate::diffusion::preview::{self, Latent2Rgb};
 use crate::diffusion::schedule::{Betas, ModelSampling, Prediction};
@@ -92,7 +92,7 @@ impl SdModel {
         let batch = items.first().map_or(0, |i| i.x.dim(0));
         let x = stacked(items.iter().map(|i| i.x))?;
         let conds: Vec<_> = items.iter().map(|i| i.cond.cond.clone()).collect();
-        let context = unet.context(&conds)?;
+        let context = unet.context_under(&conds, &self.hooks)?;
         let timesteps = vec![self.sampling.timestep(sigma); x.dim(0)];
         let mut input = self.sampling.calculate_input(sigma, &x);
         let kind = Beside::of(unet.config());
@@ -121,7 +121,11 @@ impl SdModel {
     ) -> Result<Option<HostTensor>, ModelError> {
         let mut data = Vec::new();
         for item in items {
-            let Some(row) = vector(config, self.family, item)? else { return Ok(None) };
+            let row = match (self.family, config.adm_channels) {
+                (Family::Sd2Unclip, Some(width)) => Some(unclip::vector(width, &self.file, item)?),
+                _ => vector(config, self.family, item)?,
+            };
+            let Some(row) = row else { return Ok(None) };
             (0..item.x.dim(0)).for_each(|_| data.extend_from_slice(&row));
         }
         let rows = items.iter().map(|i| i.x.dim(0)).sum::<usize>();

@@ -91,21 +91,31 @@ impl EmbeddingLookup for EmbeddingFiles<'_> {
         let file = WeightsFile::open(&path)
             .inspect_err(|e| tracing::warn!("embedding '{name}' can't be used: {e}"))
             .ok()?;
-        // Files of SD1.x embeddings hold one table, under various names; files
-        // of several encoders name the tables after the encoder.
-        let table = [self.key, "emb_params"].into_iter().find(|n| file.contains(n)).map(str::to_owned);
-        let table = table.or_else(|| file.names().next().map(str::to_owned))?;
-        let raw = file.get(&table)?;
-        let values = raw.to_f32();
-        if raw.shape.last() != Some(&self.width) {
-            tracing::warn!(
-                "embedding '{name}' has vectors of {:?}, the text encoder needs {}",
-                raw.shape,
-                self.width
-            );
-            return None;
+        let mut rows = Vec::new();
+        for table in tables(&file, self.key) {
+            let raw = file.get(table)?;
+            if raw.shape.last() == Some(&self.width) {
+                rows.extend(raw.to_f32().chunks_exact(self.width).map(Arc::from));
+            } else {
+                let shape = raw.shape;
+                tracing::warn!("embedding '{name}' has vectors of {shape:?}, not of {}", self.width);
+            }
         }
-        Some(values.chunks_exact(self.width).map(Arc::from).collect())
+        if rows.is_empty() { None } else { Some(rows) }
+    }
+}
+
+/// The tables of an embedding's file for the encoder `key`. Files of SD1.x hold one table, under various
+/// names; files of several encoders name the tables after the encoder; a list's tables count all.
+fn tables<'a>(file: &'a WeightsFile, key: &str) -> Vec<&'a str> {
+    let names: Vec<&str> = file.names().collect();
+    let is_item = |name: &&str| name.split_once('.').is_some_and(|(i, _)| i.parse::<usize>().is_ok());
+    let named = |wanted: &str| names.iter().find(|name| **name == wanted);
+    let inverted = || names.iter().find(|name| name.starts_with("string_to_param."));
+    match inverted().or_else(|| named(key)).or_else(|| named("emb_params")) {
+        Some(table) => vec![table],
+        None if names.iter().all(|name| is_item(name)) => names,
+        None => names.into_iter().take(1).collect(),
     }
 }
 

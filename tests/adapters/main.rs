@@ -2,6 +2,8 @@
 
 mod files;
 mod lora;
+mod pytorch;
+mod saved;
 
 use std::path::Path;
 use std::sync::Arc;

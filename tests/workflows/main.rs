@@ -1,7 +1,7 @@
 //! The workflow zoo: every `*.json` of this folder, in API format, on the CPU and on the simulated GPU.
 //!
 //! A workflow names models `tiny-NAME.safetensors`: the harness writes the tiny model NAME (`kiln synth --tiny`)
-//! into the folder of the loader that names it. Pictures to load are `zoo.png` and `zoo_masked.png` (a hole in its
+//! into the folder of the loader that names it. Other names are files of `tests/data/pytorch`. Pictures to load are `zoo.png` and `zoo_masked.png` (a hole in its
 //! alpha channel). On the simulated GPU a picture must be the CPU's but for rounding.
 //!
 //! `cargo test --release --test workflows -- FILTER`
@@ -32,6 +32,7 @@ const FOLDERS: &[(&str, &str)] = &[
     ("clip_name1", "text_encoders"),
     ("clip_name2", "text_encoders"),
     ("vae_name", "vae"),
+    ("hypernetwork_name", "hypernetworks"),
 ];
 
 /// f16 UNet and text encoder and bf16 VAE of random weights, against f32 throughout: an error of 8/255 (rms).
@@ -156,9 +157,14 @@ fn provide(prompt: &Json, base: &Path) -> Result<(), Failed> {
     }
     for (folder, file) in wanted {
         let name = file.strip_prefix("tiny-").and_then(|n| n.strip_suffix(".safetensors"));
-        let name = name.ok_or_else(|| format!("{file} is not tiny-NAME.safetensors"))?;
         let path = base.join("models").join(folder).join(file);
         std::fs::create_dir_all(path.parent().ok_or("a path without a folder")?)?;
+        let recorded = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/pytorch").join(file);
+        if recorded.is_file() {
+            std::fs::copy(recorded, path)?;
+            continue;
+        }
+        let name = name.ok_or_else(|| format!("{file} is not tiny-NAME.safetensors"))?;
         tiny::write(name, &path, DType::F16).ok_or_else(|| format!("no tiny model {name}"))??;
     }
     let input = base.join("input");

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use crate::models::ModelError;
 use crate::models::layers::{Ops, fused_self_attention};
-use crate::tensor::Tensor;
+use crate::tensor::{HostTensor, Tensor};
 
 /// A transformer block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,6 +70,18 @@ pub struct Joined {
 
 /// A change to the inside of a forward pass.
 pub trait UnetHook: Send + Sync {
+    /// Whether [`sources`](Self::sources) changes anything; if so, a number that no other such hook has.
+    fn changes_sources(&self) -> Option<u64> {
+        None
+    }
+
+    /// Changes what keys and what values of an attention are made of: the block's normalised tokens, or the
+    /// text. Asked for every self-attention, and once for a text. Several hooks act one after the other.
+    fn sources(&self, ops: Ops<'_>, sources: [&Tensor; 2]) -> Result<Option<[Tensor; 2]>, ModelError> {
+        let _ = (ops, sources);
+        Ok(None)
+    }
+
     /// Takes the place of a block's self-attention: `[B, 1, S, C]` before the output projection.
     /// Of several hooks that answer, the one attached last counts.
     fn self_attention(
@@ -118,6 +130,30 @@ pub struct Hooks<'a> {
 pub(in crate::models) struct HookScope<'a> {
     pub list: &'a [Arc<dyn UnetHook>],
     pub call: HookCall<'a>,
+}
+
+/// What keys and values are made of in place of `x`; `None` if no hook changes it.
+pub(super) fn sources(
+    list: &[Arc<dyn UnetHook>],
+    ops: Ops<'_>,
+    x: &Tensor,
+) -> Result<Option<[Tensor; 2]>, ModelError> {
+    let mut held: Option<[Tensor; 2]> = None;
+    for hook in list.iter().filter(|hook| hook.changes_sources().is_some()) {
+        let sources = held.as_ref().map_or([x, x], |[keys, values]| [keys, values]);
+        held = hook.sources(ops, sources)?.or(held);
+    }
+    Ok(held)
+}
+
+/// Equal parts of the channels of several tensors `[B, 1, S, C]` side by side: part `i` is of the `i`th.
+pub(super) fn spliced(ops: Ops<'_>, from: &[&Tensor]) -> Result<Tensor, ModelError> {
+    let all = from.iter().map(|x| ops.download_tokens(x)).collect::<Result<Vec<_>, _>>()?;
+    let shape = all.first().map(|x| x.shape().to_vec()).unwrap_or_default();
+    let width = shape.last().copied().unwrap_or(0);
+    let part = width / all.len().max(1);
+    let spliced = HostTensor::from_fn(&shape, |i| all[(i % width / part).min(all.len() - 1)].data()[i]);
+    ops.upload_tokens(&spliced)
 }
 
 impl HookScope<'_> {

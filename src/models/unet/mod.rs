@@ -5,6 +5,7 @@
 mod blocks;
 mod context;
 pub mod hooks;
+pub mod noise_augmentation;
 pub mod vector;
 
 use std::sync::Arc;
@@ -18,7 +19,7 @@ use crate::tensor::{Activation, Backend, Cols, Conv2d, GroupNorm, HostTensor, Li
 pub(super) use blocks::Scope;
 use blocks::{ResBlock, SpatialTransformer};
 pub(super) use context::ContextCache;
-use hooks::{HookCall, HookScope, Hooks};
+use hooks::{HookCall, HookScope, Hooks, UnetHook};
 
 /// Keys and values of every cross-attention for one text conditioning.
 ///
@@ -271,12 +272,25 @@ impl Unet {
 
     /// Keys and values of `context` `[B, T, context_dim]` for every cross-attention.
     pub fn context_kv(&self, context: &HostTensor) -> Result<ContextKv, ModelError> {
+        self.context_kv_hooked(context, &[])
+    }
+
+    /// The same under hooks that change what keys and values are made of.
+    fn context_kv_hooked(
+        &self,
+        context: &HostTensor,
+        hooks: &[Arc<dyn UnetHook>],
+    ) -> Result<ContextKv, ModelError> {
         if context.dim(2) != self.config.context_dim {
             let (expected, found) = (self.config.context_dim, context.dim(2));
             return Err(ModelError::Input { what: "width of the text conditioning", expected, found });
         }
         let ops = Ops(self.backend.as_ref());
         let context = ops.upload_tokens(context)?;
+        let context = match hooks::sources(hooks, ops, &context)? {
+            Some(sources) => sources.into(),
+            None => vec![context],
+        };
         let mut kv = Vec::new();
         for transformer in self.transformers() {
             transformer.context_kv(ops, &context, &mut kv)?;
