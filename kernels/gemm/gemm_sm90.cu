@@ -17,12 +17,14 @@ template <class T, int N> struct LoadGemm {
     int k1, k1_steps, row = 0, column = 0;
 
     PTX void begin(const hopper::Unit& unit) { row = unit.tile_m * hopper::kM, column = unit.tile_n * N; }
-    // Behind the end of x the copy brings zeros, so what it brings of w there does not matter.
-    PTX void operator()(int step, T* a, T* b, uint64_t* bar) const {
+    PTX void a(int step, T* a, uint64_t* bar) const {
         const bool second = step >= k1_steps;
-        const int k = (second ? step - k1_steps : step) * hopper::kK;
-        tma_load_2d(a, second ? x2 : x, k, row, bar);
-        hopper::load_b<T, N>(tiles, w, second ? k1 + k : k, column, b, bar);
+        tma_load_2d(a, second ? x2 : x, (second ? step - k1_steps : step) * hopper::kK, row, bar);
+    }
+    // Behind the end of x the copy brings zeros, so what this brings of w there does not matter.
+    PTX void b(int step, T* b, uint64_t* bar) const {
+        const int k = step >= k1_steps ? k1 + (step - k1_steps) * hopper::kK : step * hopper::kK;
+        hopper::load_b<T, N>(tiles, w, k, column, b, bar);
     }
 };
 
@@ -37,7 +39,7 @@ template <class T, int N, hopper::Finish F> PTX void gemm(const GemmSm90Args& ar
 }
 }  // namespace
 
-// maps: boxes of 64 x 128 of x and x2, 64 x N / cluster of w, all with the 128-byte swizzle
+// maps: boxes of 64 x 128 of x and x2, 64 x N / pair of w, all with the 128-byte swizzle
 #define GEMM_SM90(T, N, F, name)                                                                                                  \
     extern "C" __global__ __launch_bounds__(hopper::kThreads, 1) void name(                                                       \
         const __grid_constant__ GemmSm90Args args, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap x2,     \
@@ -54,7 +56,8 @@ template <class T, int N, hopper::Finish F> PTX void gemm(const GemmSm90Args& ar
     GEMM_SM90_WIDTH(T, 160, suffix)                                   \
     GEMM_SM90_WIDTH(T, 256, suffix)                                   \
     GEMM_SM90(T, 128, kCluster, gemm_sm90_128x128_cluster_##suffix)   \
-    GEMM_SM90(T, 160, kCluster, gemm_sm90_128x160_cluster_##suffix)
+    GEMM_SM90(T, 160, kCluster, gemm_sm90_128x160_cluster_##suffix)   \
+    GEMM_SM90(T, 256, kCluster, gemm_sm90_128x256_cluster_##suffix)
 GEMM_SM90_ALL(__half, f16)
 GEMM_SM90_ALL(__nv_bfloat16, bf16)
 

@@ -7,8 +7,10 @@
 // out the producer already fills the ring for the next.
 //
 // The L2 cache delivers about 30 bytes a cycle to each multiprocessor, less than a tile of its own asks for (a 128 x 160 tile
-// 36 KB in 640 cycles). So two blocks form a cluster where there are two tiles above each other: each loads its rows of A and
+// 36 KB in 640 cycles). So two blocks form a pair where there are two tiles above each other: each loads its rows of A and
 // half of the B that both need, for both (multicast). Then empty[i] also waits for the neighbour's consumers.
+//
+// A cluster is a pair, or one block or pair for every part of K (split-K), the parts one after the other: rank = part * pair + place.
 //
 // Widths: 160 divides 320, 640 and 1280, the widths of the UNets, and leaves the fewest idle multiprocessors there; 256 and
 // 128 are for the rest. wgmma reads 2 KB of A and kN * 32 bytes of B for 64 x kN x 16: 80 to 96 of the 128 bytes a cycle
@@ -26,7 +28,9 @@ struct HopperTiles {  // how the product is cut up; the twin is launch/hopper.rs
     int32_t tiles_m, tiles_n;
     int32_t band;     // rows of clusters that are walked together, column by column, so that their operands stay in the L2 cache
     int32_t splits;   // parts of K, each to its own partial sums; 1: none
-    int32_t cluster;  // blocks of a cluster, 1 or 2: tiles above each other, of which the last may be behind the product
+    int32_t pair;     // 1 or 2: blocks side by side in a cluster, for tiles above each other, of which the last may be behind the product
+    int32_t constant_b;  // nobody writes B any more: it may be loaded while the kernel before this one still runs
+    int32_t unused;
 };
 
 namespace hopper {
@@ -45,42 +49,45 @@ struct Unit {  // of work
     int tile_m, tile_n, split, first, last;  // steps first to last - 1
 };
 
-// The units of a cluster: for (Walk w(t); w.more(); w.next()) ... w.unit() is this block's. kOnce: one unit a block, and the
-// blocks of a cluster are the splits of a tile.
+// First block of this block's pair, as a rank in the cluster.
+PTX unsigned pair_rank() { return cluster_rank() & ~1u; }
+
+// The units of a pair: for (Walk w(t); w.more(); w.next()) ... w.unit() is this block's. kOnce: one unit a block, and the
+// pairs of a cluster are the splits of their tiles.
 template <bool kOnce> struct Walk {
     const HopperTiles& t;
-    int index, rows;  // rows of clusters
+    int index, rows;  // rows of pairs
 
-    PTX explicit Walk(const HopperTiles& tiles) : t(tiles), index(blockIdx.x / tiles.cluster), rows((tiles.tiles_m + tiles.cluster - 1) / tiles.cluster) {
-        if constexpr (kOnce) index = cluster_rank() * rows * t.tiles_n + blockIdx.x / t.splits;
+    PTX explicit Walk(const HopperTiles& tiles) : t(tiles), index(blockIdx.x / tiles.pair), rows((tiles.tiles_m + tiles.pair - 1) / tiles.pair) {
+        if constexpr (kOnce) index = int(cluster_rank()) / t.pair * rows * t.tiles_n + blockIdx.x / (t.pair * t.splits);
     }
     PTX bool more() const { return index < rows * t.tiles_n * t.splits; }
-    PTX void next() { index += kOnce ? 1 << 30 : gridDim.x / t.cluster; }
+    PTX void next() { index += kOnce ? 1 << 30 : gridDim.x / t.pair; }
     PTX Unit unit() const {
         const int count = rows * t.tiles_n, split = index / count, tile = index - split * count;
         const int in_band = t.band * t.tiles_n, first = tile / in_band * t.band, high = min(t.band, rows - first), place = tile % in_band;
-        const int rank = t.cluster > 1 ? int(cluster_rank()) : 0;
-        return {(first + place % high) * t.cluster + rank, place / high, split, t.steps * split / t.splits, t.steps * (split + 1) / t.splits};
+        const int place_in_pair = t.pair > 1 ? int(cluster_rank()) % 2 : 0;
+        return {(first + place % high) * t.pair + place_in_pair, place / high, split, t.steps * split / t.splits, t.steps * (split + 1) / t.splits};
     }
 };
 
 template <class S> PTX void start_ring(S& s, const HopperTiles& t) {
     if (threadIdx.x == 0) {
-        for (int i = 0; i < S::kStages; i++) mbarrier_init(&s.full[i], 1), mbarrier_init(&s.empty[i], kConsumerWarps * t.cluster);
+        for (int i = 0; i < S::kStages; i++) mbarrier_init(&s.full[i], 1), mbarrier_init(&s.empty[i], kConsumerWarps * t.pair);
         fence_mbarrier_init();
     }
     __syncwarp();  // the barrier of a cluster is for whole warps
-    if (t.cluster > 1) cluster_sync();
+    if (t.pair > 1) cluster_sync();
     else __syncthreads();
 }
 
-// The B of a stage: N rows of w from row `row` on, columns from k on. In a cluster this block brings half of them, to both.
+// The B of a stage: N rows of w from row `row` on, columns from k on. In a pair this block brings half of them, to both.
 template <class T, int N> PTX void load_b(const HopperTiles& t, const TensorMap* w, int k, int row, T* b, uint64_t* bar) {
-    if (t.cluster == 1) {
+    if (t.pair == 1) {
         tma_load_2d(b, w, k, row, bar);
     } else {
-        const int half = int(cluster_rank()) * (N / 2);
-        tma_load_2d_multicast(b + half * kK, w, k, row + half, bar, 3);
+        const int half = int(cluster_rank() % 2) * (N / 2);
+        tma_load_2d_multicast(b + half * kK, w, k, row + half, bar, 3u << pair_rank());
     }
 }
 
@@ -92,31 +99,46 @@ struct Place {  // in the ring
     }
 };
 
-// One thread: load.begin(unit) before a unit, load(step, a, b, bar) for every step of it, which must bring kStageBytes.
+// One thread: load.begin(unit) before a unit, then load.a(step, ...) and load.b(step, ...) for every step of it, which together
+// must bring kStageBytes. A constant B goes ahead of everything that waits for the kernel before.
 template <bool kOnce, class S, class Load> PTX void produce(S& s, const HopperTiles& t, Load& load) {
     Place at;
-    for (Walk<kOnce> walk(t); walk.more(); walk.next()) {
+    Walk<kOnce> walk(t);
+    int ahead = 0;  // steps of the first unit whose B is on its way
+    if (t.constant_b && walk.more()) {
         const Unit unit = walk.unit();
         load.begin(unit);
-        for (int step = unit.first; step < unit.last; step++) {
-            mbarrier_wait(&s.empty[at.stage], at.phase ^ 1);  // the first round passes at once
-            mbarrier_arrive_expect_tx(&s.full[at.stage], S::kStageBytes);
-            load(step, s.a[at.stage], s.b[at.stage], &s.full[at.stage]);
+        for (; ahead < min(S::kStages, unit.last - unit.first); ahead++) {
+            mbarrier_arrive_expect_tx(&s.full[ahead], S::kStageBytes);
+            load.b(unit.first + ahead, s.b[ahead], &s.full[ahead]);
+        }
+    }
+    wait_for_previous_kernel();
+    for (; walk.more(); walk.next()) {
+        const Unit unit = walk.unit();
+        load.begin(unit);
+        for (int step = unit.first; step < unit.last; step++, ahead--) {
+            if (ahead <= 0) {
+                mbarrier_wait(&s.empty[at.stage], at.phase ^ 1);  // the first round passes at once
+                mbarrier_arrive_expect_tx(&s.full[at.stage], S::kStageBytes);
+                load.b(step, s.b[at.stage], &s.full[at.stage]);
+            }
+            load.a(step, s.a[at.stage], &s.full[at.stage]);
             at.template advance<S>();
         }
     }
 }
 
 // A consumer warp is done with a stage: all producers that fill it must know.
-PTX void give_back(uint64_t* empty, int cluster, int lane) {
-    if (cluster == 1) {
+PTX void give_back(uint64_t* empty, int pair, int lane) {
+    if (pair == 1) {
         if (lane == 0) mbarrier_arrive(empty);
-    } else if (lane < cluster) mbarrier_arrive_at(empty, lane);
+    } else if (lane < 2) mbarrier_arrive_at(empty, pair_rank() + lane);
 }
 
 // The product of one unit in `acc`, fragments as wgmma leaves them. At most one step's products are under way while the
 // next step's are queued; only then is the stage before given back.
-template <class T, int N> PTX void multiply(Smem<T, N>& s, const Unit& unit, int cluster, Place& at, float (&acc)[N / 2]) {
+template <class T, int N> PTX void multiply(Smem<T, N>& s, const Unit& unit, int pair, Place& at, float (&acc)[N / 2]) {
     using S = Smem<T, N>;
     const int group = __shfl_sync(~0u, int(threadIdx.x) / 128 - 1, 0), lane = threadIdx.x % 32;  // known to be the same in a warp
     int before = 0;
@@ -129,12 +151,12 @@ template <class T, int N> PTX void multiply(Smem<T, N>& s, const Unit& unit, int
             wgmma_m64k16<T, N>(acc, a + 2 * i, b + 2 * i, step > unit.first || i > 0);  // 16 of K: 32 bytes, counted in 16
         wgmma_commit();
         wgmma_wait<1>();
-        if (step > unit.first) give_back(&s.empty[before], cluster, lane);
+        if (step > unit.first) give_back(&s.empty[before], pair, lane);
         before = at.stage;
         at.template advance<S>();
     }
     wgmma_wait<0>();
-    give_back(&s.empty[before], cluster, lane);
+    give_back(&s.empty[before], pair, lane);
 }
 
 // ---- from fragments to rows -------------------------------------------------------------------------------------------
@@ -298,19 +320,23 @@ template <class T, int N> PTX void stage_sums(Smem<T, N>& s, const float (&acc)[
             *reinterpret_cast<float2*>(to + half * 8 * kStagedPitch<N> + 8 * j) = make_float2(acc[4 * j + 2 * half], acc[4 * j + 2 * half + 1]);
 }
 
-// Block `rank` of a cluster adds up and finishes its share of the rows, in the order of the splits. Their number is a constant,
-// so that the loads of all of them are under way at once: one from another multiprocessor takes some 500 cycles.
-template <class T, int N, int kSplits, class Rows> PTX void add_up(Smem<T, N>& s, const EpilogueArgs& e, const Unit& unit, const Rows& rows) {
+// The blocks of a tile in a cluster add up and finish a share of its rows each, in the order of the splits. Their number is a
+// constant, so that the loads of all of them are under way at once: one from another multiprocessor takes some 500 cycles.
+template <class T, int N, int kSplits, class Rows> PTX void add_up(Smem<T, N>& s, const EpilogueArgs& e, const Unit& unit, int pair, const Rows& rows) {
     const bool geglu = e.flags & kEpilogueGeglu;
-    const int vectors = N / (geglu ? 16 : 8), columns = epilogue::out_columns(e), share = kM / kSplits;
-    for (int i = threadIdx.x - 128; i < share * vectors; i += kConsumerWarps * 32) {
-        const int r = unit.split * share + i / vectors, vector = i % vectors, row = rows(r), column = unit.tile_n * (geglu ? N / 2 : N) + vector * 8;
+    const int vectors = N / (geglu ? 16 : 8), columns = epilogue::out_columns(e), place = int(cluster_rank()) % pair;
+    const int first = kM * unit.split / kSplits, count = kM * (unit.split + 1) / kSplits - first;
+    for (int i = threadIdx.x - 128; i < count * vectors; i += kConsumerWarps * 32) {
+        const int r = first + i / vectors, vector = i % vectors, row = rows(r), column = unit.tile_n * (geglu ? N / 2 : N) + vector * 8;
         if (row < 0 || column >= columns) continue;
         const float* from = reinterpret_cast<const float*>(s.a) + r * kStagedPitch<N> + vector * (geglu ? 16 : 8);
         auto sum = [&](float (&v)[8], const float* p) {
             float4 part[kSplits][2];
 #pragma unroll
-            for (int split = 0; split < kSplits; split++) part[split][0] = cluster_load4(p, split), part[split][1] = cluster_load4(p + 4, split);
+            for (int split = 0; split < kSplits; split++) {
+                const unsigned rank = split * pair + place;
+                part[split][0] = cluster_load4(p, rank), part[split][1] = cluster_load4(p + 4, rank);
+            }
 #pragma unroll
             for (int split = 0; split < kSplits; split++) {
                 const float4 low = part[split][0], high = part[split][1];
@@ -332,32 +358,40 @@ PTX void run(const EpilogueArgs& e, const HopperTiles& t, Load& load, const RowO
     auto& s = dynamic_smem<Smem<T, N>>();
     next_kernel_may_start();
     start_ring(s, t);
-    wait_for_previous_kernel();
     if (threadIdx.x < 128) {
         setmaxnreg_dec<56>();
         if (threadIdx.x == 0) produce<kOnce>(s, t, load);
+        else wait_for_previous_kernel();
         __syncwarp();
         if constexpr (kOnce) cluster_sync();
     } else {
         setmaxnreg_inc<224>();
+        wait_for_previous_kernel();
         Place at;
         for (Walk<kOnce> walk(t); walk.more(); walk.next()) {
             const Unit unit = walk.unit();
             float acc[N / 2];
-            multiply<T, N>(s, unit, t.cluster, at, acc);
+            multiply<T, N>(s, unit, t.pair, at, acc);
             if constexpr (kOnce) {
                 stage_sums<T, N>(s, acc);
                 cluster_sync();
-                if (t.splits == 2) add_up<T, N, 2>(s, e, unit, row_of(unit));
-                else if (t.splits == 4) add_up<T, N, 4>(s, e, unit, row_of(unit));
-                else add_up<T, N, 8>(s, e, unit, row_of(unit));
+                const auto rows = row_of(unit);
+                switch (t.splits) {
+                    case 2: add_up<T, N, 2>(s, e, unit, t.pair, rows); break;
+                    case 3: add_up<T, N, 3>(s, e, unit, t.pair, rows); break;
+                    case 4: add_up<T, N, 4>(s, e, unit, t.pair, rows); break;
+                    case 5: add_up<T, N, 5>(s, e, unit, t.pair, rows); break;
+                    case 6: add_up<T, N, 6>(s, e, unit, t.pair, rows); break;
+                    case 7: add_up<T, N, 7>(s, e, unit, t.pair, rows); break;
+                    default: add_up<T, N, 8>(s, e, unit, t.pair, rows);
+                }
             } else {
                 write_tile<T, N, F>(e, unit, acc, row_of(unit));
             }
         }
         __syncwarp();
     }
-    if (kOnce || t.cluster > 1) cluster_sync();  // a neighbour may still read or write here
+    if (kOnce || t.pair > 1) cluster_sync();  // a neighbour may still read or write here
 }
 
 // Adds the sums of the parts of K in order and finishes; eight columns of out a thread.

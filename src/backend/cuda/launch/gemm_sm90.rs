@@ -9,8 +9,8 @@ use super::super::{CudaError, Element, Gpu, Kernel};
 use super::epilogue::{self, EpilogueArgs, Rows};
 use super::gemm::Gemm;
 use super::hopper::{
-    Cut, DEPTH, Finish, Plan, Product, ROWS, Tiles, best_cut, epilogue_in_vectors, matrix_map,
-    partial_memory, reduce,
+    Cut, DEPTH, Finish, Plan, Product, ROWS, Room, Tiles, best_cut, epilogue_in_vectors, matrix_map,
+    partial_memory, ranked_cuts, reduce,
 };
 
 const OP: &str = "gemm_sm90";
@@ -44,12 +44,18 @@ fn product(op: &Gemm) -> Product {
         tiles_m: op.m.div_ceil(ROWS),
         columns: op.n,
         steps: op.k1.div_ceil(DEPTH) + op.k2.div_ceil(DEPTH),
+        is_right_constant: op.w_is_constant,
     }
+}
+
+/// The ways to cut up a layer that can make sense, the launcher's choice first.
+pub fn cuts_of(op: &Gemm, room: &Room) -> Vec<Cut> {
+    ranked_cuts(&product(op), room)
 }
 
 /// Queues a linear layer.
 pub fn gemm(gpu: &Gpu, op: &Gemm) -> Result<(), CudaError> {
-    gemm_by(gpu, op, best_cut(&product(op), gpu.multiprocessors()))
+    gemm_by(gpu, op, best_cut(&product(op), gpu.room()?))
 }
 
 /// Queues a linear layer, cut up as the caller says.
@@ -57,7 +63,7 @@ pub fn gemm_by(gpu: &Gpu, op: &Gemm, cut: Cut) -> Result<(), CudaError> {
     if !supports(op) || op.x2.is_none() != (op.k2 == 0) {
         return Err(CudaError::Unsupported { op: OP, reason: format!("not for the sm_90a kernels: {op:?}") });
     }
-    let plan = Plan::new(&product(op), cut, gpu.multiprocessors())?;
+    let plan = Plan::new(&product(op), cut, gpu.room()?)?;
     let map_x = matrix_map(gpu, op.x, [op.m, op.k1], ROWS, op.element)?;
     let map_x2 = match op.x2 {
         Some(x2) => matrix_map(gpu, x2, [op.m, op.k2], ROWS, op.element)?,
