@@ -47,31 +47,13 @@ template <class T, int N, hopper::Finish F> PTX void gemm(const GemmSm90Args& ar
         gemm<T, N, hopper::Finish::F>(args, &x, &x2, &w);                                                                         \
     }                                                                                                                             \
     SIMT_KERNEL(name)
-#define GEMM_SM90_WIDTH(T, N, suffix)                                \
-    GEMM_SM90(T, N, kPlain, gemm_sm90_128x##N##_##suffix)            \
-    GEMM_SM90(T, N, kGeglu, gemm_sm90_128x##N##_geglu_##suffix)      \
-    GEMM_SM90(T, N, kPartial, gemm_sm90_128x##N##_partial_##suffix)
-#define GEMM_SM90_ALL(T, suffix)                                      \
-    GEMM_SM90_WIDTH(T, 128, suffix)                                   \
-    GEMM_SM90_WIDTH(T, 160, suffix)                                   \
-    GEMM_SM90_WIDTH(T, 256, suffix)                                   \
-    GEMM_SM90(T, 128, kCluster, gemm_sm90_128x128_cluster_##suffix)   \
-    GEMM_SM90(T, 160, kCluster, gemm_sm90_128x160_cluster_##suffix)   \
-    GEMM_SM90(T, 256, kCluster, gemm_sm90_128x256_cluster_##suffix)
+#define GEMM_SM90_WIDTH(T, N, suffix)                     \
+    GEMM_SM90(T, N, kPlain, gemm_sm90_128x##N##_##suffix) \
+    GEMM_SM90(T, N, kGeglu, gemm_sm90_128x##N##_geglu_##suffix) \
+    GEMM_SM90(T, N, kAny, gemm_sm90_128x##N##_any_##suffix)
+#define GEMM_SM90_ALL(T, suffix)    \
+    GEMM_SM90_WIDTH(T, 128, suffix) \
+    GEMM_SM90_WIDTH(T, 160, suffix) \
+    GEMM_SM90_WIDTH(T, 256, suffix)
 GEMM_SM90_ALL(__half, f16)
 GEMM_SM90_ALL(__nv_bfloat16, bf16)
-
-struct ReduceSm90Args {
-    EpilogueArgs epilogue;
-    int32_t splits;
-    int32_t unused;
-};
-
-// grid: ceil(rows * out columns / 8 / threads)
-#define REDUCE_SM90(T, name)                                                                                                      \
-    extern "C" __global__ __launch_bounds__(256) void name(const __grid_constant__ ReduceSm90Args args) {                         \
-        begin_kernel(), hopper::reduce<T>(args.epilogue, args.splits);                                                            \
-    }                                                                                                                             \
-    SIMT_KERNEL(name)
-REDUCE_SM90(__half, gemm_sm90_reduce_f16)
-REDUCE_SM90(__nv_bfloat16, gemm_sm90_reduce_bf16)

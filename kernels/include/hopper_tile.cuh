@@ -10,7 +10,8 @@
 // 36 KB in 640 cycles). So two blocks form a pair where there are two tiles above each other: each loads its rows of A and
 // half of the B that both need, for both (multicast). Then empty[i] also waits for the neighbour's consumers.
 //
-// A cluster is a pair, or one block or pair for every part of K (split-K), the parts one after the other: rank = part * pair + place.
+// A cluster is a pair, or one block or pair for every part of K (split-K), the parts one after the other: rank = part * pair +
+// place. The parts add their sums up through distributed shared memory: no second kernel, no partial sums in device memory.
 //
 // Widths: 160 divides 320, 640 and 1280, the widths of the UNets, and leaves the fewest idle multiprocessors there; 256 and
 // 128 are for the rest. wgmma reads 2 KB of A and kN * 32 bytes of B for 64 x kN x 16: 80 to 96 of the 128 bytes a cycle
@@ -27,7 +28,7 @@ struct HopperTiles {  // how the product is cut up; the twin is launch/hopper.rs
     int32_t steps;    // of kK, over all of K
     int32_t tiles_m, tiles_n;
     int32_t band;     // rows of clusters that are walked together, column by column, so that their operands stay in the L2 cache
-    int32_t splits;   // parts of K, each to its own partial sums; 1: none
+    int32_t splits;   // parts of K; 1: none
     int32_t pair;     // 1 or 2: blocks side by side in a cluster, for tiles above each other, of which the last may be behind the product
     int32_t constant_b;  // nobody writes B any more: it may be loaded while the kernel before this one still runs
     int32_t unused;
@@ -162,37 +163,19 @@ template <class T, int N> PTX void multiply(Smem<T, N>& s, const Unit& unit, int
 // ---- from fragments to rows -------------------------------------------------------------------------------------------
 // What becomes of a tile is a template argument, and only what layers of a UNet ask for is done here: all of it in one kernel
 // would be 200 KB of straight-line code, and fetching instructions would take several times as long as executing them
-// (measured: 12 us a tile). The rest goes through kCluster, or kPartial and reduce, whose last step is a loop.
+// (measured: 12 us a tile). The rest goes through kAny, whose last step is a loop.
 enum class Finish {
-    kPlain,    // bias, residual
-    kTime,     // bias, bias of the sample
-    kGeglu,    // value times gate, with their bias
-    kPartial,  // sums of K or of a part of it as they are
-    kCluster,  // the blocks of a cluster have a part of K each and add their sums up; any epilogue
+    kPlain,  // bias, residual
+    kTime,   // bias, bias of the sample
+    kGeglu,  // value times gate, with their bias
+    kAny,    // any epilogue; one tile a block, and the blocks of a cluster may have a part of K each and add their sums up
 };
-
-// Stores the sums of a tile as they are: a quad writes whole sectors of 32 bytes.
-template <int N> PTX void write_partial(const EpilogueArgs& e, const Unit& unit, const float (&acc)[N / 2], const int (&row)[2]) {
-    const int column = unit.tile_n * N + threadIdx.x % 4 * 2, left = e.columns - column;
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        if (row[half] < 0) continue;
-        float* out = e.partial + (size_t(unit.split) * e.rows + row[half]) * epilogue::partial_pitch(e) + column;
-#pragma unroll
-        for (int j = 0; j < N / 8; j++)
-            if (8 * j < left) *reinterpret_cast<float2*>(out + 8 * j) = make_float2(acc[4 * j + 2 * half], acc[4 * j + 2 * half + 1]);
-    }
-}
 
 // Writes a tile: rows(r) is the row of the product that row r of the tile holds, or -1. A residual is loaded many vectors at a
 // time and before the stores: it may lie where out lies, so the compiler cannot move loads ahead of stores itself.
 template <class T, int N, Finish F, class Rows> PTX void write_tile(const EpilogueArgs& e, const Unit& unit, const float (&acc)[N / 2], const Rows& rows) {
     const int quad = threadIdx.x % 4, warp_row = (threadIdx.x - 128) / 32 * 16 + threadIdx.x % 32 / 4;
     const int row[2] = {rows(warp_row), rows(warp_row + 8)};
-    if constexpr (F == Finish::kPartial) {
-        write_partial<N>(e, unit, acc, row);
-        return;
-    }
     constexpr bool kGeglu = F == Finish::kGeglu;
     constexpr int kOut = kGeglu ? N / 2 : N, kBlocks = kOut / 8, kGroups = (kBlocks + 3) / 4;  // columns of out; in eights; in groups of four eights
     constexpr int kAhead = kGroups > 5 ? 4 : kGroups;                                          // groups whose residual is loaded together, as registers allow
@@ -335,7 +318,8 @@ template <class T, int N, int kSplits, class Rows> PTX void add_up(Smem<T, N>& s
 #pragma unroll
             for (int split = 0; split < kSplits; split++) {
                 const unsigned rank = split * pair + place;
-                part[split][0] = cluster_load4(p, rank), part[split][1] = cluster_load4(p + 4, rank);
+                if constexpr (kSplits == 1) part[split][0] = reinterpret_cast<const float4*>(p)[0], part[split][1] = reinterpret_cast<const float4*>(p)[1];
+                else part[split][0] = cluster_load4(p, rank), part[split][1] = cluster_load4(p + 4, rank);
             }
 #pragma unroll
             for (int split = 0; split < kSplits; split++) {
@@ -354,7 +338,7 @@ template <class T, int N, int kSplits, class Rows> PTX void add_up(Smem<T, N>& s
 // row_of(unit) makes the `rows` of write_tile.
 template <class T, int N, Finish F, class Load, class RowOf>
 PTX void run(const EpilogueArgs& e, const HopperTiles& t, Load& load, const RowOf& row_of) {
-    constexpr bool kOnce = F == Finish::kCluster;
+    constexpr bool kOnce = F == Finish::kAny;
     auto& s = dynamic_smem<Smem<T, N>>();
     next_kernel_may_start();
     start_ring(s, t);
@@ -377,6 +361,7 @@ PTX void run(const EpilogueArgs& e, const HopperTiles& t, Load& load, const RowO
                 cluster_sync();
                 const auto rows = row_of(unit);
                 switch (t.splits) {
+                    case 1: add_up<T, N, 1>(s, e, unit, t.pair, rows); break;
                     case 2: add_up<T, N, 2>(s, e, unit, t.pair, rows); break;
                     case 3: add_up<T, N, 3>(s, e, unit, t.pair, rows); break;
                     case 4: add_up<T, N, 4>(s, e, unit, t.pair, rows); break;
@@ -392,24 +377,6 @@ PTX void run(const EpilogueArgs& e, const HopperTiles& t, Load& load, const RowO
         __syncwarp();
     }
     if (kOnce || t.pair > 1) cluster_sync();  // a neighbour may still read or write here
-}
-
-// Adds the sums of the parts of K in order and finishes; eight columns of out a thread.
-template <class T> PTX void reduce(const EpilogueArgs& e, int splits) {
-    const bool geglu = e.flags & kEpilogueGeglu;
-    const int blocks = epilogue::out_columns(e) / 8;
-    const int64_t index = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (index >= int64_t(e.rows) * blocks) return;
-    const int row = int(index / blocks), column = int(index % blocks) * 8;
-    float v[8] = {}, gate[8] = {};
-    const size_t pitch = epilogue::partial_pitch(e);
-    const float* from = e.partial + row * pitch + (geglu ? 2 * column : column);
-#pragma unroll 4
-    for (int s = 0; s < splits; s++, from += e.rows * pitch) {
-        add8(v, from);
-        if (geglu) add8(gate, from + 8);
-    }
-    finish8<T>(e, row, column, v, gate);
 }
 
 }  // namespace hopper

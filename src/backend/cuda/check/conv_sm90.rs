@@ -168,8 +168,11 @@ pub(super) fn cases() -> Vec<Case> {
             cases.push(case(*shape, *op, None, element));
             // Widths, splits and im2col mode, whatever the launcher would choose.
             let steps = shape.kernel[0] * shape.kernel[1];
-            let cut =
-                Cut { width: [160, 256, 128][i % 3], splits: (1 + i % 9).min(steps), pair: 1 + i / 2 % 2 };
+            let cut = Cut {
+                width: [160, 256, 128][i % 3],
+                splits: (1 + i % 8).min(steps).min(8 / (1 + i / 2 % 2)),
+                pair: 1 + i / 2 % 2,
+            };
             if shape.kernel != [1, 1] || shape.stride != 1 {
                 cases.push(case(*shape, *op, Some(cut), element));
             }

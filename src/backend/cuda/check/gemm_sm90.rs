@@ -182,7 +182,7 @@ pub(super) fn cases() -> Vec<Case> {
         ] {
             cases.push(case(shape, op, None, element));
         }
-        for (width, splits) in [(128, 3), (160, 1), (160, 2), (160, 5), (256, 1), (256, 4)] {
+        for (width, splits) in [(128, 3), (128, 5), (160, 1), (160, 2), (256, 1), (256, 4)] {
             let op = Finish { scale: 1.5, residual: true, ..Finish::GEGLU };
             cases.push(case(
                 Shape(150, 480, 264, 0),
@@ -203,7 +203,11 @@ pub(super) fn cases() -> Vec<Case> {
             let shape = Shape(rows, columns, 8 + 8 * number(42, 60), second);
             // Widths and splits in turn, whatever the launcher would choose.
             let steps = shape.2.div_ceil(64) + shape.3.div_ceil(64);
-            let cut = Cut { width: [128, 160, 256][i % 3], splits: (1 + i / 3).min(steps), pair: 1 + i % 2 };
+            let cut = Cut {
+                width: [128, 160, 256][i % 3],
+                splits: (1 + i / 3).min(steps).min(8 / (1 + i % 2)),
+                pair: 1 + i % 2,
+            };
             cases.push(case(shape, op, Some(cut), element));
         }
         for (shape, op) in REAL {

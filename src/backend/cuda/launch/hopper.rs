@@ -1,12 +1,12 @@
 //! What the two sm_90a product kernels share (`kernels/include/hopper_tile.cuh`): how a product is cut into
 //! tiles, and the tensor maps of its operands.
 
-use bytemuck::{Pod, Zeroable, bytes_of};
+use bytemuck::{Pod, Zeroable};
 
 use super::super::{CudaError, Element, Geometry, Gpu, Kernel};
 use super::elementwise::Act;
-use super::epilogue::{Epilogue, EpilogueArgs, Rows};
-use crate::driver::{DevicePtr, MapElement, Swizzle, TensorMap, TensorMapDesc};
+use super::epilogue::{Epilogue, Rows};
+use crate::driver::{MapElement, Swizzle, TensorMap, TensorMapDesc};
 
 /// Rows of a tile.
 pub(super) const ROWS: usize = 128;
@@ -14,17 +14,14 @@ pub(super) const ROWS: usize = 128;
 pub(super) const DEPTH: usize = 64;
 /// Threads of a block: a producer warpgroup and two consumers.
 pub(super) const THREADS: u32 = 384;
-/// Threads of a block that adds partial sums.
-const REDUCE_THREADS: usize = 256;
 /// Most tiles above each other that share their right operand.
 const MOST_IN_PAIR: usize = 2;
 /// Most blocks of a cluster that every device of compute capability 9.0 has.
 const MOST_IN_CLUSTER: usize = 8;
 /// Columns of the tiles that there are kernels for.
 const WIDTHS: [usize; 3] = [128, 160, 256];
-/// Fewest steps of K in a split, and most splits.
+/// Fewest steps of K in a split.
 const LEAST_STEPS: usize = 4;
-const MOST_SPLITS: usize = 16;
 /// Costs on an H200 in cycles of 1.755 GHz, fitted to the measured times of 106 layers of SD1.5 and SDXL
 /// (`benches/results/2026-11-27-h200.md`): 7% rms over times from 6 to 2000 µs. How often they are paid: [`cycles`].
 mod cost {
@@ -41,11 +38,6 @@ mod cost {
     pub const CLUSTER_LAUNCH: f64 = 2000.0;
     pub const CLUSTER_WAVE: f64 = 5200.0;
     pub const CLUSTER_SPLIT: f64 = 1084.0;
-    /// The second kernel of a product whose parts meet in memory, besides its bytes.
-    pub const SECOND: f64 = 8630.0;
-    /// Such a product with one row of tiles, which reads all its weights from device memory: 1.11, 1.13 and 1.31 times
-    /// the rest of the estimate.
-    pub const ONE_ROW: f64 = 1.25;
 }
 
 /// `HopperTiles` of `hopper_tile.cuh`.
@@ -81,7 +73,7 @@ impl Room {
     /// Asks the driver.
     pub fn measure(gpu: &Gpu) -> Result<Self, CudaError> {
         let mut room = [0; MOST_IN_CLUSTER + 1];
-        let kernel = Kernel { module: "gemm_sm90", name: "gemm_sm90_128x160_cluster_f16" };
+        let kernel = Kernel { module: "gemm_sm90", name: "gemm_sm90_128x160_any_f16" };
         for (blocks, count) in room.iter_mut().enumerate().skip(1) {
             let cluster = blocks as u32;
             let geometry =
@@ -105,14 +97,9 @@ impl std::fmt::Display for Cut {
 }
 
 impl Cut {
-    /// Whether the splits of a tile meet in a cluster of blocks instead of in device memory.
-    fn adds_in_cluster(self) -> bool {
-        self.splits > 1 && self.splits * self.pair <= MOST_IN_CLUSTER
-    }
-
-    /// Blocks of a cluster.
+    /// Blocks of a cluster: the pairs of all parts of K.
     fn cluster(self) -> usize {
-        if self.adds_in_cluster() { self.splits * self.pair } else { self.pair }
+        self.splits * self.pair
     }
 }
 
@@ -142,14 +129,18 @@ pub(super) struct Plan {
 
 impl Plan {
     /// A product cut up as the caller says.
-    pub fn new(product: &Product, cut: Cut, room: &Room) -> Result<Self, CudaError> {
+    pub fn new(product: &Product, cut: Cut, finish: Finish, room: &Room) -> Result<Self, CudaError> {
         let Product { tiles_m, columns, steps, is_right_constant } = *product;
         if !WIDTHS.contains(&cut.width)
             || !(1..=steps).contains(&cut.splits)
             || !(1..=MOST_IN_PAIR).contains(&cut.pair)
+            || cut.cluster() > MOST_IN_CLUSTER
+            || (cut.splits > 1 && finish != Finish::Any)
         {
-            let reason =
-                format!("{cut:?} of {product:?}: widths {WIDTHS:?}, 1 to {steps} splits, a pair of 1 or 2");
+            let reason = format!(
+                "{cut:?} of {product:?}, then {finish:?}: widths {WIDTHS:?}, 1 to {steps} splits (more than 1 with \
+                 any epilogue only), a pair of 1 or 2, clusters of at most {MOST_IN_CLUSTER}"
+            );
             return Err(CudaError::Unsupported { op: "sm_90a product", reason });
         }
         let tiles_n = columns.div_ceil(cut.width);
@@ -169,7 +160,7 @@ impl Plan {
             constant_b: i32::from(is_right_constant),
             unused: 0,
         };
-        let at_a_time = if cut.adds_in_cluster() { units } else { room.clusters(cut.pair) };
+        let at_a_time = if finish == Finish::Any { units } else { room.clusters(cut.pair) };
         let blocks = units.min(at_a_time) * cut.pair;
         Ok(Self { cut, blocks, tiles })
     }
@@ -213,17 +204,19 @@ pub(super) fn ranked_cuts(product: &Product, room: &Room) -> Vec<Cut> {
 /// All ways to cut up a product that can make sense.
 pub(super) fn cuts(product: &Product, room: &Room) -> impl Iterator<Item = Cut> {
     let pairs = if product.tiles_m > 1 && room.clusters(1) > 1 { MOST_IN_PAIR } else { 1 };
-    let most = (product.steps / LEAST_STEPS).clamp(1, MOST_SPLITS);
+    let most = (product.steps / LEAST_STEPS).max(1);
     WIDTHS.into_iter().flat_map(move |width| {
-        (1..=pairs).flat_map(move |pair| (1..=most).map(move |splits| Cut { width, splits, pair }))
+        (1..=pairs).flat_map(move |pair| {
+            (1..=most.min(MOST_IN_CLUSTER / pair)).map(move |splits| Cut { width, splits, pair })
+        })
     })
 }
 
 /// Estimate of the time that a product takes.
 ///
 /// A step costs what the tensor cores need for it or what the L2 cache needs to deliver it (a pair asks only once for what
-/// its tiles share); tiles come in waves of as many as there is room for; a split product either adds up in clusters, or
-/// writes and reads its partial sums and launches once more.
+/// its tiles share); tiles come in waves of as many as there is room for; writing out is either hidden behind the next
+/// tile's loads or, for parts of K that add up in a cluster, is not.
 fn cycles(product: &Product, cut: Cut, room: &Room) -> f64 {
     let Cut { width, splits, pair } = cut;
     let tiles = product.tiles_m.div_ceil(pair) * pair * product.columns.div_ceil(width);
@@ -233,18 +226,12 @@ fn cycles(product: &Product, cut: Cut, room: &Room) -> f64 {
     let from_l2 = bytes / cost::L2_BYTES_ALONE.min(cost::L2_BYTES * multiprocessors as f64 / active);
     let step = from_l2.max((ROWS * width * DEPTH * 2) as f64 / cost::OPERATIONS);
     let sums = product.steps.div_ceil(splits) as f64 * step;
-    if cut.adds_in_cluster() {
-        let waves = tiles.div_ceil(room.clusters(cut.cluster()) * pair) as f64;
-        let wave = sums + cost::CLUSTER_WAVE + splits as f64 * cost::CLUSTER_SPLIT;
-        return cost::CLUSTER_LAUNCH + waves * wave;
-    }
-    let waves = (tiles / pair * splits).div_ceil(room.clusters(pair)) as f64;
+    let waves = tiles.div_ceil(room.clusters(cut.cluster()) * pair) as f64;
     if splits == 1 {
-        return cost::LAUNCH + waves * (sums + width as f64 * cost::COLUMN);
+        cost::LAUNCH + waves * (sums + width as f64 * cost::COLUMN)
+    } else {
+        cost::CLUSTER_LAUNCH + waves * (sums + cost::CLUSTER_WAVE + splits as f64 * cost::CLUSTER_SPLIT)
     }
-    let partial = (2 * tiles * ROWS * width * 4 * splits) as f64 / (cost::L2_BYTES * multiprocessors as f64);
-    let whole = cost::LAUNCH + waves * sums + cost::SECOND + partial;
-    if product.tiles_m == 1 { cost::ONE_ROW * whole } else { whole }
 }
 
 /// Rows of pairs to walk together: the tiles under way at one time then cover about a square of the product, which needs
@@ -301,10 +288,8 @@ pub(super) enum Finish {
     Time,
     /// Value times gate, with their bias.
     Geglu,
-    /// Sums as they are, which a second kernel adds up and finishes.
-    Partial,
-    /// The splits of a tile are the blocks of a cluster, which add their sums up and do any epilogue.
-    Cluster,
+    /// Any epilogue, and parts of K that the blocks of a cluster have.
+    Any,
 }
 
 impl Finish {
@@ -313,12 +298,11 @@ impl Finish {
         let Epilogue { act, geglu, out_f32, scale, .. } = *epilogue;
         let (residual, time) = (epilogue.residual.is_some(), epilogue.time_bias.is_some());
         match (geglu, residual, time) {
-            _ if cut.adds_in_cluster() => Self::Cluster,
-            _ if cut.splits > 1 || act != Act::None || out_f32 || scale != 1.0 => Self::Partial,
+            _ if cut.splits > 1 || act != Act::None || out_f32 || scale != 1.0 => Self::Any,
             (false, _, false) => Self::Plain,
             (true, false, false) if !has_time => Self::Geglu,
             (false, false, true) if has_time => Self::Time,
-            _ => Self::Partial,
+            _ => Self::Any,
         }
     }
 
@@ -328,50 +312,9 @@ impl Finish {
             Self::Plain => "",
             Self::Time => "_time",
             Self::Geglu => "_geglu",
-            Self::Partial => "_partial",
-            Self::Cluster => "_cluster",
+            Self::Any => "_any",
         }
     }
-}
-
-/// Memory for the partial sums of a product that a second kernel finishes; null for others.
-pub(super) fn partial_memory(
-    gpu: &Gpu,
-    plan: &Plan,
-    finish: Finish,
-    rows: usize,
-    columns: usize,
-) -> Result<DevicePtr, CudaError> {
-    match finish {
-        Finish::Partial => gpu.workspace(plan.cut.splits * rows * columns * size_of::<f32>()),
-        _ => Ok(DevicePtr::NULL),
-    }
-}
-
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-struct ReduceArgs {
-    epilogue: EpilogueArgs,
-    splits: i32,
-    unused: i32,
-}
-
-/// Adds the partial sums of a split product of `rows` rows that has `columns` columns after its epilogue.
-pub(super) fn reduce(
-    gpu: &Gpu,
-    epilogue: &EpilogueArgs,
-    plan: &Plan,
-    extent: [usize; 2],
-    element: Element,
-) -> Result<(), CudaError> {
-    if epilogue.partial.is_null() {
-        return Ok(());
-    }
-    let [rows, columns] = extent;
-    let args = ReduceArgs { epilogue: *epilogue, splits: plan.cut.splits as i32, unused: 0 };
-    let name = format!("gemm_sm90_reduce_{}", element.suffix());
-    let geometry = Geometry::line((rows * (columns / 8)).div_ceil(REDUCE_THREADS), REDUCE_THREADS as u32);
-    gpu.launch(&Kernel { module: "gemm_sm90", name: &name }, &geometry, &[bytes_of(&args)])
 }
 
 #[cfg(test)]
@@ -406,7 +349,7 @@ mod tests {
         let product = Product { tiles_m: 16, columns: 640, steps: 90, is_right_constant: true };
         let crowded = Room([0, 132, 66, 20, 16, 12, 8, 8, 8]);
         let (roomy, crowded) = (best_cut(&product, &H200), best_cut(&product, &crowded));
-        assert!(roomy.adds_in_cluster() && crowded != roomy, "{roomy} and {crowded}");
+        assert!(roomy.splits > 1 && crowded != roomy, "{roomy} and {crowded}");
     }
 
     #[test]
@@ -420,7 +363,7 @@ mod tests {
     fn shared_memory_fits() {
         for (width, bytes) in [(128, 197_632), (160, 222_208), (256, 197_632)] {
             let product = Product { tiles_m: 1, columns: 128, steps: 1, is_right_constant: true };
-            let plan = Plan::new(&product, Cut { width, splits: 1, pair: 1 }, &H200)
+            let plan = Plan::new(&product, Cut { width, splits: 1, pair: 1 }, Finish::Plain, &H200)
                 .map(|plan| plan.geometry().shared);
             assert!(matches!(plan, Ok(shared) if shared == bytes && bytes <= 227 * 1024));
         }
