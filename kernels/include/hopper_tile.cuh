@@ -257,38 +257,6 @@ template <class T, int N, Finish F, class Rows> PTX void write_tile(const Epilog
     }
 }
 
-PTX void add8(float (&v)[8], const float (&r)[8]) {
-#pragma unroll
-    for (int i = 0; i < 8; i++) v[i] += r[i];
-}
-template <class U> PTX void add8(float (&v)[8], const U* p) {
-    float r[8];
-    load8(r, p);
-    add8(v, r);
-}
-// The whole epilogue on the sums of eight columns of out from `column` on: v, and with GEGLU the gates.
-template <class T> PTX void finish8(const EpilogueArgs& e, int row, int column, float (&v)[8], float (&gate)[8]) {
-    const bool geglu = e.flags & kEpilogueGeglu;
-    if (e.bias) {
-        const float* bias = e.bias + (geglu ? 2 * column : column);
-        add8(v, bias);
-        if (geglu) add8(gate, bias + 8);
-    }
-    if (geglu) {
-#pragma unroll
-        for (int i = 0; i < 8; i++) v[i] *= gelu_fast(gate[i]);
-    } else {
-        if (e.time_bias) add8(v, static_cast<const T*>(e.time_bias) + int64_t(row / e.rows_per_sample) * e.time_pitch + column);
-        epilogue::activate8(v, e.act);
-    }
-#pragma unroll
-    for (int i = 0; i < 8; i++) v[i] *= e.scale;
-    if (e.residual) add8(v, static_cast<const T*>(e.residual) + int64_t(row) * e.residual_pitch + column);
-    const int64_t at = int64_t(row) * e.out_pitch + column;
-    if (e.flags & kEpilogueFloat) store8(static_cast<float*>(e.out) + at, v);
-    else store8(static_cast<T*>(e.out) + at, v);
-}
-
 // The sums of a tile in shared memory, where the ring was. Rows a multiple of 32 banks and 8 apart: a warp's stores, 8 rows of
 // 8 floats, meet no bank twice.
 template <int N> constexpr int kStagedPitch = N + 8;
@@ -303,34 +271,55 @@ template <class T, int N> PTX void stage_sums(Smem<T, N>& s, const float (&acc)[
             *reinterpret_cast<float2*>(to + half * 8 * kStagedPitch<N> + 8 * j) = make_float2(acc[4 * j + 2 * half], acc[4 * j + 2 * half + 1]);
 }
 
-// The blocks of a tile in a cluster add up and finish a share of its rows each, in the order of the splits. Their number is a
-// constant, so that the loads of all of them are under way at once: one from another multiprocessor takes some 500 cycles.
-template <class T, int N, int kSplits, class Rows> PTX void add_up(Smem<T, N>& s, const EpilogueArgs& e, const Unit& unit, int pair, const Rows& rows) {
+// The sum of eight columns over the parts of K, in their order: what lies at p in the blocks place, place + pair, ... of the
+// cluster. Their number is a constant, so that all loads are under way at once: one from a neighbour takes some 500 cycles.
+template <int kSplits> PTX void sum_parts(float (&v)[8], const float* p, int pair, int place) {
+    float4 part[kSplits][2];
+#pragma unroll
+    for (int split = 0; split < kSplits; split++) {
+        const unsigned rank = split * pair + place;
+        part[split][0] = cluster_load4(p, rank), part[split][1] = cluster_load4(p + 4, rank);
+    }
+#pragma unroll
+    for (int split = 0; split < kSplits; split++) {
+        const float4 low = part[split][0], high = part[split][1];
+        v[0] += low.x, v[1] += low.y, v[2] += low.z, v[3] += low.w;
+        v[4] += high.x, v[5] += high.y, v[6] += high.z, v[7] += high.w;
+    }
+}
+PTX void sum_parts(float (&v)[8], const float* p, int splits, int pair, int place) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) v[i] = 0.0f;
+    switch (splits) {
+        case 1: load8(v, p); break;
+        case 2: sum_parts<2>(v, p, pair, place); break;
+        case 3: sum_parts<3>(v, p, pair, place); break;
+        case 4: sum_parts<4>(v, p, pair, place); break;
+        case 5: sum_parts<5>(v, p, pair, place); break;
+        case 6: sum_parts<6>(v, p, pair, place); break;
+        case 7: sum_parts<7>(v, p, pair, place); break;
+        default: sum_parts<8>(v, p, pair, place);
+    }
+}
+
+// The blocks of a tile in a cluster add up and finish a share of its rows each.
+template <class T, int N, class Rows> PTX void add_up(Smem<T, N>& s, const EpilogueArgs& e, const HopperTiles& t, const Unit& unit, const Rows& rows) {
     const bool geglu = e.flags & kEpilogueGeglu;
-    const int vectors = N / (geglu ? 16 : 8), columns = epilogue::out_columns(e), place = int(cluster_rank()) % pair;
-    const int first = kM * unit.split / kSplits, count = kM * (unit.split + 1) / kSplits - first;
+    const int vectors = N / (geglu ? 16 : 8), columns = epilogue::out_columns(e), place = int(cluster_rank()) % t.pair;
+    const int first = kM * unit.split / t.splits, count = kM * (unit.split + 1) / t.splits - first;
     for (int i = threadIdx.x - 128; i < count * vectors; i += kConsumerWarps * 32) {
         const int r = first + i / vectors, vector = i % vectors, row = rows(r), column = unit.tile_n * (geglu ? N / 2 : N) + vector * 8;
         if (row < 0 || column >= columns) continue;
         const float* from = reinterpret_cast<const float*>(s.a) + r * kStagedPitch<N> + vector * (geglu ? 16 : 8);
-        auto sum = [&](float (&v)[8], const float* p) {
-            float4 part[kSplits][2];
-#pragma unroll
-            for (int split = 0; split < kSplits; split++) {
-                const unsigned rank = split * pair + place;
-                if constexpr (kSplits == 1) part[split][0] = reinterpret_cast<const float4*>(p)[0], part[split][1] = reinterpret_cast<const float4*>(p)[1];
-                else part[split][0] = cluster_load4(p, rank), part[split][1] = cluster_load4(p + 4, rank);
-            }
-#pragma unroll
-            for (int split = 0; split < kSplits; split++) {
-                const float4 low = part[split][0], high = part[split][1];
-                add8(v, {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w});
-            }
-        };
-        float v[8] = {}, gate[8] = {};
-        sum(v, from);
-        if (geglu) sum(gate, from + 8);
-        finish8<T>(e, row, column, v, gate);
+        float v[8], bias[8];
+        sum_parts(v, from, t.splits, t.pair, place);
+        epilogue::load_bias(bias, e, geglu ? 2 * column : column);
+        if (geglu) {
+            float gate[8], gate_bias[8];
+            sum_parts(gate, from + 8, t.splits, t.pair, place);
+            epilogue::load_bias(gate_bias, e, 2 * column + 8);
+            epilogue::finish8_geglu<T>(e, row, column, v, gate, bias, gate_bias, nullptr);
+        } else epilogue::finish8<T>(e, row, column, v, bias, nullptr);
     }
 }
 
@@ -359,17 +348,7 @@ PTX void run(const EpilogueArgs& e, const HopperTiles& t, Load& load, const RowO
             if constexpr (kOnce) {
                 stage_sums<T, N>(s, acc);
                 cluster_sync();
-                const auto rows = row_of(unit);
-                switch (t.splits) {
-                    case 1: add_up<T, N, 1>(s, e, unit, t.pair, rows); break;
-                    case 2: add_up<T, N, 2>(s, e, unit, t.pair, rows); break;
-                    case 3: add_up<T, N, 3>(s, e, unit, t.pair, rows); break;
-                    case 4: add_up<T, N, 4>(s, e, unit, t.pair, rows); break;
-                    case 5: add_up<T, N, 5>(s, e, unit, t.pair, rows); break;
-                    case 6: add_up<T, N, 6>(s, e, unit, t.pair, rows); break;
-                    case 7: add_up<T, N, 7>(s, e, unit, t.pair, rows); break;
-                    default: add_up<T, N, 8>(s, e, unit, t.pair, rows);
-                }
+                add_up<T, N>(s, e, t, unit, row_of(unit));
             } else {
                 write_tile<T, N, F>(e, unit, acc, row_of(unit));
             }
