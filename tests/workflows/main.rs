@@ -4,7 +4,8 @@
 //! into the folder of the loader that names it. Other names are files of `tests/data/pytorch`. Pictures to load are `zoo.png` and `zoo_masked.png` (a hole in its
 //! alpha channel). On the simulated GPU a picture must be the CPU's but for rounding.
 //!
-//! `cargo test --release --test workflows -- FILTER`
+//! `cargo test --release --test workflows -- FILTER`; with `KILN_TEST_DEVICE=cuda` the GPU of this machine takes the
+//! place of the simulated one.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -46,7 +47,7 @@ fn main() {
         let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
         let (on_cpu, on_simt) = (path.clone(), path);
         trials.push(Trial::test(format!("cpu/{name}"), move || runs_on_the_cpu(&on_cpu)));
-        trials.push(Trial::test(format!("simt/{name}"), move || is_the_same_on_the_simulated_gpu(&on_simt)));
+        trials.push(Trial::test(format!("gpu/{name}"), move || is_the_same_on_a_gpu(&on_simt)));
     }
     libtest_mimic::run(&Arguments::from_args(), trials).exit();
 }
@@ -63,6 +64,15 @@ fn workflows() -> Vec<PathBuf> {
 fn cpu() -> Placement {
     let options = DeviceOptions { device: Device::Cpu, threads: Some(1), ..DeviceOptions::default() };
     backend::open(options).expect("a CPU backend")
+}
+
+fn gpu() -> Placement {
+    match std::env::var("KILN_TEST_DEVICE").as_deref() {
+        Ok("cuda") => {
+            backend::open(DeviceOptions { device: Device::Cuda, ..DeviceOptions::default() }).expect("a GPU")
+        }
+        _ => simt(),
+    }
 }
 
 fn simt() -> Placement {
@@ -88,8 +98,8 @@ fn runs_on_the_cpu(workflow: &Path) -> Result<(), Failed> {
     Ok(())
 }
 
-fn is_the_same_on_the_simulated_gpu(workflow: &Path) -> Result<(), Failed> {
-    let (ours, theirs) = (run(workflow, simt())?, run(workflow, cpu())?);
+fn is_the_same_on_a_gpu(workflow: &Path) -> Result<(), Failed> {
+    let (ours, theirs) = (run(workflow, gpu())?, run(workflow, cpu())?);
     if ours.len() != theirs.len() {
         return Err(format!("{} pictures, {} on the CPU", ours.len(), theirs.len()).into());
     }
