@@ -59,7 +59,8 @@ pub fn object_info(schema: &Schema, files: &dyn FileLists) -> Json {
             .iter()
             .map(|i| {
                 let spec = match presence {
-                    Presence::Hidden => Json::from(i.kind.type_name()),
+                    // A bare one is written as newer nodes do: `["PROMPT"]`.
+                    Presence::Hidden if i.options.is_some() => Json::from(i.kind.type_name()),
                     _ => input_json(i, files),
                 };
                 (i.name.to_owned(), spec)

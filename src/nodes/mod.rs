@@ -30,6 +30,7 @@ pub mod latent_file;
 pub mod latent_math;
 pub mod loaders;
 pub mod lora;
+pub mod lora_save;
 pub mod mask;
 mod model_inputs;
 pub mod model_merge;
@@ -104,6 +105,7 @@ pub fn registry() -> Vec<Box<dyn Node>> {
         loaders::nodes(),
         guest_loaders::nodes(),
         lora::nodes(),
+        lora_save::nodes(),
         text::nodes(),
         text_sdxl::nodes(),
         clip_vision::nodes(),

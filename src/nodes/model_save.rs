@@ -57,9 +57,11 @@ fn computed_in(backend: &dyn Backend) -> DType {
 }
 
 /// Where the values of a tensor come from.
-enum Content {
+pub(super) enum Content {
     /// Nowhere: an empty mark.
     Mark,
+    /// They are there already.
+    Ready(Vec<f32>),
     /// A model.
     Whole(Values),
     /// A model's matrix on its side.
@@ -72,6 +74,7 @@ impl Content {
     fn read(&self) -> Vec<f32> {
         match self {
             Content::Mark => Vec::new(),
+            Content::Ready(values) => values.clone(),
             Content::Whole(values) => values.read(),
             Content::Stacked(parts) => parts.iter().flat_map(Values::read).collect(),
             Content::Transposed(values) => {
@@ -86,9 +89,14 @@ impl Content {
 
 /// Tensors on their way into a file.
 #[derive(Default)]
-struct Tensors(Vec<(SaveEntry, Content)>);
+pub(super) struct Tensors(Vec<(SaveEntry, Content)>);
 
 impl Tensors {
+    /// Adds a tensor that is written in half precision.
+    pub(super) fn push_f16(&mut self, name: String, shape: Vec<usize>, content: Content) {
+        self.0.push((SaveEntry { name, dtype: DType::F16, shape }, content));
+    }
+
     /// Adds values whose names begin with `from`, under names that begin with `to`.
     fn add(&mut self, values: Vec<(String, Values)>, (from, to): (&str, &str), dtype: DType) {
         let renamed = values.into_iter().map(|(name, values)| {
@@ -169,7 +177,7 @@ impl Tensors {
     }
 
     /// Writes the file under the next free name of the output folder.
-    fn write(
+    pub(super) fn write(
         &self,
         ctx: &NodeCtx<'_>,
         prefix: &str,

@@ -9,6 +9,7 @@
 
 mod apply;
 mod decompose;
+mod extract;
 mod low_rank;
 mod values;
 
@@ -21,6 +22,7 @@ use half::f16;
 use super::detect::{ClipConfig, UnetConfig};
 use super::layers::WeightSource;
 use crate::tensor::{DType, RawTensor};
+pub use extract::low_rank_factors;
 pub use values::Values;
 
 /// What the names of a diffusion model's patches begin with.
