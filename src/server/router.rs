@@ -6,12 +6,14 @@
 //! takes `POST` is 404, as in ComfyUI, where a file could have that name.
 
 use std::future::Future;
+use std::panic::AssertUnwindSafe;
 use std::pin::Pin;
 use std::sync::Arc;
 
+use futures_util::FutureExt;
 use hyper::body::Incoming;
 use hyper::header::{
-    ALLOW, CACHE_CONTROL, CONTENT_TYPE, HeaderName, HeaderValue, SET_COOKIE, X_CONTENT_TYPE_OPTIONS,
+    ALLOW, CACHE_CONTROL, CONTENT_TYPE, HOST, HeaderName, HeaderValue, SET_COOKIE, X_CONTENT_TYPE_OPTIONS,
 };
 use hyper::{HeaderMap, Method, Request, StatusCode};
 
@@ -116,9 +118,9 @@ pub(super) async fn answer(app: Arc<App>, peer: Peer, request: Request<Incoming>
     let mut response = match app.config.origin.check(&method, request.headers(), peer.via_loopback) {
         Ok(()) if method == Method::OPTIONS => http::empty(StatusCode::OK),
         Ok(()) => route(app.clone(), peer, request).await,
-        Err(refusal) => refuse(refusal, request.headers().get("host")),
+        Err(refusal) => refuse(refusal, uri.path(), request.headers()),
     };
-    // what has a type already is an error in JSON or a line of text
+    // what has a type already is an error in JSON
     let is_bare =
         response.status() == StatusCode::NOT_FOUND && !response.headers().contains_key(CONTENT_TYPE);
     if let Some(kind) = wanted_type.filter(|_| is_bare) {
@@ -146,14 +148,15 @@ fn wanted_type(headers: &HeaderMap) -> Option<&'static str> {
     }
 }
 
-fn refuse(refusal: Refusal, host: Option<&HeaderValue>) -> Response {
+fn refuse(refusal: Refusal, path: &str, headers: &HeaderMap) -> Response {
+    let style = ErrorStyle::of(path, headers);
     match refusal {
-        Refusal::ForeignOrigin => http::empty(StatusCode::FORBIDDEN),
+        Refusal::ForeignOrigin => style.foreign_origin(headers),
         Refusal::ForeignHost => {
-            let host = host.map_or_else(String::new, |h| String::from_utf8_lossy(h.as_bytes()).into_owned());
+            let host = headers.get(HOST).map_or_else(String::new, |h| String::from_utf8_lossy(h.as_bytes()).into_owned());
             let hint =
                 format!("the Host '{host}' is not a name of this server; allow it with --allowed-hosts");
-            http::text(StatusCode::FORBIDDEN, hint)
+            Failure::Text(StatusCode::FORBIDDEN, hint).into_response(style)
         }
     }
 }
@@ -188,7 +191,9 @@ async fn route(app: Arc<App>, peer: Peer, request: Request<Incoming>) -> Respons
         }
         return response;
     };
-    match handler(Call { app, request, params, peer, key_name }).await {
+    // a panic is a bug, but no reason to leave its client without an answer
+    let outcome = AssertUnwindSafe(handler(Call { app, request, params, peer, key_name })).catch_unwind();
+    match outcome.await.unwrap_or_else(|_| Err(Failure::internal("the server failed at this request"))) {
         Ok(response) => response,
         Err(failure) => {
             tracing::debug!(target: "kiln::http", %failure);

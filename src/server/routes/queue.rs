@@ -6,9 +6,17 @@ use serde_json::Value as Json;
 use super::{blocking, ids, is_truthy};
 use crate::server::http::{self, Call, Failure, Response, json_text};
 
+/// So few prompts are written out faster than another thread is woken up.
+const SHORT_QUEUE: usize = 16;
+
 /// `GET /queue`: what runs and what waits.
 pub(in crate::server) async fn list(call: Call) -> Result<Response, Failure> {
-    let text = blocking(move || call.app.engine.queue_text()).await?;
+    let engine = call.app.engine.clone();
+    let text = if engine.queue_remaining() > SHORT_QUEUE {
+        blocking(move || engine.queue_text()).await?
+    } else {
+        engine.queue_text()
+    };
     Ok(json_text(StatusCode::OK, text))
 }
 
