@@ -5,6 +5,7 @@
 //! under `/assets`, for one). A wrong method is 405 with `Allow`; `GET` on a route that only
 //! takes `POST` is 404, as in ComfyUI, where a file could have that name.
 
+use std::borrow::Cow;
 use std::future::Future;
 use std::panic::AssertUnwindSafe;
 use std::pin::Pin;
@@ -153,12 +154,40 @@ fn refuse(refusal: Refusal, path: &str, headers: &HeaderMap) -> Response {
     match refusal {
         Refusal::ForeignOrigin => style.foreign_origin(headers),
         Refusal::ForeignHost => {
-            let host = headers.get(HOST).map_or_else(String::new, |h| String::from_utf8_lossy(h.as_bytes()).into_owned());
+            let host = headers
+                .get(HOST)
+                .map_or_else(String::new, |h| String::from_utf8_lossy(h.as_bytes()).into_owned());
             let hint =
                 format!("the Host '{host}' is not a name of this server; allow it with --allowed-hosts");
             Failure::Text(StatusCode::FORBIDDEN, hint).into_response(style)
         }
     }
+}
+
+/// A path in its plain spelling: `%71` is `q`, since letters, digits and `-._~` need no escape (RFC 3986, 6.2.2.2).
+/// All other escapes stay.
+fn plain(path: &str) -> Cow<'_, str> {
+    if !path.contains('%') {
+        return path.into();
+    }
+    let mut spelled = String::with_capacity(path.len());
+    let mut rest = path;
+    while let Some((before, escape)) = rest.split_once('%') {
+        spelled.push_str(before);
+        let byte = escape.get(..2).and_then(|digits| u8::from_str_radix(digits, 16).ok());
+        match byte.filter(|b| b.is_ascii_alphanumeric() || b"-._~".contains(b)) {
+            Some(byte) => {
+                spelled.push(char::from(byte));
+                rest = &escape[2..];
+            }
+            None => {
+                spelled.push('%');
+                rest = escape;
+            }
+        }
+    }
+    spelled.push_str(rest);
+    spelled.into()
 }
 
 async fn route(app: Arc<App>, peer: Peer, request: Request<Incoming>) -> Response {
@@ -172,7 +201,8 @@ async fn route(app: Arc<App>, peer: Peer, request: Request<Incoming>) -> Respons
         Ok(name) => name,
         Err(failure) => return failure.into_response(style),
     };
-    let (entry, params) = match app.router.table.at(request.uri().path()) {
+    let path = plain(request.uri().path());
+    let (entry, params) = match app.router.table.at(&path) {
         Err(_) => return no_route(&app, &request, style).await,
         Ok(found) => {
             let params = found.params.iter().map(|(k, v)| (k.to_owned(), http::decode(v))).collect();
@@ -241,6 +271,21 @@ fn finish(response: &mut Response, path: &str) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn escapes_that_nothing_needs_are_undone() {
+        for (path, wanted) in [
+            ("/queue", "/queue"),
+            ("/%71u%65ue", "/queue"),
+            ("/userdata/a%2Fb%2ejson", "/userdata/a%2Fb.json"),
+            ("/userdata/%252F", "/userdata/%252F"),
+            ("/%C3%A9%7e%", "/%C3%A9~%"),
+            ("/%7", "/%7"),
+            ("/%+1%zz%e", "/%+1%zz%e"),
+        ] {
+            assert_eq!(plain(path), wanted, "{path}");
+        }
+    }
 
     #[test]
     fn caching_depends_on_the_path() {

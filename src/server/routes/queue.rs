@@ -33,9 +33,14 @@ pub(in crate::server) async fn edit(call: Call) -> Result<Response, Failure> {
     Ok(http::empty(StatusCode::OK))
 }
 
-/// `POST /interrupt`: stops what runs, or the prompt with the given `prompt_id`.
+/// `POST /interrupt`: stops what runs, or the prompt with the given `prompt_id`. As in ComfyUI, a body that is no JSON
+/// names no prompt.
 pub(in crate::server) async fn interrupt(call: Call) -> Result<Response, Failure> {
-    let (app, body) = call.into_json().await?;
+    let app = call.app.clone();
+    let body = match call.into_json().await {
+        Err(Failure::Json(_)) => None,
+        other => other?.1,
+    };
     let prompt_id = body.as_ref().and_then(|b| b.get("prompt_id")).filter(|id| is_truthy(Some(id)));
     match prompt_id {
         None => app.engine.interrupt(None),
