@@ -8,9 +8,12 @@ use kiln::backend::cuda::{CudaBackend, Element, Gpu, Shared};
 use kiln::backend::{self, Device, DeviceOptions};
 use kiln::driver::simt::{SimtDriver, SimtOptions};
 use kiln::driver::toolchain::{SimtVariant, build_simt};
+use kiln::models::hypernetwork::Hypernetwork;
+use kiln::models::layers::Ops;
 use kiln::models::unet::UnetInput;
-use kiln::models::{ModelSource, ModelStore, Precision, tiny};
-use kiln::tensor::{DType, HostTensor, Placement};
+use kiln::models::unet::hooks::{Hooks, UnetHook};
+use kiln::models::{ModelError, ModelSource, ModelStore, Precision, tiny};
+use kiln::tensor::{DType, HostTensor, Placement, Tensor};
 use kiln::weights::{OpenOptions, WeightsFile};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
@@ -57,6 +60,50 @@ fn forward_file(
     let (x, timesteps) = (need("x"), need("timesteps"));
     let input = UnetInput { x: &x, timesteps: timesteps.data(), context: &context, vector: vector.as_ref() };
     (need("output"), unet.forward(&input, None).unwrap())
+}
+
+/// A hypernetwork at strength 0.7, as the node attaches it.
+struct Hypered(Arc<kiln::models::ModelFile>);
+
+impl UnetHook for Hypered {
+    fn changes_sources(&self) -> Option<u64> {
+        Some(1)
+    }
+
+    fn sources(&self, ops: Ops<'_>, sources: [&Tensor; 2]) -> Result<Option<[Tensor; 2]>, ModelError> {
+        self.0.network::<Hypernetwork>()?.apply(ops, sources, 0.7)
+    }
+}
+
+/// The recorded output under a hypernetwork (`data/families/hypernetwork.py`) and ours.
+fn forward_with_hypernetwork(placement: Placement) -> (HostTensor, HostTensor) {
+    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data");
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("tiny.safetensors");
+    tiny::write("sd1", &path, DType::F16).unwrap().unwrap();
+    let store = ModelStore::new(placement, OpenOptions::default());
+    let unet = store.file(ModelSource::File(path)).unet().unwrap();
+    let hook: Arc<dyn UnetHook> =
+        Arc::new(Hypered(store.file(ModelSource::File(data.join("pytorch/hypernetwork.pt")))));
+    let file = WeightsFile::open(&data.join("families/hypernetwork.safetensors")).unwrap();
+    let need = |part: &str| tensor(&file, &format!("sd1-hypernetwork.{part}")).unwrap();
+    let (x, timesteps, list) = (need("x"), need("timesteps"), [hook]);
+    let context = unet.context_under(&[Arc::new(need("context"))], &list).unwrap();
+    let input = UnetInput { x: &x, timesteps: timesteps.data(), context: &context, vector: None };
+    let hooks = Hooks { list: &list, sigma: 1.0, sides: &[0, 0] };
+    (need("output"), unet.forward_hooked(&input, &[], hooks).unwrap())
+}
+
+#[test]
+fn attention_under_a_hypernetwork_is_that_of_float64() {
+    let (want, got) = forward_with_hypernetwork(cpu());
+    let (largest, rms) = errors(&want, &got);
+    println!("hypernetwork: largest {largest:.2e}, rms {rms:.2e} of std");
+    assert!(largest <= CPU_TOLERANCE, "{largest:e}");
+    let (want, got) = forward_with_hypernetwork(simt());
+    let (largest, rms) = errors(&want, &got);
+    println!("hypernetwork on the simulated GPU: largest {largest:.2e}, rms {rms:.2e} of std");
+    assert!(rms <= F16_TOLERANCE, "{rms:e}");
 }
 
 /// Largest and rms difference over the standard deviation of `want`.

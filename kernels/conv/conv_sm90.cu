@@ -69,19 +69,30 @@ template <class T, int N> struct LoadConv {
     int column = 0;
 
     PTX void begin(const hopper::Unit& unit) { origin = origin_of(args, unit.tile_m), column = unit.tile_n * N; }
-    // Behind the last channel of x the copy brings zeros, so what it brings of w there does not matter.
-    PTX void operator()(int step, T* a, T* b, uint64_t* bar) const {
-        const int tap = step / args.tap_steps, part = step - tap * args.tap_steps, r = tap / args.kernel_w, s = tap - r * args.kernel_w;
+    struct Step {
+        int r, s, c;  // tap, channel of x or x2
+        bool second;
+    };
+    PTX Step step_of(int step) const {
+        const int tap = step / args.tap_steps, part = step - tap * args.tap_steps, r = tap / args.kernel_w;
         const bool second = part >= args.c1_steps;
-        const TensorMap* map = second ? x2 : x;
-        const int c = (second ? part - args.c1_steps : part) * hopper::kK;
-        int dx = s - args.pad_left, dy = r - args.pad_top;
+        return {r, tap - r * args.kernel_w, (second ? part - args.c1_steps : part) * hopper::kK, second};
+    }
+    PTX void a(int step, T* a, uint64_t* bar) const {
+        const Step at = step_of(step);
+        const TensorMap* map = at.second ? x2 : x;
+        int dx = at.s - args.pad_left, dy = at.r - args.pad_top;
         if (args.doubling) dx = (dx + origin.phase_x) >> 1, dy = (dy + origin.phase_y) >> 1;
         if (args.im2col)
-            tma_load_im2col_4d(a, map, {c, origin.x * args.stride - args.corner_x, origin.y * args.stride - args.corner_y, origin.image},
+            tma_load_im2col_4d(a, map, {at.c, origin.x * args.stride - args.corner_x, origin.y * args.stride - args.corner_y, origin.image},
                                dx + args.corner_x, dy + args.corner_y, bar);
-        else tma_load_4d(a, map, c, origin.x + dx, origin.y + dy, origin.image, bar);
-        hopper::load_b<T, N>(args.tiles, w, tap * args.cp + (second ? args.c1 + c : c), column, b, bar);
+        else tma_load_4d(a, map, at.c, origin.x + dx, origin.y + dy, origin.image, bar);
+    }
+    // Behind the last channel of x the copy brings zeros, so what this brings of w there does not matter.
+    PTX void b(int step, T* b, uint64_t* bar) const {
+        const Step at = step_of(step);
+        const int tap = at.r * args.kernel_w + at.s;
+        hopper::load_b<T, N>(args.tiles, w, tap * args.cp + (at.second ? args.c1 + at.c : at.c), column, b, bar);
     }
 };
 
@@ -95,7 +106,7 @@ template <class T, int N, hopper::Finish F> PTX void conv(const ConvSm90Args& ar
 }
 }  // namespace
 
-// maps: x and x2 as C, W, H, N in boxes of 64 channels x 128 pixels, tiled or im2col; w as [cout][taps * cp] in boxes of 64 x N / cluster
+// maps: x and x2 as C, W, H, N in boxes of 64 channels x 128 pixels, tiled or im2col; w as [cout][taps * cp] in boxes of 64 x N / pair
 #define CONV_SM90(T, N, F, name)                                                                                                  \
     extern "C" __global__ __launch_bounds__(hopper::kThreads, 1) void name(                                                       \
         const __grid_constant__ ConvSm90Args args, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap x2,     \
@@ -103,15 +114,13 @@ template <class T, int N, hopper::Finish F> PTX void conv(const ConvSm90Args& ar
         conv<T, N, hopper::Finish::F>(args, &x, &x2, &w);                                                                         \
     }                                                                                                                             \
     SIMT_KERNEL(name)
-#define CONV_SM90_WIDTH(T, N, suffix)                                \
-    CONV_SM90(T, N, kPlain, conv_sm90_128x##N##_##suffix)            \
-    CONV_SM90(T, N, kTime, conv_sm90_128x##N##_time_##suffix)        \
-    CONV_SM90(T, N, kPartial, conv_sm90_128x##N##_partial_##suffix)
-#define CONV_SM90_ALL(T, suffix)                                      \
-    CONV_SM90_WIDTH(T, 128, suffix)                                   \
-    CONV_SM90_WIDTH(T, 160, suffix)                                   \
-    CONV_SM90_WIDTH(T, 256, suffix)                                   \
-    CONV_SM90(T, 128, kCluster, conv_sm90_128x128_cluster_##suffix)   \
-    CONV_SM90(T, 160, kCluster, conv_sm90_128x160_cluster_##suffix)
+#define CONV_SM90_WIDTH(T, N, suffix)                     \
+    CONV_SM90(T, N, kPlain, conv_sm90_128x##N##_##suffix) \
+    CONV_SM90(T, N, kTime, conv_sm90_128x##N##_time_##suffix) \
+    CONV_SM90(T, N, kAny, conv_sm90_128x##N##_any_##suffix)
+#define CONV_SM90_ALL(T, suffix)    \
+    CONV_SM90_WIDTH(T, 128, suffix) \
+    CONV_SM90_WIDTH(T, 160, suffix) \
+    CONV_SM90_WIDTH(T, 256, suffix)
 CONV_SM90_ALL(__half, f16)
 CONV_SM90_ALL(__nv_bfloat16, bf16)

@@ -17,12 +17,14 @@ template <class T, int N> struct LoadGemm {
     int k1, k1_steps, row = 0, column = 0;
 
     PTX void begin(const hopper::Unit& unit) { row = unit.tile_m * hopper::kM, column = unit.tile_n * N; }
-    // Behind the end of x the copy brings zeros, so what it brings of w there does not matter.
-    PTX void operator()(int step, T* a, T* b, uint64_t* bar) const {
+    PTX void a(int step, T* a, uint64_t* bar) const {
         const bool second = step >= k1_steps;
-        const int k = (second ? step - k1_steps : step) * hopper::kK;
-        tma_load_2d(a, second ? x2 : x, k, row, bar);
-        hopper::load_b<T, N>(tiles, w, second ? k1 + k : k, column, b, bar);
+        tma_load_2d(a, second ? x2 : x, (second ? step - k1_steps : step) * hopper::kK, row, bar);
+    }
+    // Behind the end of x the copy brings zeros, so what this brings of w there does not matter.
+    PTX void b(int step, T* b, uint64_t* bar) const {
+        const int k = step >= k1_steps ? k1 + (step - k1_steps) * hopper::kK : step * hopper::kK;
+        hopper::load_b<T, N>(tiles, w, k, column, b, bar);
     }
 };
 
@@ -37,7 +39,7 @@ template <class T, int N, hopper::Finish F> PTX void gemm(const GemmSm90Args& ar
 }
 }  // namespace
 
-// maps: boxes of 64 x 128 of x and x2, 64 x N / cluster of w, all with the 128-byte swizzle
+// maps: boxes of 64 x 128 of x and x2, 64 x N / pair of w, all with the 128-byte swizzle
 #define GEMM_SM90(T, N, F, name)                                                                                                  \
     extern "C" __global__ __launch_bounds__(hopper::kThreads, 1) void name(                                                       \
         const __grid_constant__ GemmSm90Args args, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap x2,     \
@@ -45,30 +47,13 @@ template <class T, int N, hopper::Finish F> PTX void gemm(const GemmSm90Args& ar
         gemm<T, N, hopper::Finish::F>(args, &x, &x2, &w);                                                                         \
     }                                                                                                                             \
     SIMT_KERNEL(name)
-#define GEMM_SM90_WIDTH(T, N, suffix)                                \
-    GEMM_SM90(T, N, kPlain, gemm_sm90_128x##N##_##suffix)            \
-    GEMM_SM90(T, N, kGeglu, gemm_sm90_128x##N##_geglu_##suffix)      \
-    GEMM_SM90(T, N, kPartial, gemm_sm90_128x##N##_partial_##suffix)
-#define GEMM_SM90_ALL(T, suffix)                                      \
-    GEMM_SM90_WIDTH(T, 128, suffix)                                   \
-    GEMM_SM90_WIDTH(T, 160, suffix)                                   \
-    GEMM_SM90_WIDTH(T, 256, suffix)                                   \
-    GEMM_SM90(T, 128, kCluster, gemm_sm90_128x128_cluster_##suffix)   \
-    GEMM_SM90(T, 160, kCluster, gemm_sm90_128x160_cluster_##suffix)
+#define GEMM_SM90_WIDTH(T, N, suffix)                     \
+    GEMM_SM90(T, N, kPlain, gemm_sm90_128x##N##_##suffix) \
+    GEMM_SM90(T, N, kGeglu, gemm_sm90_128x##N##_geglu_##suffix) \
+    GEMM_SM90(T, N, kAny, gemm_sm90_128x##N##_any_##suffix)
+#define GEMM_SM90_ALL(T, suffix)    \
+    GEMM_SM90_WIDTH(T, 128, suffix) \
+    GEMM_SM90_WIDTH(T, 160, suffix) \
+    GEMM_SM90_WIDTH(T, 256, suffix)
 GEMM_SM90_ALL(__half, f16)
 GEMM_SM90_ALL(__nv_bfloat16, bf16)
-
-struct ReduceSm90Args {
-    EpilogueArgs epilogue;
-    int32_t splits;
-    int32_t unused;
-};
-
-// grid: ceil(rows * out columns / 8 / threads)
-#define REDUCE_SM90(T, name)                                                                                                      \
-    extern "C" __global__ __launch_bounds__(256) void name(const __grid_constant__ ReduceSm90Args args) {                         \
-        begin_kernel(), hopper::reduce<T>(args.epilogue, args.splits);                                                            \
-    }                                                                                                                             \
-    SIMT_KERNEL(name)
-REDUCE_SM90(__half, gemm_sm90_reduce_f16)
-REDUCE_SM90(__nv_bfloat16, gemm_sm90_reduce_bf16)

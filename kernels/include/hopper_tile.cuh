@@ -7,8 +7,11 @@
 // out the producer already fills the ring for the next.
 //
 // The L2 cache delivers about 30 bytes a cycle to each multiprocessor, less than a tile of its own asks for (a 128 x 160 tile
-// 36 KB in 640 cycles). So two blocks form a cluster where there are two tiles above each other: each loads its rows of A and
+// 36 KB in 640 cycles). So two blocks form a pair where there are two tiles above each other: each loads its rows of A and
 // half of the B that both need, for both (multicast). Then empty[i] also waits for the neighbour's consumers.
+//
+// A cluster is a pair, or one block or pair for every part of K (split-K), the parts one after the other: rank = part * pair +
+// place. The parts add their sums up through distributed shared memory: no second kernel, no partial sums in device memory.
 //
 // Widths: 160 divides 320, 640 and 1280, the widths of the UNets, and leaves the fewest idle multiprocessors there; 256 and
 // 128 are for the rest. wgmma reads 2 KB of A and kN * 32 bytes of B for 64 x kN x 16: 80 to 96 of the 128 bytes a cycle
@@ -25,8 +28,10 @@ struct HopperTiles {  // how the product is cut up; the twin is launch/hopper.rs
     int32_t steps;    // of kK, over all of K
     int32_t tiles_m, tiles_n;
     int32_t band;     // rows of clusters that are walked together, column by column, so that their operands stay in the L2 cache
-    int32_t splits;   // parts of K, each to its own partial sums; 1: none
-    int32_t cluster;  // blocks of a cluster, 1 or 2: tiles above each other, of which the last may be behind the product
+    int32_t splits;   // parts of K; 1: none
+    int32_t pair;     // 1 or 2: blocks side by side in a cluster, for tiles above each other, of which the last may be behind the product
+    int32_t constant_b;  // nobody writes B any more: it may be loaded while the kernel before this one still runs
+    int32_t unused;
 };
 
 namespace hopper {
@@ -45,42 +50,45 @@ struct Unit {  // of work
     int tile_m, tile_n, split, first, last;  // steps first to last - 1
 };
 
-// The units of a cluster: for (Walk w(t); w.more(); w.next()) ... w.unit() is this block's. kOnce: one unit a block, and the
-// blocks of a cluster are the splits of a tile.
+// First block of this block's pair, as a rank in the cluster.
+PTX unsigned pair_rank() { return cluster_rank() & ~1u; }
+
+// The units of a pair: for (Walk w(t); w.more(); w.next()) ... w.unit() is this block's. kOnce: one unit a block, and the
+// pairs of a cluster are the splits of their tiles.
 template <bool kOnce> struct Walk {
     const HopperTiles& t;
-    int index, rows;  // rows of clusters
+    int index, rows;  // rows of pairs
 
-    PTX explicit Walk(const HopperTiles& tiles) : t(tiles), index(blockIdx.x / tiles.cluster), rows((tiles.tiles_m + tiles.cluster - 1) / tiles.cluster) {
-        if constexpr (kOnce) index = cluster_rank() * rows * t.tiles_n + blockIdx.x / t.splits;
+    PTX explicit Walk(const HopperTiles& tiles) : t(tiles), index(blockIdx.x / tiles.pair), rows((tiles.tiles_m + tiles.pair - 1) / tiles.pair) {
+        if constexpr (kOnce) index = int(cluster_rank()) / t.pair * rows * t.tiles_n + blockIdx.x / (t.pair * t.splits);
     }
     PTX bool more() const { return index < rows * t.tiles_n * t.splits; }
-    PTX void next() { index += kOnce ? 1 << 30 : gridDim.x / t.cluster; }
+    PTX void next() { index += kOnce ? 1 << 30 : gridDim.x / t.pair; }
     PTX Unit unit() const {
         const int count = rows * t.tiles_n, split = index / count, tile = index - split * count;
         const int in_band = t.band * t.tiles_n, first = tile / in_band * t.band, high = min(t.band, rows - first), place = tile % in_band;
-        const int rank = t.cluster > 1 ? int(cluster_rank()) : 0;
-        return {(first + place % high) * t.cluster + rank, place / high, split, t.steps * split / t.splits, t.steps * (split + 1) / t.splits};
+        const int place_in_pair = t.pair > 1 ? int(cluster_rank()) % 2 : 0;
+        return {(first + place % high) * t.pair + place_in_pair, place / high, split, t.steps * split / t.splits, t.steps * (split + 1) / t.splits};
     }
 };
 
 template <class S> PTX void start_ring(S& s, const HopperTiles& t) {
     if (threadIdx.x == 0) {
-        for (int i = 0; i < S::kStages; i++) mbarrier_init(&s.full[i], 1), mbarrier_init(&s.empty[i], kConsumerWarps * t.cluster);
+        for (int i = 0; i < S::kStages; i++) mbarrier_init(&s.full[i], 1), mbarrier_init(&s.empty[i], kConsumerWarps * t.pair);
         fence_mbarrier_init();
     }
     __syncwarp();  // the barrier of a cluster is for whole warps
-    if (t.cluster > 1) cluster_sync();
+    if (t.pair > 1) cluster_sync();
     else __syncthreads();
 }
 
-// The B of a stage: N rows of w from row `row` on, columns from k on. In a cluster this block brings half of them, to both.
+// The B of a stage: N rows of w from row `row` on, columns from k on. In a pair this block brings half of them, to both.
 template <class T, int N> PTX void load_b(const HopperTiles& t, const TensorMap* w, int k, int row, T* b, uint64_t* bar) {
-    if (t.cluster == 1) {
+    if (t.pair == 1) {
         tma_load_2d(b, w, k, row, bar);
     } else {
-        const int half = int(cluster_rank()) * (N / 2);
-        tma_load_2d_multicast(b + half * kK, w, k, row + half, bar, 3);
+        const int half = int(cluster_rank() % 2) * (N / 2);
+        tma_load_2d_multicast(b + half * kK, w, k, row + half, bar, 3u << pair_rank());
     }
 }
 
@@ -92,31 +100,46 @@ struct Place {  // in the ring
     }
 };
 
-// One thread: load.begin(unit) before a unit, load(step, a, b, bar) for every step of it, which must bring kStageBytes.
+// One thread: load.begin(unit) before a unit, then load.a(step, ...) and load.b(step, ...) for every step of it, which together
+// must bring kStageBytes. A constant B goes ahead of everything that waits for the kernel before.
 template <bool kOnce, class S, class Load> PTX void produce(S& s, const HopperTiles& t, Load& load) {
     Place at;
-    for (Walk<kOnce> walk(t); walk.more(); walk.next()) {
+    Walk<kOnce> walk(t);
+    int ahead = 0;  // steps of the first unit whose B is on its way
+    if (t.constant_b && walk.more()) {
         const Unit unit = walk.unit();
         load.begin(unit);
-        for (int step = unit.first; step < unit.last; step++) {
-            mbarrier_wait(&s.empty[at.stage], at.phase ^ 1);  // the first round passes at once
-            mbarrier_arrive_expect_tx(&s.full[at.stage], S::kStageBytes);
-            load(step, s.a[at.stage], s.b[at.stage], &s.full[at.stage]);
+        for (; ahead < min(S::kStages, unit.last - unit.first); ahead++) {
+            mbarrier_arrive_expect_tx(&s.full[ahead], S::kStageBytes);
+            load.b(unit.first + ahead, s.b[ahead], &s.full[ahead]);
+        }
+    }
+    wait_for_previous_kernel();
+    for (; walk.more(); walk.next()) {
+        const Unit unit = walk.unit();
+        load.begin(unit);
+        for (int step = unit.first; step < unit.last; step++, ahead--) {
+            if (ahead <= 0) {
+                mbarrier_wait(&s.empty[at.stage], at.phase ^ 1);  // the first round passes at once
+                mbarrier_arrive_expect_tx(&s.full[at.stage], S::kStageBytes);
+                load.b(step, s.b[at.stage], &s.full[at.stage]);
+            }
+            load.a(step, s.a[at.stage], &s.full[at.stage]);
             at.template advance<S>();
         }
     }
 }
 
 // A consumer warp is done with a stage: all producers that fill it must know.
-PTX void give_back(uint64_t* empty, int cluster, int lane) {
-    if (cluster == 1) {
+PTX void give_back(uint64_t* empty, int pair, int lane) {
+    if (pair == 1) {
         if (lane == 0) mbarrier_arrive(empty);
-    } else if (lane < cluster) mbarrier_arrive_at(empty, lane);
+    } else if (lane < 2) mbarrier_arrive_at(empty, pair_rank() + lane);
 }
 
 // The product of one unit in `acc`, fragments as wgmma leaves them. At most one step's products are under way while the
 // next step's are queued; only then is the stage before given back.
-template <class T, int N> PTX void multiply(Smem<T, N>& s, const Unit& unit, int cluster, Place& at, float (&acc)[N / 2]) {
+template <class T, int N> PTX void multiply(Smem<T, N>& s, const Unit& unit, int pair, Place& at, float (&acc)[N / 2]) {
     using S = Smem<T, N>;
     const int group = __shfl_sync(~0u, int(threadIdx.x) / 128 - 1, 0), lane = threadIdx.x % 32;  // known to be the same in a warp
     int before = 0;
@@ -129,48 +152,30 @@ template <class T, int N> PTX void multiply(Smem<T, N>& s, const Unit& unit, int
             wgmma_m64k16<T, N>(acc, a + 2 * i, b + 2 * i, step > unit.first || i > 0);  // 16 of K: 32 bytes, counted in 16
         wgmma_commit();
         wgmma_wait<1>();
-        if (step > unit.first) give_back(&s.empty[before], cluster, lane);
+        if (step > unit.first) give_back(&s.empty[before], pair, lane);
         before = at.stage;
         at.template advance<S>();
     }
     wgmma_wait<0>();
-    give_back(&s.empty[before], cluster, lane);
+    give_back(&s.empty[before], pair, lane);
 }
 
 // ---- from fragments to rows -------------------------------------------------------------------------------------------
 // What becomes of a tile is a template argument, and only what layers of a UNet ask for is done here: all of it in one kernel
 // would be 200 KB of straight-line code, and fetching instructions would take several times as long as executing them
-// (measured: 12 us a tile). The rest goes through kCluster, or kPartial and reduce, whose last step is a loop.
+// (measured: 12 us a tile). The rest goes through kAny, whose last step is a loop.
 enum class Finish {
-    kPlain,    // bias, residual
-    kTime,     // bias, bias of the sample
-    kGeglu,    // value times gate, with their bias
-    kPartial,  // sums of K or of a part of it as they are
-    kCluster,  // the blocks of a cluster have a part of K each and add their sums up; any epilogue
+    kPlain,  // bias, residual
+    kTime,   // bias, bias of the sample
+    kGeglu,  // value times gate, with their bias
+    kAny,    // any epilogue; one tile a block, and the blocks of a cluster may have a part of K each and add their sums up
 };
-
-// Stores the sums of a tile as they are: a quad writes whole sectors of 32 bytes.
-template <int N> PTX void write_partial(const EpilogueArgs& e, const Unit& unit, const float (&acc)[N / 2], const int (&row)[2]) {
-    const int column = unit.tile_n * N + threadIdx.x % 4 * 2, left = e.columns - column;
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        if (row[half] < 0) continue;
-        float* out = e.partial + (size_t(unit.split) * e.rows + row[half]) * epilogue::partial_pitch(e) + column;
-#pragma unroll
-        for (int j = 0; j < N / 8; j++)
-            if (8 * j < left) *reinterpret_cast<float2*>(out + 8 * j) = make_float2(acc[4 * j + 2 * half], acc[4 * j + 2 * half + 1]);
-    }
-}
 
 // Writes a tile: rows(r) is the row of the product that row r of the tile holds, or -1. A residual is loaded many vectors at a
 // time and before the stores: it may lie where out lies, so the compiler cannot move loads ahead of stores itself.
 template <class T, int N, Finish F, class Rows> PTX void write_tile(const EpilogueArgs& e, const Unit& unit, const float (&acc)[N / 2], const Rows& rows) {
     const int quad = threadIdx.x % 4, warp_row = (threadIdx.x - 128) / 32 * 16 + threadIdx.x % 32 / 4;
     const int row[2] = {rows(warp_row), rows(warp_row + 8)};
-    if constexpr (F == Finish::kPartial) {
-        write_partial<N>(e, unit, acc, row);
-        return;
-    }
     constexpr bool kGeglu = F == Finish::kGeglu;
     constexpr int kOut = kGeglu ? N / 2 : N, kBlocks = kOut / 8, kGroups = (kBlocks + 3) / 4;  // columns of out; in eights; in groups of four eights
     constexpr int kAhead = kGroups > 5 ? 4 : kGroups;                                          // groups whose residual is loaded together, as registers allow
@@ -252,38 +257,6 @@ template <class T, int N, Finish F, class Rows> PTX void write_tile(const Epilog
     }
 }
 
-PTX void add8(float (&v)[8], const float (&r)[8]) {
-#pragma unroll
-    for (int i = 0; i < 8; i++) v[i] += r[i];
-}
-template <class U> PTX void add8(float (&v)[8], const U* p) {
-    float r[8];
-    load8(r, p);
-    add8(v, r);
-}
-// The whole epilogue on the sums of eight columns of out from `column` on: v, and with GEGLU the gates.
-template <class T> PTX void finish8(const EpilogueArgs& e, int row, int column, float (&v)[8], float (&gate)[8]) {
-    const bool geglu = e.flags & kEpilogueGeglu;
-    if (e.bias) {
-        const float* bias = e.bias + (geglu ? 2 * column : column);
-        add8(v, bias);
-        if (geglu) add8(gate, bias + 8);
-    }
-    if (geglu) {
-#pragma unroll
-        for (int i = 0; i < 8; i++) v[i] *= gelu_fast(gate[i]);
-    } else {
-        if (e.time_bias) add8(v, static_cast<const T*>(e.time_bias) + int64_t(row / e.rows_per_sample) * e.time_pitch + column);
-        epilogue::activate8(v, e.act);
-    }
-#pragma unroll
-    for (int i = 0; i < 8; i++) v[i] *= e.scale;
-    if (e.residual) add8(v, static_cast<const T*>(e.residual) + int64_t(row) * e.residual_pitch + column);
-    const int64_t at = int64_t(row) * e.out_pitch + column;
-    if (e.flags & kEpilogueFloat) store8(static_cast<float*>(e.out) + at, v);
-    else store8(static_cast<T*>(e.out) + at, v);
-}
-
 // The sums of a tile in shared memory, where the ring was. Rows a multiple of 32 banks and 8 apart: a warp's stores, 8 rows of
 // 8 floats, meet no bank twice.
 template <int N> constexpr int kStagedPitch = N + 8;
@@ -298,29 +271,55 @@ template <class T, int N> PTX void stage_sums(Smem<T, N>& s, const float (&acc)[
             *reinterpret_cast<float2*>(to + half * 8 * kStagedPitch<N> + 8 * j) = make_float2(acc[4 * j + 2 * half], acc[4 * j + 2 * half + 1]);
 }
 
-// Block `rank` of a cluster adds up and finishes its share of the rows, in the order of the splits. Their number is a constant,
-// so that the loads of all of them are under way at once: one from another multiprocessor takes some 500 cycles.
-template <class T, int N, int kSplits, class Rows> PTX void add_up(Smem<T, N>& s, const EpilogueArgs& e, const Unit& unit, const Rows& rows) {
+// The sum of eight columns over the parts of K, in their order: what lies at p in the blocks place, place + pair, ... of the
+// cluster. Their number is a constant, so that all loads are under way at once: one from a neighbour takes some 500 cycles.
+template <int kSplits> PTX void sum_parts(float (&v)[8], const float* p, int pair, int place) {
+    float4 part[kSplits][2];
+#pragma unroll
+    for (int split = 0; split < kSplits; split++) {
+        const unsigned rank = split * pair + place;
+        part[split][0] = cluster_load4(p, rank), part[split][1] = cluster_load4(p + 4, rank);
+    }
+#pragma unroll
+    for (int split = 0; split < kSplits; split++) {
+        const float4 low = part[split][0], high = part[split][1];
+        v[0] += low.x, v[1] += low.y, v[2] += low.z, v[3] += low.w;
+        v[4] += high.x, v[5] += high.y, v[6] += high.z, v[7] += high.w;
+    }
+}
+PTX void sum_parts(float (&v)[8], const float* p, int splits, int pair, int place) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) v[i] = 0.0f;
+    switch (splits) {
+        case 1: load8(v, p); break;
+        case 2: sum_parts<2>(v, p, pair, place); break;
+        case 3: sum_parts<3>(v, p, pair, place); break;
+        case 4: sum_parts<4>(v, p, pair, place); break;
+        case 5: sum_parts<5>(v, p, pair, place); break;
+        case 6: sum_parts<6>(v, p, pair, place); break;
+        case 7: sum_parts<7>(v, p, pair, place); break;
+        default: sum_parts<8>(v, p, pair, place);
+    }
+}
+
+// The blocks of a tile in a cluster add up and finish a share of its rows each.
+template <class T, int N, class Rows> PTX void add_up(Smem<T, N>& s, const EpilogueArgs& e, const HopperTiles& t, const Unit& unit, const Rows& rows) {
     const bool geglu = e.flags & kEpilogueGeglu;
-    const int vectors = N / (geglu ? 16 : 8), columns = epilogue::out_columns(e), share = kM / kSplits;
-    for (int i = threadIdx.x - 128; i < share * vectors; i += kConsumerWarps * 32) {
-        const int r = unit.split * share + i / vectors, vector = i % vectors, row = rows(r), column = unit.tile_n * (geglu ? N / 2 : N) + vector * 8;
+    const int vectors = N / (geglu ? 16 : 8), columns = epilogue::out_columns(e), place = int(cluster_rank()) % t.pair;
+    const int first = kM * unit.split / t.splits, count = kM * (unit.split + 1) / t.splits - first;
+    for (int i = threadIdx.x - 128; i < count * vectors; i += kConsumerWarps * 32) {
+        const int r = first + i / vectors, vector = i % vectors, row = rows(r), column = unit.tile_n * (geglu ? N / 2 : N) + vector * 8;
         if (row < 0 || column >= columns) continue;
         const float* from = reinterpret_cast<const float*>(s.a) + r * kStagedPitch<N> + vector * (geglu ? 16 : 8);
-        auto sum = [&](float (&v)[8], const float* p) {
-            float4 part[kSplits][2];
-#pragma unroll
-            for (int split = 0; split < kSplits; split++) part[split][0] = cluster_load4(p, split), part[split][1] = cluster_load4(p + 4, split);
-#pragma unroll
-            for (int split = 0; split < kSplits; split++) {
-                const float4 low = part[split][0], high = part[split][1];
-                add8(v, {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w});
-            }
-        };
-        float v[8] = {}, gate[8] = {};
-        sum(v, from);
-        if (geglu) sum(gate, from + 8);
-        finish8<T>(e, row, column, v, gate);
+        float v[8], bias[8];
+        sum_parts(v, from, t.splits, t.pair, place);
+        epilogue::load_bias(bias, e, geglu ? 2 * column : column);
+        if (geglu) {
+            float gate[8], gate_bias[8];
+            sum_parts(gate, from + 8, t.splits, t.pair, place);
+            epilogue::load_bias(gate_bias, e, 2 * column + 8);
+            epilogue::finish8_geglu<T>(e, row, column, v, gate, bias, gate_bias, nullptr);
+        } else epilogue::finish8<T>(e, row, column, v, bias, nullptr);
     }
 }
 
@@ -328,54 +327,35 @@ template <class T, int N, int kSplits, class Rows> PTX void add_up(Smem<T, N>& s
 // row_of(unit) makes the `rows` of write_tile.
 template <class T, int N, Finish F, class Load, class RowOf>
 PTX void run(const EpilogueArgs& e, const HopperTiles& t, Load& load, const RowOf& row_of) {
-    constexpr bool kOnce = F == Finish::kCluster;
+    constexpr bool kOnce = F == Finish::kAny;
     auto& s = dynamic_smem<Smem<T, N>>();
     next_kernel_may_start();
     start_ring(s, t);
-    wait_for_previous_kernel();
     if (threadIdx.x < 128) {
         setmaxnreg_dec<56>();
         if (threadIdx.x == 0) produce<kOnce>(s, t, load);
+        else wait_for_previous_kernel();
         __syncwarp();
         if constexpr (kOnce) cluster_sync();
     } else {
         setmaxnreg_inc<224>();
+        wait_for_previous_kernel();
         Place at;
         for (Walk<kOnce> walk(t); walk.more(); walk.next()) {
             const Unit unit = walk.unit();
             float acc[N / 2];
-            multiply<T, N>(s, unit, t.cluster, at, acc);
+            multiply<T, N>(s, unit, t.pair, at, acc);
             if constexpr (kOnce) {
                 stage_sums<T, N>(s, acc);
                 cluster_sync();
-                if (t.splits == 2) add_up<T, N, 2>(s, e, unit, row_of(unit));
-                else if (t.splits == 4) add_up<T, N, 4>(s, e, unit, row_of(unit));
-                else add_up<T, N, 8>(s, e, unit, row_of(unit));
+                add_up<T, N>(s, e, t, unit, row_of(unit));
             } else {
                 write_tile<T, N, F>(e, unit, acc, row_of(unit));
             }
         }
         __syncwarp();
     }
-    if (kOnce || t.cluster > 1) cluster_sync();  // a neighbour may still read or write here
-}
-
-// Adds the sums of the parts of K in order and finishes; eight columns of out a thread.
-template <class T> PTX void reduce(const EpilogueArgs& e, int splits) {
-    const bool geglu = e.flags & kEpilogueGeglu;
-    const int blocks = epilogue::out_columns(e) / 8;
-    const int64_t index = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (index >= int64_t(e.rows) * blocks) return;
-    const int row = int(index / blocks), column = int(index % blocks) * 8;
-    float v[8] = {}, gate[8] = {};
-    const size_t pitch = epilogue::partial_pitch(e);
-    const float* from = e.partial + row * pitch + (geglu ? 2 * column : column);
-#pragma unroll 4
-    for (int s = 0; s < splits; s++, from += e.rows * pitch) {
-        add8(v, from);
-        if (geglu) add8(gate, from + 8);
-    }
-    finish8<T>(e, row, column, v, gate);
+    if (kOnce || t.pair > 1) cluster_sync();  // a neighbour may still read or write here
 }
 
 }  // namespace hopper

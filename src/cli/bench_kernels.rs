@@ -8,7 +8,8 @@ use serde_json::json;
 
 use super::gpu::{GpuArgs, trace_json};
 use crate::backend::cuda::check::measure_ceiling;
-use crate::backend::cuda::{Element, Gpu, layers};
+use crate::backend::cuda::layers::{self, Cut};
+use crate::backend::cuda::{Element, Gpu};
 
 /// Arguments of `kiln bench kernels`.
 #[derive(clap::Args, Debug)]
@@ -22,6 +23,9 @@ pub struct KernelsArgs {
     /// Only layers whose kind or stage contains this.
     #[arg(long, value_name = "TEXT")]
     filter: Option<String>,
+    /// Also times every way to cut a product into tiles, splits and pairs, and prints the fastest beside the launcher's choice.
+    #[arg(long)]
+    sweep: bool,
     /// One JSON object instead of the table.
     #[arg(long)]
     json: bool,
@@ -38,6 +42,15 @@ struct Sum {
     micros: f64,
     flops: f64,
     floor: f64,
+}
+
+/// Ways to cut a product that a sweep tries: the best by the launcher's own estimate.
+const SWEPT: usize = 32;
+
+/// Times of a layer for the ways to cut it, the launcher's choice first.
+fn sweep(bench: &layers::Bench<'_>, cuts: &[Cut]) -> Result<Vec<(String, f64)>> {
+    let timed = |cut: &Cut| Ok((cut.to_string(), bench.time(Some(*cut))?));
+    cuts.iter().take(SWEPT).map(timed).collect()
 }
 
 /// Runs the benchmark.
@@ -63,8 +76,9 @@ pub fn run(args: &KernelsArgs) -> Result<()> {
     }
     let (mut rows, mut sums) = (Vec::new(), BTreeMap::<&str, Sum>::new());
     for layer in table.iter().filter(takes) {
-        let micros =
-            layers::time(&gpu, layer, element).with_context(|| format!("{} {:?}", layer.stage, layer.op))?;
+        let context = || format!("{} {:?}", layer.stage, layer.op);
+        let bench = layers::Bench::new(&gpu, layer, element).with_context(context)?;
+        let micros = bench.time(None).with_context(context)?;
         // The least time that the ceilings allow; 0 on the SIMT layer, which has none.
         let floor = ceiling.map_or(0.0, |c| 1e6 * (layer.flops / c.flops).max(layer.bytes / c.bytes));
         let sum = sums.entry(layer.op.kind()).or_default();
@@ -80,7 +94,19 @@ pub fn run(args: &KernelsArgs) -> Result<()> {
                 100.0 * floor / micros
             );
         }
+        let sweep = if args.sweep {
+            sweep(&bench, &layers::cuts(&gpu, layer, element)?).with_context(context)?
+        } else {
+            Vec::new()
+        };
+        if let (false, [(chosen, _), ..], Some((best, fastest))) =
+            (args.json, &sweep[..], sweep.iter().min_by(|a, b| a.1.total_cmp(&b.1)))
+        {
+            println!("    chosen {chosen}, fastest {best}: {fastest:.1} us");
+        }
+        let sweep: Vec<_> = sweep.iter().map(|(cut, us)| json!({"cut": cut, "us": us})).collect();
         rows.push(json!({
+            "sweep": sweep,
             "stage": layer.stage, "op": layer.op.kind(), "shape": format!("{:?}", layer.op), "count": layer.count,
             "us": micros, "flops": layer.flops, "bytes": layer.bytes, "floor_us": floor,
         }));

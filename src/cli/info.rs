@@ -12,7 +12,7 @@ use crate::weights::WeightsFile;
 /// Arguments of `kiln info`.
 #[derive(clap::Args, Debug)]
 pub struct InfoArgs {
-    /// A safetensors file; without it, facts about this build and machine.
+    /// A safetensors or PyTorch file; without it, facts about this build and machine.
     file: Option<PathBuf>,
     #[command(flatten)]
     runtime: RuntimeArgs,

@@ -36,6 +36,8 @@ pub struct RunInputs {
     pub latent: Option<Arc<HostTensor>>,
     /// Where to sample `[B, C, h, w]`, if only in a part.
     pub mask: Option<Arc<HostTensor>>,
+    /// The run's seed, for models that draw noise of their own.
+    pub seed: u64,
 }
 
 /// A diffusion model.

@@ -132,6 +132,7 @@ pub fn sample(request: &SampleRequest<'_>, observer: &mut dyn Observer) -> Resul
     let run = RunInputs {
         latent: Some(Arc::new(original.clone())),
         mask: inpaint.as_ref().map(|i| Arc::new(i.mask.clone())),
+        seed,
     };
     let mut prepared = guider.prepare(latent.shape(), run)?;
     let start = sampling.noise_scaling(first, noise, &original, sampling.is_max_denoise(first));

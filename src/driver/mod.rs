@@ -121,6 +121,17 @@ pub trait Driver: Send + Sync {
     /// Encodes a tensor map, the descriptor of a bulk tensor copy (TMA).
     fn tensor_map(&self, desc: &TensorMapDesc) -> Result<TensorMap, DriverError>;
 
+    /// How many clusters of this launch run at a time; 0 if not even one fits.
+    ///
+    /// A cluster lives inside one of the device's groups of multiprocessors, of which some are smaller than others, so
+    /// there are fewer large clusters than a division says. Where nobody can ask, groups of sixteen are a fair guess.
+    fn clusters(&self, launch: &Launch) -> Result<usize, DriverError> {
+        let blocks = launch.cluster.iter().product::<u32>().max(1) as usize;
+        let multiprocessors = self.device().multiprocessors as usize;
+        let is_small = blocks <= 2 || multiprocessors < 16;
+        Ok(if is_small { multiprocessors / blocks } else { multiprocessors / 16 * (16 / blocks) })
+    }
+
     /// Launches a kernel. `params` are its parameters by value, each as long as
     /// the kernel declares it (checked).
     fn launch(&self, launch: &Launch, params: &[&[u8]]) -> Result<(), DriverError>;

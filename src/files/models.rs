@@ -14,8 +14,7 @@ pub const DEMO_CHECKPOINT: &str = "demo-sd.safetensors";
 /// The checkpoint inside the binary.
 pub static DEMO_BYTES: &[u8] = include_bytes!("../../assets/demo-sd.safetensors");
 
-/// Extensions of model files. The pickle formats are listed, as in ComfyUI, so
-/// that choosing one leads to a message instead of an unknown name.
+/// Extensions of model files, as in ComfyUI.
 const MODEL_EXTENSIONS: &[&str] = &["ckpt", "pt", "pt2", "bin", "pth", "safetensors", "pkl", "sft"];
 
 /// Which files of a model folder are listed.

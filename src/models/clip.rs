@@ -53,13 +53,54 @@ impl HiddenState {
     pub const LAST: HiddenState = HiddenState { skip_last: 0, is_normed: true };
 }
 
-struct Layer {
+/// A transformer layer, of the text or the picture encoder.
+pub(super) struct Layer {
     norm1: LazyNorm,
     qkv: LazyLinear,
     out: LazyLinear,
     norm2: LazyNorm,
     fc1: LazyLinear,
     fc2: LazyLinear,
+}
+
+/// What all layers of an encoder share.
+#[derive(Clone, Copy)]
+pub(super) struct LayerKind {
+    pub heads: usize,
+    pub activation: detect::Activation,
+    /// Whether a token sees only those before it.
+    pub is_causal: bool,
+    /// ε of the norms.
+    pub eps: f32,
+}
+
+impl Layer {
+    /// The layer under `loader`, of `c` channels and `mlp` inside.
+    pub fn load(loader: &Loader, c: usize, mlp: usize) -> Result<Self, ModelError> {
+        Ok(Self {
+            norm1: loader.norm("layer_norm1", c)?,
+            qkv: loader.fused(&["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], c, c)?,
+            out: loader.linear("self_attn.out_proj", c, c)?,
+            norm2: loader.norm("layer_norm2", c)?,
+            fc1: loader.linear("mlp.fc1", mlp, c)?,
+            fc2: loader.linear("mlp.fc2", c, mlp)?,
+        })
+    }
+
+    /// `[B, 1, S, C]` to the same.
+    pub fn forward(&self, ops: Ops<'_>, kind: LayerKind, x: &Tensor) -> Result<Tensor, ModelError> {
+        let normed = ops.layer_norm(x, &self.norm1, kind.eps)?;
+        let qkv = ops.linear(&Linear::new(&normed, self.qkv.get()?))?;
+        let attended = ops.attention(&fused_self_attention(&qkv, kind.heads, kind.is_causal))?;
+        let x = ops.linear(&Linear { residual: Some(x), ..Linear::new(&attended, self.out.get()?) })?;
+        let normed = ops.layer_norm(&x, &self.norm2, kind.eps)?;
+        let act = match kind.activation {
+            detect::Activation::QuickGelu => Activation::QuickGelu,
+            detect::Activation::Gelu => Activation::Gelu,
+        };
+        let inner = ops.linear(&Linear { act, ..Linear::new(&normed, self.fc1.get()?) })?;
+        ops.linear(&Linear { residual: Some(&x), ..Linear::new(&inner, self.fc2.get()?) })
+    }
 }
 
 /// A CLIP text encoder on a backend.
@@ -80,15 +121,7 @@ impl ClipText {
         let embeddings = loader.sub("embeddings");
         let mut layers = Vec::with_capacity(config.layers);
         for i in 0..config.layers {
-            let l = loader.sub("encoder.layers").sub(i);
-            layers.push(Layer {
-                norm1: l.norm("layer_norm1", c)?,
-                qkv: l.fused(&["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], c, c)?,
-                out: l.linear("self_attn.out_proj", c, c)?,
-                norm2: l.norm("layer_norm2", c)?,
-                fc1: l.linear("mlp.fc1", mlp, c)?,
-                fc2: l.linear("mlp.fc2", c, mlp)?,
-            });
+            layers.push(Layer::load(&loader.sub("encoder.layers").sub(i), c, mlp)?);
         }
         Ok(Self {
             tokens: embeddings.embedding("token_embedding", config.vocab, c)?,
@@ -161,7 +194,7 @@ impl ClipText {
             if i == keep {
                 kept = Some(self.hidden(ops, &x, state.is_normed)?);
             }
-            x = self.layer(ops, layer, x)?;
+            x = layer.forward(ops, self.kind(), &x)?;
         }
         let last = self.hidden(ops, &x, true)?;
         ModelError::check_numbers("text encoder", &[], last.data())?;
@@ -224,18 +257,9 @@ impl ClipText {
         Ok(out)
     }
 
-    fn layer(&self, ops: Ops<'_>, layer: &Layer, x: Tensor) -> Result<Tensor, ModelError> {
-        let normed = ops.layer_norm(&x, &layer.norm1, self.config.layer_norm_eps)?;
-        let qkv = ops.linear(&Linear::new(&normed, layer.qkv.get()?))?;
-        let attended = ops.attention(&fused_self_attention(&qkv, self.config.heads, true))?;
-        let x = ops.linear(&Linear { residual: Some(&x), ..Linear::new(&attended, layer.out.get()?) })?;
-        let normed = ops.layer_norm(&x, &layer.norm2, self.config.layer_norm_eps)?;
-        let act = match self.config.activation {
-            detect::Activation::QuickGelu => Activation::QuickGelu,
-            detect::Activation::Gelu => Activation::Gelu,
-        };
-        let inner = ops.linear(&Linear { act, ..Linear::new(&normed, layer.fc1.get()?) })?;
-        ops.linear(&Linear { residual: Some(&x), ..Linear::new(&inner, layer.fc2.get()?) })
+    fn kind(&self) -> LayerKind {
+        let ClipConfig { heads, activation, layer_norm_eps: eps, .. } = self.config;
+        LayerKind { heads, activation, is_causal: true, eps }
     }
 }
 

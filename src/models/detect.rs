@@ -281,8 +281,8 @@ const FAMILIES: &[FamilyRow] = &[
     FamilyRow {
         family: Family::Sd2Unclip,
         name: "Stable Diffusion 2.x unCLIP",
-        is_supported: false,
-        fits: |unet| matches!(unet.adm_channels, Some(1536 | 2048)) && unet.context_dim == 1024,
+        is_supported: true,
+        fits: |unet| matches!(unet.adm_channels, Some(1536 | 2048)),
         heads: Heads::Size(64),
         latent_scale: 0.18215,
         native_size: 768,

@@ -4,9 +4,11 @@
 //! and runs on any [`Backend`](crate::tensor::Backend).
 
 pub mod clip;
+pub mod clip_vision;
 pub mod controlnet;
 pub mod detect;
 mod error;
+pub mod hypernetwork;
 pub mod layers;
 pub mod layouts;
 pub mod lora;

@@ -21,7 +21,16 @@ struct Row {
     /// Encoders with what their names begin with, in OpenCLIP's names for H and G.
     clips: &'static [(ClipVariant, &'static str)],
     vae: Option<&'static str>,
+    vision: Option<Vision>,
     metadata: &'static [(&'static str, &'static str)],
+}
+
+/// A picture encoder.
+#[derive(Clone, Copy)]
+struct Vision {
+    /// Below `embedder.model.visual.`, in OpenCLIP's names, with the statistics of its embeddings.
+    is_of_unclip: bool,
+    projection: usize,
 }
 
 #[derive(Clone, Copy)]
@@ -62,6 +71,9 @@ const ONE_HEADS: &[(&str, &str)] = &[GROUPS, TEXT_HEADS, ("unet.num_heads", "2")
 const MANY_HEADS: &[(&str, &str)] = &[GROUPS, TEXT_HEADS, SIZES[0], SIZES[1]];
 const V_HEADS: &[(&str, &str)] = &[GROUPS, TEXT_HEADS, ("prediction", "v"), SIZES[0], SIZES[1]];
 
+const VISION_HEADS: (&str, &str) = ("clip_vision.num_heads", "2");
+const UNCLIP: &[(&str, &str)] = &[GROUPS, TEXT_HEADS, VISION_HEADS, ("prediction", "v"), SIZES[0], SIZES[1]];
+
 /// A whole checkpoint.
 const fn checkpoint(
     name: &'static str,
@@ -69,7 +81,7 @@ const fn checkpoint(
     clips: &'static [(ClipVariant, &'static str)],
     metadata: &'static [(&'static str, &'static str)],
 ) -> Row {
-    Row { name, unet: Some(unet), clips, vae: Some(VAE), metadata }
+    Row { name, unet: Some(unet), clips, vae: Some(VAE), vision: None, metadata }
 }
 
 /// A file with one network.
@@ -78,7 +90,13 @@ const fn part(
     clips: &'static [(ClipVariant, &'static str)],
     metadata: &'static [(&'static str, &'static str)],
 ) -> Row {
-    Row { name, unet: None, clips, vae: None, metadata }
+    Row { name, unet: None, clips, vae: None, vision: None, metadata }
+}
+
+/// An unCLIP model steered by embeddings of `projection` values.
+const fn unclip(name: &'static str, projection: usize) -> Row {
+    let unet = UnetRow { adm_channels: Some(2 * projection), ..SD2 };
+    Row { vision: Some(Vision { is_of_unclip: true, projection }), ..checkpoint(name, unet, &[H], UNCLIP) }
 }
 
 const ROWS: &[Row] = &[
@@ -87,12 +105,18 @@ const ROWS: &[Row] = &[
     checkpoint("sd1-ip2p", UnetRow { in_channels: 8, ..SD1 }, &[L], ONE_HEADS),
     checkpoint("sd2", SD2, &[H], MANY_HEADS),
     checkpoint("sd2-v", SD2, &[H], V_HEADS),
+    unclip("sd2-unclip-l", 768),
+    unclip("sd2-unclip-h", 1024),
     checkpoint("sdxl", SDXL, XL, MANY_HEADS),
     checkpoint("sdxl-inpaint", UnetRow { in_channels: 9, ..SDXL }, XL, MANY_HEADS),
     checkpoint("sdxl-refiner", REFINER, &[(ClipVariant::G, "conditioner.embedders.0.model.")], MANY_HEADS),
     Row { unet: Some(UnetRow { prefix: "", ..SDXL }), ..part("sdxl-unet", &[], MANY_HEADS) },
     Row { unet: Some(UnetRow { prefix: "", ..SD1 }), ..part("sd1-unet", &[], ONE_HEADS) },
     Row { vae: Some(""), ..part("vae", &[], MANY_HEADS) },
+    Row {
+        vision: Some(Vision { is_of_unclip: false, projection: 768 }),
+        ..part("clip-vision", &[], &[VISION_HEADS])
+    },
     part("clip-l", &[(ClipVariant::L, "")], &[TEXT_HEADS, ("clip.variant", "l")]),
     part("clip-h", &[(ClipVariant::H, "")], &[TEXT_HEADS, ("clip.variant", "h")]),
     part("clip-g", &[(ClipVariant::G, "")], &[TEXT_HEADS, ("clip.variant", "g")]),
@@ -124,6 +148,57 @@ fn shapes_of(row: &Row) -> Shapes {
         }
     }
     shapes.extend(row.vae.map(|prefix| vae_config(prefix).tensors()).unwrap_or_default());
+    shapes.extend(row.vision.map(|vision| vision_shapes(&vision)).unwrap_or_default());
+    shapes
+}
+
+/// A picture encoder's tensors: 4×4 patches of 16 pixels.
+fn vision_shapes(vision: &Vision) -> Shapes {
+    let (w, mlp, layers, patch, tokens) = (32, 64, 3, 16, 17);
+    if !vision.is_of_unclip {
+        let mut shapes: Shapes = vec![
+            ("vision_model.embeddings.class_embedding".into(), vec![w]),
+            ("vision_model.embeddings.patch_embedding.weight".into(), vec![w, 3, patch, patch]),
+            ("vision_model.embeddings.position_embedding.weight".into(), vec![tokens, w]),
+            ("visual_projection.weight".into(), vec![vision.projection, w]),
+        ];
+        let mut affine = |name: String, shape: &[usize]| {
+            shapes.push((format!("vision_model.{name}.weight"), shape.to_vec()));
+            shapes.push((format!("vision_model.{name}.bias"), shape[..1].to_vec()));
+        };
+        affine("pre_layrnorm".into(), &[w]);
+        affine("post_layernorm".into(), &[w]);
+        for i in 0..layers {
+            for (part, shape) in [
+                ("layer_norm1", &[w][..]),
+                ("layer_norm2", &[w]),
+                ("self_attn.q_proj", &[w, w]),
+                ("self_attn.k_proj", &[w, w]),
+                ("self_attn.v_proj", &[w, w]),
+                ("self_attn.out_proj", &[w, w]),
+                ("mlp.fc1", &[mlp, w]),
+                ("mlp.fc2", &[w, mlp]),
+            ] {
+                affine(format!("encoder.layers.{i}.{part}"), shape);
+            }
+        }
+        return shapes;
+    }
+    let mut shapes: Shapes = vec![
+        ("class_embedding".into(), vec![w]),
+        ("conv1.weight".into(), vec![w, 3, patch, patch]),
+        ("positional_embedding".into(), vec![tokens, w]),
+        ("proj".into(), vec![w, vision.projection]),
+    ];
+    for name in ["ln_pre", "ln_post"] {
+        shapes.extend([(format!("{name}.weight"), vec![w]), (format!("{name}.bias"), vec![w])]);
+    }
+    shapes.extend(open_clip_layers((w, mlp, layers)));
+    let mut shapes: Shapes =
+        shapes.into_iter().map(|(name, shape)| (format!("embedder.model.visual.{name}"), shape)).collect();
+    for name in ["data_mean", "data_std"] {
+        shapes.push((format!("noise_augmentor.{name}"), vec![vision.projection]));
+    }
     shapes
 }
 
@@ -188,12 +263,19 @@ fn open_clip(config: &ClipConfig, prefix: &str) -> Shapes {
         ("positional_embedding".to_owned(), vec![config.max_positions, w]),
         ("text_projection".to_owned(), vec![w, pooled]),
     ];
+    shapes.extend([("ln_final.weight".to_owned(), vec![w]), ("ln_final.bias".to_owned(), vec![w])]);
+    shapes.extend(open_clip_layers((w, mlp, config.layers)));
+    shapes.into_iter().map(|(name, shape)| (format!("{prefix}{name}"), shape)).collect()
+}
+
+/// Transformer layers of a width and an inner width as OpenCLIP stores them.
+fn open_clip_layers((w, mlp, layers): (usize, usize, usize)) -> Shapes {
+    let mut shapes = Shapes::new();
     let mut affine = |name: String, shape: &[usize]| {
         shapes.push((format!("{name}.weight"), shape.to_vec()));
         shapes.push((format!("{name}.bias"), shape[..1].to_vec()));
     };
-    affine("ln_final".to_owned(), &[w]);
-    for i in 0..config.layers {
+    for i in 0..layers {
         let layer = format!("transformer.resblocks.{i}");
         affine(format!("{layer}.ln_1"), &[w]);
         affine(format!("{layer}.ln_2"), &[w]);
@@ -201,12 +283,12 @@ fn open_clip(config: &ClipConfig, prefix: &str) -> Shapes {
         affine(format!("{layer}.mlp.c_fc"), &[mlp, w]);
         affine(format!("{layer}.mlp.c_proj"), &[w, mlp]);
     }
-    for i in 0..config.layers {
+    for i in 0..layers {
         let fused = format!("transformer.resblocks.{i}.attn.in_proj");
         shapes.push((format!("{fused}_weight"), vec![3 * w, w]));
         shapes.push((format!("{fused}_bias"), vec![3 * w]));
     }
-    shapes.into_iter().map(|(name, shape)| (format!("{prefix}{name}"), shape)).collect()
+    shapes
 }
 
 #[cfg(test)]
@@ -226,12 +308,14 @@ mod tests {
     fn every_tiny_checkpoint_is_detected_as_what_it_is() {
         use ClipVariant::{G, H, L};
         use Prediction::{Epsilon, V};
-        let expected: [(&str, Family, Prediction, usize, &[ClipVariant]); 8] = [
+        let expected: [(&str, Family, Prediction, usize, &[ClipVariant]); 10] = [
             ("sd1", Family::Sd1, Epsilon, 4, &[L]),
             ("sd1-inpaint", Family::Sd1, Epsilon, 9, &[L]),
             ("sd1-ip2p", Family::Sd1, Epsilon, 8, &[L]),
             ("sd2", Family::Sd2, Epsilon, 4, &[H]),
             ("sd2-v", Family::Sd2, V, 4, &[H]),
+            ("sd2-unclip-l", Family::Sd2Unclip, V, 4, &[H]),
+            ("sd2-unclip-h", Family::Sd2Unclip, V, 4, &[H]),
             ("sdxl", Family::Sdxl, Epsilon, 4, &[L, G]),
             ("sdxl-inpaint", Family::Sdxl, Epsilon, 9, &[L, G]),
             ("sdxl-refiner", Family::SdxlRefiner, Epsilon, 4, &[G]),
@@ -256,6 +340,7 @@ mod tests {
             ("sdxl-unet", Kind::DiffusionModel),
             ("sd1-unet", Kind::DiffusionModel),
             ("vae", Kind::Vae),
+            ("clip-vision", Kind::VisionEncoder),
             ("clip-l", Kind::TextEncoder),
             ("clip-h", Kind::TextEncoder),
             ("clip-g", Kind::TextEncoder),

@@ -6,6 +6,7 @@
 //! bottom and HTTP never waits for compute.
 
 pub mod canny;
+pub mod clip_vision;
 pub mod compositing;
 pub mod conditioning;
 mod context;
@@ -47,10 +48,12 @@ pub mod sampling;
 mod sampling_tests;
 mod sd_model;
 mod shapes;
+mod step_cache;
 pub mod string;
 pub mod text;
 pub mod text_sdxl;
 pub mod tiny_vae;
+pub mod unclip;
 pub mod unet_patches;
 pub mod upscale_model;
 pub mod vae;
@@ -104,6 +107,8 @@ pub fn registry() -> Vec<Box<dyn Node>> {
         lora::nodes(),
         text::nodes(),
         text_sdxl::nodes(),
+        clip_vision::nodes(),
+        unclip::nodes(),
         inpaint_model::nodes(),
         conditioning::nodes(),
         controlnet::nodes(),
@@ -111,6 +116,7 @@ pub fn registry() -> Vec<Box<dyn Node>> {
         custom_sampling::nodes(),
         guidance::nodes(),
         unet_patches::nodes(),
+        step_cache::nodes(),
         model_sampling::nodes(),
         model_merge::nodes(),
         model_save::nodes(),

@@ -3,6 +3,8 @@
 //! Types are those that ComfyUI has in memory: diffusion model and VAE in the type
 //! that they compute in, text encoders in f16.
 
+use std::collections::BTreeMap;
+
 use super::image_file::metadata;
 use super::loaders::{ClipHandle, VaeHandle};
 use super::sd_model::SdModel;
@@ -11,13 +13,19 @@ use crate::diffusion::ModelHandle;
 use crate::files::Kind;
 use crate::graph::Input;
 use crate::models::detect::{ClipVariant, Prediction};
+use crate::models::layouts::open_clip::{OpenClipTensor, stored_as};
 use crate::models::patch::{DIFFUSION, Values};
+use crate::models::text::TextKind;
 use crate::tensor::{Backend, DType};
 use crate::weights::{SaveEntry, SaveError, save};
 
 /// What names of the parts begin with in a checkpoint.
 const UNET: &str = "model.diffusion_model.";
 const CLIP: &str = "cond_stage_model.transformer.";
+const CLIP_H: &str = "cond_stage_model.model.";
+const CLIP_L: &str = "conditioner.embedders.0.transformer.";
+const CLIP_G: &str = "conditioner.embedders.1.model.";
+const REFINER_CLIP_G: &str = "conditioner.embedders.0.model.";
 const VAE: &str = "first_stage_model.";
 
 /// The saving nodes.
@@ -48,16 +56,44 @@ fn computed_in(backend: &dyn Backend) -> DType {
     if backend.info().element_bytes == 2 { DType::F16 } else { DType::F32 }
 }
 
-/// Tensors on their way into a file; no values: an empty mark.
+/// Where the values of a tensor come from.
+enum Content {
+    /// Nowhere: an empty mark.
+    Mark,
+    /// A model.
+    Whole(Values),
+    /// A model's matrix on its side.
+    Transposed(Values),
+    /// Several, one after the other.
+    Stacked(Vec<Values>),
+}
+
+impl Content {
+    fn read(&self) -> Vec<f32> {
+        match self {
+            Content::Mark => Vec::new(),
+            Content::Whole(values) => values.read(),
+            Content::Stacked(parts) => parts.iter().flat_map(Values::read).collect(),
+            Content::Transposed(values) => {
+                let (shape, data) = (values.shape(), values.read());
+                let &[rows, columns] = shape.as_slice() else { return data };
+                let at = |i: usize| data.get(i % rows * columns + i / rows).copied().unwrap_or_default();
+                (0..rows * columns).map(at).collect()
+            }
+        }
+    }
+}
+
+/// Tensors on their way into a file.
 #[derive(Default)]
-struct Tensors(Vec<(SaveEntry, Option<Values>)>);
+struct Tensors(Vec<(SaveEntry, Content)>);
 
 impl Tensors {
     /// Adds values whose names begin with `from`, under names that begin with `to`.
     fn add(&mut self, values: Vec<(String, Values)>, (from, to): (&str, &str), dtype: DType) {
         let renamed = values.into_iter().map(|(name, values)| {
             let name = format!("{to}{}", name.strip_prefix(from).unwrap_or(&name));
-            (SaveEntry { name, dtype, shape: values.shape() }, Some(values))
+            (SaveEntry { name, dtype, shape: values.shape() }, Content::Whole(values))
         });
         self.0.extend(renamed);
     }
@@ -66,28 +102,61 @@ impl Tensors {
         let dtype = computed_in(ctx.services.models.placement().diffusion.as_ref());
         self.add(model.file().unet_values(model.patches())?, (DIFFUSION, UNET), dtype);
         if model.file().sampling()?.prediction == Prediction::V {
-            self.0.push((SaveEntry { name: "v_pred".to_owned(), dtype: DType::F32, shape: vec![0] }, None));
+            let entry = SaveEntry { name: "v_pred".to_owned(), dtype: DType::F32, shape: vec![0] };
+            self.0.push((entry, Content::Mark));
         }
         Ok(())
     }
 
-    /// The text encoder of SD1.x; those of other families have layouts of their own in checkpoints.
+    /// The text encoders, each where checkpoints of the family have it.
     fn add_clip(&mut self, clip: &ClipHandle) -> Result<(), NodeError> {
-        let [part] = clip.parts.as_slice() else {
-            return Err(NodeError::input(
-                "clip",
-                "has several encoders; save them with CLIPSave, and the model with ModelSave",
-            ));
-        };
-        if part.variant != ClipVariant::L {
-            return Err(NodeError::input(
-                "clip",
-                "is no CLIP-L; save it with CLIPSave, and the model with ModelSave",
-            ));
+        let kind = clip.kind()?;
+        for part in &clip.parts {
+            let from = format!("{}.transformer.", part.variant.key());
+            let values = part.file.clip_values(part.variant, &part.patches)?;
+            match (kind, part.variant) {
+                (TextKind::Sdxl, ClipVariant::L) => {
+                    let is_projection = |name: &str| name == format!("{from}text_projection.weight");
+                    let values = values.into_iter().filter(|(name, _)| !is_projection(name)).collect();
+                    self.add(values, (&from, CLIP_L), DType::F16);
+                }
+                (_, ClipVariant::L) => self.add(values, (&from, CLIP), DType::F16),
+                (TextKind::Sdxl, _) => self.add_open_clip(values, (&from, CLIP_G)),
+                (TextKind::SdxlRefiner, _) => self.add_open_clip(values, (&from, REFINER_CLIP_G)),
+                _ => self.add_open_clip(values, (&from, CLIP_H)),
+            }
         }
-        let from = format!("{}.transformer.", part.variant.key());
-        self.add(part.file.clip_values(part.variant, &part.patches)?, (&from, CLIP), DType::F16);
         Ok(())
+    }
+
+    /// Adds an encoder under OpenCLIP's names.
+    fn add_open_clip(&mut self, values: Vec<(String, Values)>, (from, to): (&str, &str)) {
+        let mut fused: BTreeMap<String, [Option<Values>; 3]> = BTreeMap::new();
+        let mut push = |name: String, shape: Vec<usize>, content: Content| {
+            self.0.push((SaveEntry { name: format!("{to}{name}"), dtype: DType::F16, shape }, content));
+        };
+        for (name, values) in values {
+            match stored_as(name.strip_prefix(from).unwrap_or(&name)) {
+                Some(OpenClipTensor::Whole(name)) => push(name, values.shape(), Content::Whole(values)),
+                Some(OpenClipTensor::Transposed(name)) => {
+                    let shape = values.shape().into_iter().rev().collect();
+                    push(name, shape, Content::Transposed(values));
+                }
+                Some(OpenClipTensor::Third(name, index)) => {
+                    let thirds = fused.entry(name).or_default();
+                    thirds[index] = Some(values);
+                }
+                None => tracing::warn!("{name} has no place in a checkpoint, not saved"),
+            }
+        }
+        for (name, thirds) in fused {
+            let parts: Vec<Values> = thirds.into_iter().flatten().collect();
+            let mut shape = parts.first().map(Values::shape).unwrap_or_default();
+            if let Some(rows) = shape.first_mut() {
+                *rows *= parts.len();
+            }
+            push(name, shape, Content::Stacked(parts));
+        }
     }
 
     fn add_vae(&mut self, ctx: &NodeCtx<'_>, vae: &VaeHandle, prefix: &str) -> Result<(), NodeError> {
@@ -108,8 +177,7 @@ impl Tensors {
     ) -> Result<NodeOutput, NodeError> {
         let mut target = ctx.services.folders.save_path(Kind::Output, prefix, 0, 0)?;
         let entries: Vec<SaveEntry> = self.0.iter().map(|(entry, _)| entry.clone()).collect();
-        let read =
-            |i: usize| self.0.get(i).and_then(|(_, v)| v.as_ref()).map(Values::read).unwrap_or_default();
+        let read = |i: usize| self.0.get(i).map(|(_, content)| content.read()).unwrap_or_default();
         loop {
             let name = target.next_name(0, "safetensors");
             let path = target.folder.join(name);

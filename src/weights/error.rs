@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use super::pickle::PickleFault;
 use crate::tensor::DType;
 
 /// Why a weight file could not be opened or can no longer be used.
@@ -40,6 +41,14 @@ pub enum WeightsError {
         file: PathBuf,
         /// What is wrong.
         fault: HeaderFault,
+    },
+    /// A PyTorch file that cannot be read.
+    #[error("{}: {fault}", file.display())]
+    Pickle {
+        /// The file.
+        file: PathBuf,
+        /// What is wrong.
+        fault: PickleFault,
     },
     /// The file was changed after it was opened.
     #[error(

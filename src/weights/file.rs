@@ -10,7 +10,7 @@ use std::time::SystemTime;
 use super::error::{HeaderFault, WeightsError};
 use super::header::{self, Header, HeaderEntry};
 use super::mmap::Storage;
-use super::sniff;
+use super::{pickle, sniff};
 use crate::tensor::{DType, RawTensor};
 
 /// How to open a weight file.
@@ -47,7 +47,7 @@ impl TensorInfo<'_> {
     }
 }
 
-/// An open `.safetensors` file whose header was checked in full.
+/// An open `.safetensors` or PyTorch file whose header was checked in full.
 ///
 /// Tensors are views into the file; nothing is copied, or even read, before
 /// someone looks at the bytes.
@@ -124,6 +124,12 @@ impl WeightsFile {
     ) -> Result<Arc<Self>, WeightsError> {
         let Header { tensors, metadata } = match header::parse(storage.bytes()) {
             Ok(header) => header,
+            Err(fault) if is_unreadable(&fault) && pickle::is_likely(storage.bytes()) => {
+                match pickle::parse(storage.bytes()) {
+                    Ok(header) => header,
+                    Err(fault) => return Err(WeightsError::Pickle { file: path, fault }),
+                }
+            }
             Err(fault) => return Err(refusal(path, fault, storage.bytes())),
         };
         let index = tensors.iter().enumerate().map(|(i, t)| (t.name.clone(), i)).collect();
@@ -135,12 +141,12 @@ impl WeightsFile {
         &self.path
     }
 
-    /// Names of all tensors, in the order of their data.
+    /// Names of all tensors, in the file's order.
     pub fn names(&self) -> impl ExactSizeIterator<Item = &str> {
         self.tensors.iter().map(|t| t.name.as_str())
     }
 
-    /// What the header says about every tensor, in the order of their data.
+    /// What the header says about every tensor, in the file's order.
     pub fn infos(&self) -> impl ExactSizeIterator<Item = TensorInfo<'_>> {
         self.tensors.iter().map(info_of)
     }
@@ -153,7 +159,10 @@ impl WeightsFile {
     /// Tensor `name`, if there is one.
     pub fn get(&self, name: &str) -> Option<RawTensor<'_>> {
         let entry = self.entry(name)?;
-        let bytes = self.storage.bytes().get(entry.begin..entry.end)?;
+        let bytes = match &entry.copy {
+            Some(copy) => copy,
+            None => self.storage.bytes().get(entry.begin..entry.end)?,
+        };
         Some(RawTensor { dtype: entry.dtype, shape: &entry.shape, bytes: Cow::Borrowed(bytes) })
     }
 
@@ -238,24 +247,31 @@ impl WeightsFile {
 }
 
 fn info_of(entry: &HeaderEntry) -> TensorInfo<'_> {
-    TensorInfo { name: &entry.name, dtype: entry.dtype, shape: &entry.shape, bytes: entry.end - entry.begin }
+    let bytes = entry.copy.as_ref().map_or(entry.end - entry.begin, |copy| copy.len());
+    TensorInfo { name: &entry.name, dtype: entry.dtype, shape: &entry.shape, bytes }
 }
 
 /// The error for a file whose header has `fault`: another format's name if it
 /// begins like one and the header is not even JSON.
 fn refusal(file: PathBuf, fault: HeaderFault, bytes: &[u8]) -> WeightsError {
-    let is_unreadable = matches!(
+    match sniff::known_format(bytes) {
+        Some((format, advice)) if is_unreadable(&fault) => {
+            WeightsError::NotSafetensors { file, format, advice }
+        }
+        _ => WeightsError::Header { file, fault },
+    }
+}
+
+/// Whether the fault says that there is no header at all, so that the file may be of another format.
+fn is_unreadable(fault: &HeaderFault) -> bool {
+    matches!(
         fault,
         HeaderFault::NoLength { .. }
             | HeaderFault::TooLarge { .. }
             | HeaderFault::Short { .. }
             | HeaderFault::NotText { .. }
             | HeaderFault::NotJson { .. }
-    );
-    match sniff::known_format(bytes) {
-        Some((format, advice)) if is_unreadable => WeightsError::NotSafetensors { file, format, advice },
-        _ => WeightsError::Header { file, fault },
-    }
+    )
 }
 
 #[cfg(test)]

@@ -31,7 +31,7 @@ const LENGTH_BYTES: u64 = 8;
 /// A checked header.
 #[derive(Debug)]
 pub(super) struct Header {
-    /// All tensors by offset; their ranges lie inside the file.
+    /// All tensors in the file's order; their ranges lie inside the file.
     pub tensors: Vec<HeaderEntry>,
     /// What `__metadata__` says.
     pub metadata: BTreeMap<String, String>,
@@ -47,6 +47,8 @@ pub(super) struct HeaderEntry {
     pub begin: usize,
     /// Past the last byte, counted from the start of the file.
     pub end: usize,
+    /// The data, if the file does not have them in one piece.
+    pub copy: Option<Box<[u8]>>,
 }
 
 /// Reads and checks the header of a file whose whole content is `bytes`.
@@ -229,7 +231,7 @@ impl Span {
             .map(|&d| usize::try_from(d))
             .collect::<Result<_, _>>()
             .map_err(|_| overflow())?;
-        Ok(HeaderEntry { name: self.name, dtype: self.dtype, shape, begin, end })
+        Ok(HeaderEntry { name: self.name, dtype: self.dtype, shape, begin, end, copy: None })
     }
 }
 

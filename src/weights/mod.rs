@@ -1,4 +1,4 @@
-//! Weight files: checked `.safetensors` headers and views into memory maps.
+//! Weight files: checked headers of `.safetensors` and PyTorch files, and views into memory maps.
 //!
 //! [`WeightsFile`] opens a file, checks every number in its header against the
 //! file before trusting it, and then hands out [`RawTensor`](crate::tensor::RawTensor)s
@@ -7,8 +7,8 @@
 //! deterministic random weights, for tests and benchmarks on machines that
 //! have no model to load.
 //!
-//! What it is not: a reader of pickles. `.ckpt` and `.pt` files can run code
-//! when opened, so they are recognised only to say how to convert them.
+//! PyTorch's own files (`.ckpt`, `.pt`, `.pth`, `.bin`) are pickles, which can run
+//! code when Python opens them. [`pickle`] reads them without running anything.
 
 #[forbid(unsafe_code)]
 mod error;
@@ -18,6 +18,8 @@ mod file;
 mod header;
 mod mmap;
 #[forbid(unsafe_code)]
+mod pickle;
+#[forbid(unsafe_code)]
 mod save;
 #[forbid(unsafe_code)]
 mod sniff;
@@ -26,4 +28,5 @@ pub mod synth;
 
 pub use error::{HeaderFault, WeightsError};
 pub use file::{OpenOptions, TensorInfo, WeightsFile};
+pub use pickle::PickleFault;
 pub use save::{SaveEntry, SaveError, save};

@@ -1,22 +1,13 @@
-//! Names the format of a file that is not safetensors, from its first bytes.
+//! Names the format of a file that is no weight file, from its first bytes.
 //!
-//! Only asked after the header failed: a pickle's first two bytes are also a
-//! legal header length.
+//! Only asked after the header failed: it may begin like another format by chance.
 
 /// First bytes, name with article, advice.
 type Row = (&'static [u8], &'static str, &'static str);
 
-const CONVERT_PICKLE: &str = "such files can run code when opened, so kiln does not read them: on a machine where you \
-     trust the file, load it with torch.load(..., weights_only=True) and write its state_dict with \
-     safetensors.torch.save_file";
 const DOWNLOAD: &str = "the download saved something else than the model; download the file itself";
 
 const FORMATS: &[Row] = &[
-    (b"PK\x03\x04", "a PyTorch archive (zip with a pickle, as in .ckpt, .pt and .pth)", CONVERT_PICKLE),
-    (b"\x80\x02", "a Python pickle (as in .ckpt, .pt and .pth)", CONVERT_PICKLE),
-    (b"\x80\x03", "a Python pickle (as in .ckpt, .pt and .pth)", CONVERT_PICKLE),
-    (b"\x80\x04", "a Python pickle (as in .ckpt, .pt and .pth)", CONVERT_PICKLE),
-    (b"\x80\x05", "a Python pickle (as in .ckpt, .pt and .pth)", CONVERT_PICKLE),
     (b"GGUF", "a GGUF file", "get the model's .safetensors file instead"),
     (b"\x89HDF\r\n", "an HDF5 file", "get the model's .safetensors file instead"),
     (b"\x93NUMPY", "a NumPy array", "write it with safetensors.numpy.save_file"),

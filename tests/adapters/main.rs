@@ -1,7 +1,11 @@
 //! Workflows with adapters on the demo model: they run, they change the picture, and bad input harms one prompt only.
+//!
+//! On the CPU; with `KILN_TEST_DEVICE=cuda` on the GPU of this machine.
 
 mod files;
 mod lora;
+mod pytorch;
+mod saved;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -20,12 +24,25 @@ struct Bench {
     folder: tempfile::TempDir,
 }
 
+/// Device that `KILN_TEST_DEVICE` names.
+fn device() -> Device {
+    match std::env::var("KILN_TEST_DEVICE").as_deref() {
+        Err(_) | Ok("cpu") => Device::Cpu,
+        Ok("cuda") => Device::Cuda,
+        Ok(other) => panic!("KILN_TEST_DEVICE is '{other}': cpu or cuda"),
+    }
+}
+
 impl Bench {
     fn new() -> Self {
+        Self::on(device())
+    }
+
+    fn on(device: Device) -> Self {
         let folder = tempfile::tempdir().unwrap();
         files::write_all(&folder.path().join("models"));
         let options = FolderOptions { base: folder.path().to_owned(), ..FolderOptions::default() };
-        let device = DeviceOptions { device: Device::Cpu, ..DeviceOptions::default() };
+        let device = DeviceOptions { device, ..DeviceOptions::default() };
         let services = Services {
             folders: Arc::new(Folders::open(&options).unwrap()),
             models: Arc::new(ModelStore::new(backend::open(device).unwrap(), OpenOptions::default())),
@@ -125,6 +142,21 @@ fn the_zoo_runs_and_adapters_change_the_picture() {
     assert_eq!(bench.picture(files::workflow("hires-fix")).dimensions(), (96, 96));
     assert_eq!(bench.picture(files::workflow("tiny-vae")).dimensions(), (64, 64));
     assert_eq!(bench.picture(files::workflow("txt2img")), plain, "patches left the model as it was");
+}
+
+/// Every adapter gives the CPU's picture on a GPU, but for the rounding of f16.
+#[test]
+fn a_gpu_gives_the_same_pictures() {
+    if device() == Device::Cpu {
+        println!("skipped: KILN_TEST_DEVICE names no GPU");
+        return;
+    }
+    let (gpu, cpu) = (Bench::new(), Bench::on(Device::Cpu));
+    for name in ["txt2img", "lora-stack", "controlnet-stack", "upscale-chain", "hires-fix", "tiny-vae"] {
+        let apart = distance(&gpu.picture(files::workflow(name)), &cpu.picture(files::workflow(name)));
+        println!("{name}: {apart:.3} of 255 apart on average");
+        assert!(apart < 2.0, "{name}: {apart:.3}");
+    }
 }
 
 #[test]

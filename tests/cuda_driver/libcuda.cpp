@@ -244,6 +244,15 @@ API cuFuncGetParamInfo(void* function, size_t index, size_t* offset, size_t* siz
 
 struct Attribute { int id; char pad[4]; union { char pad64[64]; struct { unsigned x, y, z; } cluster; int overlaps; }; };
 struct Config { unsigned grid[3], block[3], shared; void* stream; Attribute* attributes; unsigned count; };
+API cuOccupancyMaxActiveClusters(int* count, void* function, const Config* config) {
+    ENTER;
+    auto* f = static_cast<Function*>(function);
+    if (!f->is_loaded || int(config->shared) > f->dynamic_shared) return kInvalidValue;
+    *count = 1;  // of any size: the simulated device is small
+    for (unsigned i = 0; i < config->count; i++)
+        if (config->attributes[i].id == 4 && config->attributes[i].cluster.x > 8) *count = 0;
+    return kOk;
+}
 API cuLaunchKernelEx(const Config* config, void* function, void** params, void**) {
     ENTER;
     static_assert(sizeof(Attribute) == 72 && sizeof(Config) == 56, "CUlaunchConfig");

@@ -313,8 +313,11 @@ impl Backend for CpuBackend {
         run!(self, elementwise::activate, &self.exec, x, act, out)
     }
 
-    fn resize_nearest(&self, x: &Tensor, out: &mut Tensor) -> Result<(), TensorError> {
-        run!(self, elementwise::resize_nearest, x, out)
+    fn resize(&self, x: &Tensor, filter: Filter, out: &mut Tensor) -> Result<(), TensorError> {
+        match filter {
+            Filter::Nearest => run!(self, elementwise::resize_nearest, x, out),
+            _ => reference::resize(self, x, filter, out),
+        }
     }
 
     fn axpby(&self, a: f32, x: &Tensor, b: f32, y: &Tensor, out: &mut Tensor) -> Result<(), TensorError> {

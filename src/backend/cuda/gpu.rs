@@ -1,9 +1,11 @@
 //! A device with its stream: what launchers work with.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use super::CudaError;
-use crate::driver::{DevicePtr, Driver, DriverError, Launch, Stream};
+use super::launch::hopper;
+use crate::driver::{DevicePtr, Driver, DriverError, Graph, Launch, Stream};
 
 /// Names a kernel: the kernel file's stem and the function.
 #[derive(Clone, Debug)]
@@ -43,6 +45,8 @@ impl Geometry {
 pub struct Gpu {
     driver: Arc<dyn Driver>,
     stream: Stream,
+    is_capturing: AtomicBool,
+    room: OnceLock<hopper::Room>,
     workspace: Mutex<Workspace>,
     relief: Mutex<Option<Relief>>,
 }
@@ -62,7 +66,14 @@ impl Gpu {
     /// Takes a driver into use.
     pub fn new(driver: Arc<dyn Driver>) -> Result<Self, CudaError> {
         let stream = driver.create_stream()?;
-        Ok(Self { driver, stream, workspace: Mutex::default(), relief: Mutex::default() })
+        Ok(Self {
+            driver,
+            stream,
+            is_capturing: AtomicBool::new(false),
+            room: OnceLock::new(),
+            workspace: Mutex::default(),
+            relief: Mutex::default(),
+        })
     }
 
     /// The driver.
@@ -86,6 +97,24 @@ impl Gpu {
         self.driver.device().multiprocessors as usize
     }
 
+    /// Launches go into a graph from now on. Weights they read must be complete before the graph runs.
+    pub fn begin_capture(&self) -> Result<(), CudaError> {
+        self.driver.begin_capture(self.stream)?;
+        self.is_capturing.store(true, Relaxed);
+        Ok(())
+    }
+
+    /// The graph of all launches since [`begin_capture`](Self::begin_capture).
+    pub fn end_capture(&self) -> Result<Graph, CudaError> {
+        self.is_capturing.store(false, Relaxed);
+        Ok(self.driver.end_capture(self.stream)?)
+    }
+
+    /// Whether launches go into a graph: then no weight is written any more while they run.
+    pub fn is_capturing(&self) -> bool {
+        self.is_capturing.load(Relaxed)
+    }
+
     /// Launches a kernel on the compute stream.
     pub fn launch(
         &self,
@@ -93,15 +122,32 @@ impl Gpu {
         geometry: &Geometry,
         params: &[&[u8]],
     ) -> Result<(), CudaError> {
+        Ok(self.driver.launch(&self.launch_of(kernel, geometry)?, params)?)
+    }
+
+    fn launch_of(&self, kernel: &Kernel<'_>, geometry: &Geometry) -> Result<Launch, CudaError> {
         let function = self.driver.function(kernel.module, kernel.name)?;
-        let launch = Launch {
+        Ok(Launch {
             shared: geometry.shared,
             // Every kernel of ours waits for its predecessor by itself (`begin_kernel` in ptx.cuh).
             overlaps: true,
             cluster: [geometry.cluster, 1, 1],
             ..Launch::new(function, geometry.grid, [geometry.threads, 1, 1], self.stream)
-        };
-        Ok(self.driver.launch(&launch, params)?)
+        })
+    }
+
+    /// How many clusters of a kernel run at a time.
+    pub fn clusters(&self, kernel: &Kernel<'_>, geometry: &Geometry) -> Result<usize, CudaError> {
+        Ok(self.driver.clusters(&self.launch_of(kernel, geometry)?)?)
+    }
+
+    /// Room on the device for tiles of products; asked of the driver once.
+    pub(super) fn room(&self) -> Result<&hopper::Room, CudaError> {
+        if let Some(room) = self.room.get() {
+            return Ok(room);
+        }
+        let room = hopper::Room::measure(self)?;
+        Ok(self.room.get_or_init(|| room))
     }
 
     /// Whom to ask when the device is full.

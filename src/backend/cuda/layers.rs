@@ -13,7 +13,9 @@ use super::launch::attention::{Attention, attention};
 use super::launch::conv::{Conv, Padding, conv};
 use super::launch::epilogue::{Epilogue, Rows};
 use super::launch::gemm::{Gemm, gemm};
+pub use super::launch::hopper::Cut;
 use super::launch::norm::{GroupNorm, LayerNorm, group_norm, layer_norm};
+use super::launch::{conv_sm90, gemm_sm90};
 use super::{CudaError, Element, Gpu};
 use crate::driver::DevicePtr;
 
@@ -158,39 +160,70 @@ fn layer_op(op: &str, dims: &str, extents: [usize; 3]) -> Result<Option<LayerOp>
     }))
 }
 
-/// Microseconds of one launch of `layer` with operands of `element`.
-pub fn time(gpu: &Gpu, layer: &Layer, element: Element) -> Result<f64, CudaError> {
-    let mut cx = Context::for_layer(gpu);
-    let l2 = gpu.driver().device().l2_cache as f64;
-    let sets = ((2.0 * l2 / layer.bytes.max(1.0)).ceil() as usize).clamp(1, MOST_SETS);
-    let mut runs = Vec::with_capacity(sets);
-    for _ in 0..sets {
-        runs.push(prepare(&mut cx, layer.op, element)?);
-    }
-    runs[0](gpu)?; // Scratch memory grows and modules load outside the capture.
-    let (driver, stream) = (gpu.driver(), gpu.stream());
-    driver.begin_capture(stream)?;
-    let launched = (0..LAUNCHES).try_for_each(|i| runs[i % sets](gpu));
-    let graph = driver.end_capture(stream);
-    launched?;
-    let graph = graph?;
-    let (from, to) = (driver.create_event(true)?, driver.create_event(true)?);
-    let mut times = Vec::with_capacity(ROUNDS);
-    for _ in 0..ROUNDS {
-        driver.record(from, stream)?;
-        driver.launch_graph(graph, stream)?;
-        driver.record(to, stream)?;
-        driver.synchronize_event(to)?;
-        times.push(f64::from(driver.elapsed_ms(from, to)?) * 1e3 / LAUNCHES as f64);
-    }
-    driver.destroy_event(from)?;
-    driver.destroy_event(to)?;
-    driver.destroy_graph(graph)?;
-    times.sort_by(f64::total_cmp);
-    Ok(times[ROUNDS / 2])
+/// The ways to cut `layer` into tiles on this device, the launcher's choice first; none where there is no choice.
+pub fn cuts(gpu: &Gpu, layer: &Layer, element: Element) -> Result<Vec<Cut>, CudaError> {
+    let mut nothing = |_: usize| Ok(DevicePtr(1 << 20));
+    Ok(match layer.op {
+        _ if !gpu.is_hopper() => Vec::new(),
+        LayerOp::Gemm(extents) => {
+            let op = gemm_of(extents, element, &mut nothing)?;
+            if gemm_sm90::supports(&op) { gemm_sm90::cuts_of(&op, gpu.room()?) } else { Vec::new() }
+        }
+        LayerOp::Conv(extents) => {
+            let op = conv_of(extents, element, &mut nothing)?;
+            if conv_sm90::supports(&op) { conv_sm90::cuts_of(&op, gpu.room()?) } else { Vec::new() }
+        }
+        _ => Vec::new(),
+    })
 }
 
-type Run = Box<dyn Fn(&Gpu) -> Result<(), CudaError>>;
+/// A layer with its operands in device memory, ready to be timed.
+pub struct Bench<'a> {
+    gpu: &'a Gpu,
+    runs: Vec<Run>,
+    /// Owns the operands.
+    _memory: Context<'a>,
+}
+
+impl<'a> Bench<'a> {
+    /// Random operands of `element` for `layer`.
+    pub fn new(gpu: &'a Gpu, layer: &Layer, element: Element) -> Result<Self, CudaError> {
+        let mut cx = Context::for_layer(gpu);
+        let l2 = gpu.driver().device().l2_cache as f64;
+        let sets = ((2.0 * l2 / layer.bytes.max(1.0)).ceil() as usize).clamp(1, MOST_SETS);
+        let runs = (0..sets).map(|_| prepare(&mut cx, layer.op, element)).collect::<Result<_, _>>()?;
+        Ok(Self { gpu, runs, _memory: cx })
+    }
+
+    /// Microseconds of one launch; `cut` as [`cuts`] names it, or the launcher's choice.
+    pub fn time(&self, cut: Option<Cut>) -> Result<f64, CudaError> {
+        let (gpu, runs) = (self.gpu, &self.runs);
+        runs[0](gpu, cut)?; // Scratch memory grows and modules load outside the capture.
+        let (driver, stream) = (gpu.driver(), gpu.stream());
+        gpu.begin_capture()?;
+        let launched = (0..LAUNCHES).try_for_each(|i| runs[i % runs.len()](gpu, cut));
+        let graph = gpu.end_capture();
+        launched?;
+        let graph = graph?;
+        let (from, to) = (driver.create_event(true)?, driver.create_event(true)?);
+        let mut times = Vec::with_capacity(ROUNDS);
+        for _ in 0..ROUNDS {
+            driver.record(from, stream)?;
+            driver.launch_graph(graph, stream)?;
+            driver.record(to, stream)?;
+            driver.synchronize_event(to)?;
+            times.push(f64::from(driver.elapsed_ms(from, to)?) * 1e3 / LAUNCHES as f64);
+        }
+        driver.destroy_event(from)?;
+        driver.destroy_event(to)?;
+        driver.destroy_graph(graph)?;
+        times.sort_by(f64::total_cmp);
+        Ok(times[ROUNDS / 2])
+    }
+}
+
+/// The launch on one set of operands, cut up as said.
+type Run = Box<dyn Fn(&Gpu, Option<Cut>) -> Result<(), CudaError>>;
 
 /// A number of elements in device memory.
 type Memory<'a> = dyn FnMut(usize) -> Result<DevicePtr, CudaError> + 'a;
@@ -236,6 +269,7 @@ fn conv_of(
         x: Rows::new(x, c1),
         x2: None,
         w,
+        w_is_constant: true,
         batch,
         height,
         width,
@@ -255,25 +289,36 @@ fn conv_of(
     Ok(op)
 }
 
+/// A linear layer of M, N, K.
+fn gemm_of([m, n, k]: [usize; 3], element: Element, memory: &mut Memory<'_>) -> Result<Gemm, CudaError> {
+    let (x, w, out, bias) =
+        (memory(m * k)?, memory(n * k.next_multiple_of(8))?, memory(m * n)?, memory(2 * n)?);
+    let epilogue = Epilogue { bias, ..Epilogue::to(Rows::new(out, n)) };
+    let (x, x2, k1, k2) = (Rows::new(x, k), None, k, 0);
+    Ok(Gemm { x, x2, w, w_is_constant: true, m, n, k1, k2, rows_per_sample: m, element, epilogue })
+}
+
 /// Operands of one set, and the launch on them.
 fn prepare(cx: &mut Context<'_>, op: LayerOp, element: Element) -> Result<Run, CudaError> {
     let mut memory = |count: usize| cx.random_memory(count, element);
     Ok(match op {
         LayerOp::Attention(extents) => {
             let op = attention_of(extents, element, &mut memory)?;
-            Box::new(move |gpu| attention(gpu, &op))
+            Box::new(move |gpu, _| attention(gpu, &op))
         }
         LayerOp::Conv(extents) => {
             let op = conv_of(extents, element, &mut memory)?;
-            Box::new(move |gpu| conv(gpu, &op))
+            Box::new(move |gpu, cut| match cut {
+                Some(cut) => conv_sm90::conv_cut(gpu, &op, cut),
+                None => conv(gpu, &op),
+            })
         }
-        LayerOp::Gemm([m, n, k]) => {
-            let (x, w, out, bias) =
-                (memory(m * k)?, memory(n * k.next_multiple_of(8))?, memory(m * n)?, memory(2 * n)?);
-            let epilogue = Epilogue { bias, ..Epilogue::to(Rows::new(out, n)) };
-            let (x, x2, k1, k2) = (Rows::new(x, k), None, k, 0);
-            let op = Gemm { x, x2, w, m, n, k1, k2, rows_per_sample: m, element, epilogue };
-            Box::new(move |gpu| gemm(gpu, &op))
+        LayerOp::Gemm(extents) => {
+            let op = gemm_of(extents, element, &mut memory)?;
+            Box::new(move |gpu, cut| match cut {
+                Some(cut) => gemm_sm90::gemm_by(gpu, &op, cut),
+                None => gemm(gpu, &op),
+            })
         }
         LayerOp::GroupNorm([samples, c1, pixels, groups]) => {
             let count = samples * pixels * c1;
@@ -292,7 +337,7 @@ fn prepare(cx: &mut Context<'_>, op: LayerOp, element: Element) -> Result<Run, C
                 silu: true,
                 element,
             };
-            Box::new(move |gpu| group_norm(gpu, &op))
+            Box::new(move |gpu, _| group_norm(gpu, &op))
         }
         LayerOp::LayerNorm([rows, channels]) => {
             let op = LayerNorm {
@@ -307,7 +352,7 @@ fn prepare(cx: &mut Context<'_>, op: LayerOp, element: Element) -> Result<Run, C
                 eps: 1e-5,
                 element,
             };
-            Box::new(move |gpu| layer_norm(gpu, &op))
+            Box::new(move |gpu, _| layer_norm(gpu, &op))
         }
     })
 }

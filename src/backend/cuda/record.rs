@@ -195,12 +195,12 @@ impl Recorder {
             None => {
                 recording.result = None;
                 let _flag = Flag::raise(&self.is_recording);
-                driver.begin_capture(stream)?;
+                self.gpu.begin_capture()?;
                 self.pool.freeze(true);
                 let copies: Vec<&Tensor> = recording.inputs.iter().collect();
                 let result = body(&copies);
                 // The capture must end even if the work failed, or the stream stays unusable.
-                let graph = driver.end_capture(stream);
+                let graph = self.gpu.end_capture();
                 if self.pool.freeze(false) {
                     drop(result);
                     driver.destroy_graph(graph?)?;

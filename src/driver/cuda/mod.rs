@@ -161,6 +161,21 @@ impl CudaDriver {
         stream: CUstream,
     ) -> CUresult {
         let mut attributes = [NO_ATTRIBUTE; 2];
+        let config = self.launch_config(launch, stream, &mut attributes);
+        let mut pointers: Vec<*mut std::ffi::c_void> = params.iter().map(|p| p.as_ptr() as *mut _).collect();
+        let function = kernel.raw as sys::CUfunction;
+        // SAFETY: number and sizes of the parameters were checked; the driver copies them before it returns.
+        // What the kernel does with addresses inside them can fault the device, not the host.
+        unsafe { sys::cuLaunchKernelEx(&config, function, pointers.as_mut_ptr(), std::ptr::null_mut()) }
+    }
+
+    /// A launch as the driver wants it; valid as long as `attributes`.
+    fn launch_config(
+        &self,
+        launch: &Launch,
+        stream: CUstream,
+        attributes: &mut [sys::CUlaunchAttribute; 2],
+    ) -> CUlaunchConfig {
         let mut count = 0;
         if launch.cluster != [1, 1, 1] {
             attributes[count].id = CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
@@ -173,7 +188,7 @@ impl CudaDriver {
             attributes[count].value.programmaticStreamSerializationAllowed = 1;
             count += 1;
         }
-        let config = CUlaunchConfig {
+        CUlaunchConfig {
             gridDimX: launch.grid[0],
             gridDimY: launch.grid[1],
             gridDimZ: launch.grid[2],
@@ -184,12 +199,7 @@ impl CudaDriver {
             hStream: stream,
             attrs: attributes.as_mut_ptr(),
             numAttrs: count as u32,
-        };
-        let mut pointers: Vec<*mut std::ffi::c_void> = params.iter().map(|p| p.as_ptr() as *mut _).collect();
-        let function = kernel.raw as sys::CUfunction;
-        // SAFETY: number and sizes of the parameters were checked; the driver copies them before it returns.
-        // What the kernel does with addresses inside them can fault the device, not the host.
-        unsafe { sys::cuLaunchKernelEx(&config, function, pointers.as_mut_ptr(), std::ptr::null_mut()) }
+        }
     }
 
     /// Runs `launch` between two events and returns its microseconds on the device.
@@ -574,6 +584,17 @@ impl Driver for CudaDriver {
     fn tensor_map(&self, desc: &TensorMapDesc) -> Result<TensorMap, DriverError> {
         self.context.enter()?;
         tensor_map::encode(desc, self.info.driver_version)
+    }
+
+    fn clusters(&self, launch: &Launch) -> Result<usize, DriverError> {
+        let kernel = self.loader.kernel(launch.function)?;
+        let queue = self.enter(launch.stream)?;
+        let mut attributes = [NO_ATTRIBUTE; 2];
+        let config = self.launch_config(launch, queue, &mut attributes);
+        let mut count = 0;
+        // SAFETY: `count` is written; the function is alive.
+        unsafe { cu!(cuOccupancyMaxActiveClusters(&mut count, kernel.raw as sys::CUfunction, &config)) }?;
+        Ok(usize::try_from(count).unwrap_or(0))
     }
 
     fn launch(&self, launch: &Launch, params: &[&[u8]]) -> Result<(), DriverError> {

@@ -141,7 +141,7 @@ impl ControlNet {
 
     /// Keys and values of the cross-attentions.
     pub fn context(&self, conds: &[Arc<HostTensor>]) -> Result<Arc<ContextKv>, ModelError> {
-        self.contexts.get(conds, |context| {
+        self.contexts.get(conds, &[], |context| {
             let (expected, found) = (self.config.context_dim, context.dim(2));
             if expected != found {
                 let what = "width of the text conditioning for the ControlNet (it may be of another family)";
@@ -152,7 +152,7 @@ impl ControlNet {
             let mut kv = Vec::new();
             for stage in self.input.iter().chain(&self.middle) {
                 if let Some(transformer) = &stage.transformer {
-                    transformer.context_kv(ops, &context, &mut kv)?;
+                    transformer.context_kv(ops, std::slice::from_ref(&context), &mut kv)?;
                 }
             }
             Ok(ContextKv { kv })

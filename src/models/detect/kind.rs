@@ -18,6 +18,8 @@ pub enum Kind {
     Vae,
     /// A CLIP text encoder.
     TextEncoder,
+    /// A CLIP picture encoder.
+    VisionEncoder,
     /// Low-rank changes to another model.
     Lora,
     /// A network that steers a UNet by a picture.
@@ -28,6 +30,8 @@ pub enum Kind {
     Upscaler,
     /// A tiny autoencoder for previews.
     Taesd,
+    /// Small networks that change a UNet's attention.
+    Hypernetwork,
     /// A model, or a part of one, of a family that this version does not run.
     Foreign(&'static str),
     /// Nothing the table knows.
@@ -61,11 +65,15 @@ const SIGNS: &[(Kind, Sign)] = &[
     (Kind::TextEncoder, Sign::Begins("cond_stage_model.")),
     (Kind::TextEncoder, Sign::Begins("conditioner.embedders.")),
     (Kind::TextEncoder, Sign::Begins("transformer.resblocks.")),
+    (Kind::VisionEncoder, Sign::Begins("vision_model.")),
+    (Kind::VisionEncoder, Sign::Begins("visual.")),
     (Kind::Embedding, Sign::Is("emb_params")),
     (Kind::Embedding, Sign::Is("clip_l")),
     (Kind::Embedding, Sign::Is("clip_g")),
     (Kind::Upscaler, Sign::Is("conv_first.weight")),
     (Kind::Upscaler, Sign::Begins("model.1.sub.")),
+    (Kind::Hypernetwork, Sign::Contains(".0.linear.0.weight")),
+    (Kind::Embedding, Sign::Begins("string_to_param.")),
     (Kind::Taesd, Sign::Is("3.conv.0.weight")),
     (Kind::Taesd, Sign::Is("4.conv.0.weight")),
 ];
@@ -122,10 +130,12 @@ impl Kind {
             Kind::Diffusers => "load it with UNETLoader, from models/diffusion_models",
             Kind::Vae => "load it with VAELoader, from models/vae",
             Kind::TextEncoder => "load it with CLIPLoader, from models/text_encoders",
+            Kind::VisionEncoder => "load it with CLIPVisionLoader, from models/clip_vision",
             Kind::Lora => "load it with LoraLoader, from models/loras",
             Kind::ControlNet => "load it with ControlNetLoader, from models/controlnet",
             Kind::Embedding => "write embedding:NAME in a prompt, with the file in models/embeddings",
             Kind::Upscaler => "load it with UpscaleModelLoader, from models/upscale_models",
+            Kind::Hypernetwork => "load it with HypernetworkLoader, from models/hypernetworks",
             Kind::Taesd => "it belongs into models/vae_approx",
             Kind::Foreign(_) => "this version runs Stable Diffusion 1.x, 2.x and XL only",
             Kind::Unknown => "look at its tensor names with `kiln info FILE`",
@@ -141,10 +151,12 @@ impl fmt::Display for Kind {
             Kind::Diffusers => "a UNet in the diffusers layout",
             Kind::Vae => "a VAE",
             Kind::TextEncoder => "a text encoder",
+            Kind::VisionEncoder => "a CLIP picture encoder",
             Kind::Lora => "a LoRA",
             Kind::ControlNet => "a ControlNet",
             Kind::Embedding => "an embedding",
             Kind::Upscaler => "an upscaler",
+            Kind::Hypernetwork => "a hypernetwork",
             Kind::Taesd => "a TAESD autoencoder",
             Kind::Foreign(name) => name,
             Kind::Unknown => "a file of an unknown kind",

@@ -12,7 +12,7 @@
 
 mod diffusers_unet;
 mod diffusers_vae;
-mod open_clip;
+pub mod open_clip;
 #[cfg(test)]
 mod tests;
 

@@ -1,4 +1,4 @@
-//! OpenCLIP's text encoders (SD2.x and SDXL) under the names of the `transformers` library.
+//! OpenCLIP's text encoders (SD2.x and SDXL) and picture encoders under the names of the `transformers` library.
 
 use super::{Part, Renamed};
 
@@ -19,6 +19,41 @@ const LAYER: [(&str, &str); 5] = [
     ("attn.out_proj.", "self_attn.out_proj."),
 ];
 
+/// How a tensor of an encoder's own names is stored under OpenCLIP's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum OpenClipTensor {
+    /// As it is, under this name.
+    Whole(String),
+    /// On its side, under this name.
+    Transposed(String),
+    /// As part 0, 1 or 2 of a tensor of this name.
+    Third(String, usize),
+}
+
+/// The way back: what `text_model.…` and `text_projection.weight` are in OpenCLIP's names.
+pub fn stored_as(name: &str) -> Option<OpenClipTensor> {
+    let whole = |to: &str| Some(OpenClipTensor::Whole(to.to_owned()));
+    let inner = match name {
+        "text_projection.weight" => return Some(OpenClipTensor::Transposed("text_projection".to_owned())),
+        _ => name.strip_prefix("text_model.")?,
+    };
+    match inner {
+        "embeddings.token_embedding.weight" => return whole("token_embedding.weight"),
+        "embeddings.position_embedding.weight" => return whole("positional_embedding"),
+        "final_layer_norm.weight" => return whole("ln_final.weight"),
+        "final_layer_norm.bias" => return whole("ln_final.bias"),
+        _ => {}
+    }
+    let (layer, rest) = inner.strip_prefix("encoder.layers.")?.split_once('.')?;
+    let layer = format!("transformer.resblocks.{layer}.");
+    if let Some((to, from)) = LAYER.iter().find(|(_, from)| rest.starts_with(from)) {
+        return whole(&format!("{layer}{to}{}", &rest[from.len()..]));
+    }
+    let (letter, kind) = rest.strip_prefix("self_attn.")?.split_once("_proj.")?;
+    let third = ["q", "k", "v"].iter().position(|known| *known == letter)?;
+    Some(OpenClipTensor::Third(format!("{layer}attn.in_proj_{kind}"), third))
+}
+
 /// What `name` becomes; `None` if it is not of an OpenCLIP encoder. `is_bare`: the file holds one without prefix.
 pub(super) fn rename(name: &str, is_bare: bool) -> Option<Renamed> {
     for (from, to) in PLACES {
@@ -26,8 +61,29 @@ pub(super) fn rename(name: &str, is_bare: bool) -> Option<Renamed> {
             return inside(inner, to);
         }
     }
+    if let Some((prefix, inner)) = name.split_once("visual.")
+        && (prefix.is_empty() || prefix == "embedder.model.")
+    {
+        return visual(inner, prefix);
+    }
     // Text encoder files that an old version of the reference saved have a transposed projection among our names.
     if is_bare || name == "text_projection" { inside(name, "") } else { None }
+}
+
+/// A picture encoder's tensor.
+fn visual(name: &str, prefix: &str) -> Option<Renamed> {
+    let whole = |to: &str| Some(vec![(format!("{prefix}vision_model.{to}"), Part::Whole)]);
+    match name {
+        "class_embedding" => whole("embeddings.class_embedding"),
+        "conv1.weight" => whole("embeddings.patch_embedding.weight"),
+        "positional_embedding" => whole("embeddings.position_embedding.weight"),
+        "ln_pre.weight" => whole("pre_layrnorm.weight"),
+        "ln_pre.bias" => whole("pre_layrnorm.bias"),
+        "ln_post.weight" => whole("post_layernorm.weight"),
+        "ln_post.bias" => whole("post_layernorm.bias"),
+        "proj" => Some(vec![(format!("{prefix}visual_projection.weight"), Part::Transposed)]),
+        _ => layer(name, &format!("{prefix}vision_model.")),
+    }
 }
 
 fn inside(name: &str, prefix: &str) -> Option<Renamed> {
@@ -43,8 +99,14 @@ fn inside(name: &str, prefix: &str) -> Option<Renamed> {
         "text_projection.weight" => return whole("text_projection.weight"),
         _ => {}
     }
+    layer(name, &format!("{prefix}text_model."))
+}
+
+/// A tensor of a transformer layer, of an encoder whose names begin with `prefix`.
+fn layer(name: &str, prefix: &str) -> Option<Renamed> {
     let (layer, rest) = name.strip_prefix("transformer.resblocks.")?.split_once('.')?;
-    let layer = format!("text_model.encoder.layers.{layer}.");
+    let whole = |to: &str| Some(vec![(format!("{prefix}{to}"), Part::Whole)]);
+    let layer = format!("encoder.layers.{layer}.");
     if let Some((from, to)) = LAYER.iter().find(|(from, _)| rest.starts_with(from)) {
         return whole(&format!("{layer}{to}{}", &rest[from.len()..]));
     }

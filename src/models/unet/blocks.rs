@@ -1,10 +1,10 @@
 //! The UNet's building blocks: ResBlock, spatial transformer, upsampling.
 
-use super::hooks::{HookScope, SelfAttention, Site};
+use super::hooks::{self, HookScope, SelfAttention, Site};
 use crate::models::ModelError;
 use crate::models::detect::UnetConfig;
 use crate::models::layers::{LazyConv, LazyLinear, LazyNorm, Loader, Ops, head_scale};
-use crate::tensor::{Attention, Cols, Conv2d, ConvWeight, GroupNorm, Linear, Tensor};
+use crate::tensor::{Attention, Cols, Conv2d, ConvWeight, Filter, GroupNorm, Linear, Tensor};
 
 /// What all blocks of one forward pass share.
 pub(in crate::models) struct Scope<'a, 'p> {
@@ -143,15 +143,23 @@ impl SpatialTransformer {
         })
     }
 
-    /// Appends keys and values of `context` for each block.
+    /// Appends keys and values of `context` for each block: keys of the first, values of the second, if there
+    /// are two.
     pub fn context_kv(
         &self,
         ops: Ops<'_>,
-        context: &Tensor,
+        context: &[Tensor],
         out: &mut Vec<Tensor>,
     ) -> Result<(), ModelError> {
         for block in &self.blocks {
-            out.push(ops.linear(&Linear::new(context, block.kv.get()?))?);
+            let kv = |x| Ok::<_, ModelError>(ops.linear(&Linear::new(x, block.kv.get()?))?);
+            match context {
+                [both] => out.push(kv(both)?),
+                _ => {
+                    let parts = context.iter().map(kv).collect::<Result<Vec<_>, _>>()?;
+                    out.push(hooks::spliced(ops, &parts.iter().collect::<Vec<_>>())?);
+                }
+            }
         }
         Ok(())
     }
@@ -184,7 +192,13 @@ impl SpatialTransformer {
         let (ops, heads, c) = (scope.ops, self.heads, x.shape().c);
         let normed = ops.layer_norm(&x, &block.norm1, 1e-5)?;
         (scope.probe)(&format!("{}.1.tb{}.norm1", site.stage, site.index), &normed);
-        let qkv = ops.linear(&Linear::new(&normed, block.qkv.get()?))?;
+        let mut qkv = ops.linear(&Linear::new(&normed, block.qkv.get()?))?;
+        if let Some(hooks) = scope.hooks
+            && let Some([keys, values]) = hooks::sources(hooks.list, ops, &normed)?
+        {
+            let project = |x| Ok::<_, ModelError>(ops.linear(&Linear::new(x, block.qkv.get()?))?);
+            qkv = hooks::spliced(ops, &[&qkv, &project(&keys)?, &project(&values)?])?;
+        }
         let attention = SelfAttention { normed: &normed, qkv: &qkv, heads };
         let attended = match scope.hooks {
             Some(hooks) => hooks.attend(site, &attention)?,
@@ -234,6 +248,6 @@ pub(super) fn upsample(
     if (h, w) == (s.h * 2, s.w * 2) {
         return ops.conv(&Conv2d { upsample2x: true, ..Conv2d::new(x, conv) });
     }
-    let enlarged = ops.resize_nearest(x, h, w)?;
+    let enlarged = ops.resize(x, Filter::Nearest, (h, w))?;
     ops.conv(&Conv2d::new(&enlarged, conv))
 }

@@ -5,6 +5,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+use super::hooks::UnetHook;
 use super::{ContextKv, Unet};
 use crate::models::ModelError;
 use crate::tensor::HostTensor;
@@ -12,26 +13,28 @@ use crate::tensor::HostTensor;
 /// How many different batches of conditionings are kept.
 const KEPT: usize = 8;
 
-/// A batch of conditionings, by identity: the tensors are held, so an address can't be reused.
-type Key = Vec<Arc<HostTensor>>;
+/// A batch of conditionings, by identity, and the hooks that change them: the tensors are held, so an address
+/// can't be reused.
+type Key = (Vec<Arc<HostTensor>>, Vec<u64>);
 
 /// Least recently used first.
 #[derive(Default)]
 pub(in crate::models) struct ContextCache(Mutex<Vec<(Key, Arc<ContextKv>)>>);
 
-fn same(a: &Key, b: &[Arc<HostTensor>]) -> bool {
-    a.len() == b.len() && a.iter().zip(b).all(|(a, b)| Arc::ptr_eq(a, b))
+fn same((a, hooks): &Key, b: &[Arc<HostTensor>], others: &[u64]) -> bool {
+    hooks == others && a.len() == b.len() && a.iter().zip(b).all(|(a, b)| Arc::ptr_eq(a, b))
 }
 
 impl ContextCache {
-    /// The entry of `conds`, made of their stack by `make` if it is not there.
+    /// The entry of `conds` under hooks with these numbers, made of their stack by `make` if it is not there.
     pub fn get(
         &self,
         conds: &[Arc<HostTensor>],
+        hooks: &[u64],
         make: impl FnOnce(&HostTensor) -> Result<ContextKv, ModelError>,
     ) -> Result<Arc<ContextKv>, ModelError> {
         let mut cache = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(at) = cache.iter().position(|(key, _)| same(key, conds)) {
+        if let Some(at) = cache.iter().position(|(key, _)| same(key, conds, hooks)) {
             let entry = cache.remove(at);
             let kv = entry.1.clone();
             cache.push(entry);
@@ -41,7 +44,7 @@ impl ContextCache {
         if cache.len() == KEPT {
             cache.remove(0);
         }
-        cache.push((conds.to_vec(), kv.clone()));
+        cache.push(((conds.to_vec(), hooks.to_vec()), kv.clone()));
         Ok(kv)
     }
 }
@@ -52,7 +55,17 @@ impl Unet {
     /// Conditionings of different lengths are repeated to a common multiple;
     /// attention over repeated keys gives the same result.
     pub fn context(&self, conds: &[Arc<HostTensor>]) -> Result<Arc<ContextKv>, ModelError> {
-        self.contexts.get(conds, |context| self.context_kv(context))
+        self.context_under(conds, &[])
+    }
+
+    /// The same under hooks, as far as they change what keys and values are made of.
+    pub fn context_under(
+        &self,
+        conds: &[Arc<HostTensor>],
+        hooks: &[Arc<dyn UnetHook>],
+    ) -> Result<Arc<ContextKv>, ModelError> {
+        let numbers: Vec<u64> = hooks.iter().filter_map(|hook| hook.changes_sources()).collect();
+        self.contexts.get(conds, &numbers, |context| self.context_kv_hooked(context, hooks))
     }
 }
 

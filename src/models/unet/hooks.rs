@@ -3,14 +3,15 @@
 //! Some techniques change what happens inside the network: attention over parts
 //! of the picture, scaled skip connections, smaller feature maps for the first
 //! steps. They attach as [`UnetHook`]s, which the blocks ask at three places; the
-//! network itself knows none of them, and without hooks nothing is asked. Hooks may
-//! copy to and from the host, so a pass with hooks is never recorded.
+//! network itself knows none of them, and without hooks nothing is asked. A pass is recorded if
+//! every hook gives a [`key`](UnetHook::key) for it; hooks that copy to and from the host give none.
 
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 
 use crate::models::ModelError;
 use crate::models::layers::{Ops, fused_self_attention};
-use crate::tensor::Tensor;
+use crate::tensor::{HostTensor, Tensor};
 
 /// A transformer block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,6 +71,25 @@ pub struct Joined {
 
 /// A change to the inside of a forward pass.
 pub trait UnetHook: Send + Sync {
+    /// Names what the hook does in this pass, if it is a fixed sequence of ops on the device: two passes of one
+    /// key and one size do the same to what they are given. `None`: the pass isn't recorded.
+    fn key(&self, call: &HookCall<'_>) -> Option<u64> {
+        let _ = call;
+        None
+    }
+
+    /// Whether [`sources`](Self::sources) changes anything; if so, a number that no other such hook has.
+    fn changes_sources(&self) -> Option<u64> {
+        None
+    }
+
+    /// Changes what keys and what values of an attention are made of: the block's normalised tokens, or the
+    /// text. Asked for every self-attention, and once for a text. Several hooks act one after the other.
+    fn sources(&self, ops: Ops<'_>, sources: [&Tensor; 2]) -> Result<Option<[Tensor; 2]>, ModelError> {
+        let _ = (ops, sources);
+        Ok(None)
+    }
+
     /// Takes the place of a block's self-attention: `[B, 1, S, C]` before the output projection.
     /// Of several hooks that answer, the one attached last counts.
     fn self_attention(
@@ -103,6 +123,13 @@ pub trait UnetHook: Send + Sync {
     }
 }
 
+/// A [`key`](UnetHook::key) of a hook's name and numbers.
+pub fn key_of(hook: &'static str, numbers: impl Hash) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    (hook, numbers).hash(&mut hasher);
+    hasher.finish()
+}
+
 /// The hooks of one forward pass.
 #[derive(Clone, Copy)]
 pub struct Hooks<'a> {
@@ -120,7 +147,37 @@ pub(in crate::models) struct HookScope<'a> {
     pub call: HookCall<'a>,
 }
 
+/// What keys and values are made of in place of `x`; `None` if no hook changes it.
+pub(super) fn sources(
+    list: &[Arc<dyn UnetHook>],
+    ops: Ops<'_>,
+    x: &Tensor,
+) -> Result<Option<[Tensor; 2]>, ModelError> {
+    let mut held: Option<[Tensor; 2]> = None;
+    for hook in list.iter().filter(|hook| hook.changes_sources().is_some()) {
+        let sources = held.as_ref().map_or([x, x], |[keys, values]| [keys, values]);
+        held = hook.sources(ops, sources)?.or(held);
+    }
+    Ok(held)
+}
+
+/// Equal parts of the channels of several tensors `[B, 1, S, C]` side by side: part `i` is of the `i`th.
+pub(super) fn spliced(ops: Ops<'_>, from: &[&Tensor]) -> Result<Tensor, ModelError> {
+    let all = from.iter().map(|x| ops.download_tokens(x)).collect::<Result<Vec<_>, _>>()?;
+    let shape = all.first().map(|x| x.shape().to_vec()).unwrap_or_default();
+    let width = shape.last().copied().unwrap_or(0);
+    let part = width / all.len().max(1);
+    let spliced = HostTensor::from_fn(&shape, |i| all[(i % width / part).min(all.len() - 1)].data()[i]);
+    ops.upload_tokens(&spliced)
+}
+
 impl HookScope<'_> {
+    /// Names the pass of a network called `work` under these hooks; `None` if one of them has no key.
+    pub fn key(&self, work: u64) -> Option<u64> {
+        let keys: Option<Vec<u64>> = self.list.iter().map(|hook| hook.key(&self.call)).collect();
+        Some(key_of("hooks", (work, keys?)))
+    }
+
     /// A block's self-attention.
     pub fn attend(&self, site: Site<'_>, attention: &SelfAttention<'_>) -> Result<Tensor, ModelError> {
         for hook in self.list.iter().rev() {

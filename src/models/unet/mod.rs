@@ -5,6 +5,7 @@
 mod blocks;
 mod context;
 pub mod hooks;
+pub mod noise_augmentation;
 pub mod vector;
 
 use std::sync::Arc;
@@ -18,7 +19,7 @@ use crate::tensor::{Activation, Backend, Cols, Conv2d, GroupNorm, HostTensor, Li
 pub(super) use blocks::Scope;
 use blocks::{ResBlock, SpatialTransformer};
 pub(super) use context::ContextCache;
-use hooks::{HookCall, HookScope, Hooks};
+use hooks::{HookCall, HookScope, Hooks, UnetHook};
 
 /// Keys and values of every cross-attention for one text conditioning.
 ///
@@ -271,12 +272,25 @@ impl Unet {
 
     /// Keys and values of `context` `[B, T, context_dim]` for every cross-attention.
     pub fn context_kv(&self, context: &HostTensor) -> Result<ContextKv, ModelError> {
+        self.context_kv_hooked(context, &[])
+    }
+
+    /// The same under hooks that change what keys and values are made of.
+    fn context_kv_hooked(
+        &self,
+        context: &HostTensor,
+        hooks: &[Arc<dyn UnetHook>],
+    ) -> Result<ContextKv, ModelError> {
         if context.dim(2) != self.config.context_dim {
             let (expected, found) = (self.config.context_dim, context.dim(2));
             return Err(ModelError::Input { what: "width of the text conditioning", expected, found });
         }
         let ops = Ops(self.backend.as_ref());
         let context = ops.upload_tokens(context)?;
+        let context = match hooks::sources(hooks, ops, &context)? {
+            Some(sources) => sources.into(),
+            None => vec![context],
+        };
         let mut kv = Vec::new();
         for transformer in self.transformers() {
             transformer.context_kv(ops, &context, &mut kv)?;
@@ -289,7 +303,7 @@ impl Unet {
         self.config.channel_mult.len()
     }
 
-    /// As [`forward_controlled`](Self::forward_controlled), with hooks. Such a pass is not recorded.
+    /// As [`forward_controlled`](Self::forward_controlled), with hooks.
     pub fn forward_hooked(
         &self,
         input: &UnetInput<'_>,
@@ -327,7 +341,7 @@ impl Unet {
         self.pass(input, controls, (probe, None))
     }
 
-    /// Upload, all layers, download. A pass that nobody looks into is recorded.
+    /// Upload, all layers, download. A pass that nobody looks into is recorded, if its hooks can be.
     fn pass(
         &self,
         input: &UnetInput<'_>,
@@ -350,14 +364,13 @@ impl Unet {
             let added = controlnet::run_all(ops, &own, controls, nets)?;
             self.layers(ops, &own, added, watched)
         };
-        let out = match probe {
-            Some(probe) => run(&inputs, (probe, hooks))?,
-            None if hooks.is_some() => run(&inputs, (&mut |_, _| {}, hooks))?,
-            None => self
+        let work = controlnet::key(self.id, controls);
+        let out = match (probe, hooks.map_or(Some(work), |hooks| hooks.key(work))) {
+            (Some(probe), _) => run(&inputs, (probe, hooks))?,
+            (None, None) => run(&inputs, (&mut |_, _| {}, hooks))?,
+            (None, Some(key)) => self
                 .backend
-                .record(controlnet::key(self.id, controls), &inputs, &mut |inputs| {
-                    Ok(run(inputs, (&mut |_, _| {}, None))?)
-                })
+                .record(key, &inputs, &mut |inputs| Ok(run(inputs, (&mut |_, _| {}, hooks))?))
                 .map_err(ModelError::from_recorded)?,
         };
         ops.download_nchw(&out)

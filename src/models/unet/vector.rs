@@ -10,14 +10,16 @@ const MAX_PERIOD: f64 = 10_000.0;
 
 /// `numbers` as sinusoids, one after the other: cosines, then sines, each of falling frequency.
 pub fn sinusoids(numbers: &[f32]) -> Vec<f32> {
-    let half = NUMBER_WIDTH / 2;
+    numbers.iter().flat_map(|&number| sinusoid(number, NUMBER_WIDTH)).collect()
+}
+
+/// `number` as `width` values: cosines, then sines, each of falling frequency.
+pub fn sinusoid(number: f32, width: usize) -> Vec<f32> {
+    let half = width / 2;
     // Rounded to f32 where the reference rounds.
-    let angles = |number: f32| {
-        (0..half).map(move |i| {
-            let exponent = -(MAX_PERIOD.ln() as f32) * i as f32 / half as f32;
-            f64::from(number * f64::from(exponent).exp() as f32)
-        })
-    };
-    let both = |number| angles(number).map(f64::cos).chain(angles(number).map(f64::sin));
-    numbers.iter().flat_map(|&number| both(number)).map(|v| v as f32).collect()
+    let angles = (0..half).map(|i| {
+        let exponent = -(MAX_PERIOD.ln() as f32) * i as f32 / half as f32;
+        f64::from(number * f64::from(exponent).exp() as f32)
+    });
+    angles.clone().map(f64::cos).chain(angles.map(f64::sin)).map(|v| v as f32).collect()
 }

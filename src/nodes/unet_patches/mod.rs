@@ -6,6 +6,7 @@
 
 mod downscale;
 mod freeu;
+mod hypernetwork;
 mod hypertile;
 mod perturbed_attention;
 mod self_attention_guidance;
@@ -28,6 +29,7 @@ pub(super) fn nodes() -> Vec<Box<dyn Node>> {
     [
         freeu::nodes(),
         hypertile::nodes(),
+        hypernetwork::nodes(),
         perturbed_attention::nodes(),
         self_attention_guidance::nodes(),
         token_merging::nodes(),

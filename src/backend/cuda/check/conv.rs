@@ -59,6 +59,7 @@ impl Spec {
     /// The descriptor without addresses.
     fn shape(&self) -> Conv {
         Conv {
+            w_is_constant: false,
             x: Rows::new(DevicePtr::NULL, self.c1 + self.pad),
             x2: (self.c2 > 0).then(|| Rows::new(DevicePtr::NULL, self.c2 + self.pad)),
             w: DevicePtr::NULL,
@@ -327,6 +328,7 @@ fn run(cx: &mut Context<'_>, spec: &Spec) -> Result<Measured, CudaError> {
         to[..channels].copy_from_slice(from);
     }
     let op = Conv {
+        w_is_constant: false,
         x: Rows::new(upload_rows(cx, &x, c1, c1 + pad, element)?.ptr, c1 + pad),
         x2: match c2 {
             0 => None,

@@ -224,6 +224,7 @@ fn run(cx: &mut Context<'_>, spec: &Spec) -> Result<Measured, CudaError> {
         to[..k].copy_from_slice(from);
     }
     let op = Gemm {
+        w_is_constant: false,
         x: Rows::new(upload_rows(cx, &x, k1, k1 + pad, element)?.ptr, k1 + pad),
         x2: match k2 {
             0 => None,

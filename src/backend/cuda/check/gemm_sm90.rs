@@ -182,12 +182,12 @@ pub(super) fn cases() -> Vec<Case> {
         ] {
             cases.push(case(shape, op, None, element));
         }
-        for (width, splits) in [(128, 3), (160, 1), (160, 2), (256, 1), (256, 4)] {
+        for (width, splits) in [(128, 3), (128, 5), (160, 1), (160, 2), (256, 1), (256, 4)] {
             let op = Finish { scale: 1.5, residual: true, ..Finish::GEGLU };
             cases.push(case(
                 Shape(150, 480, 264, 0),
                 op,
-                Some(Cut { width, splits, cluster: 1 + width / 160 % 2 }),
+                Some(Cut { width, splits, pair: 1 + width / 160 % 2 }),
                 element,
             ));
         }
@@ -203,8 +203,11 @@ pub(super) fn cases() -> Vec<Case> {
             let shape = Shape(rows, columns, 8 + 8 * number(42, 60), second);
             // Widths and splits in turn, whatever the launcher would choose.
             let steps = shape.2.div_ceil(64) + shape.3.div_ceil(64);
-            let cut =
-                Cut { width: [128, 160, 256][i % 3], splits: (1 + i / 3 % 4).min(steps), cluster: 1 + i % 2 };
+            let cut = Cut {
+                width: [128, 160, 256][i % 3],
+                splits: (1 + i / 3).min(steps).min(8 / (1 + i % 2)),
+                pair: 1 + i % 2,
+            };
             cases.push(case(shape, op, Some(cut), element));
         }
         for (shape, op) in REAL {
@@ -238,8 +241,7 @@ const REAL: &[(Shape, Finish)] = &[
 fn case(shape: Shape, op: Finish, cut: Option<Cut>, element: Element) -> Case {
     let Shape(rows, columns, k, k2) = shape;
     let flops = 2.0 * rows as f64 * columns as f64 * (k + k2) as f64;
-    let forced =
-        cut.map_or(String::new(), |cut| format!(" by {}/{} x{}", cut.width, cut.splits, cut.cluster));
+    let forced = cut.map_or(String::new(), |cut| format!(" by {}/{} x{}", cut.width, cut.splits, cut.pair));
     let concat = if k2 > 0 { format!("+{k2}") } else { String::new() };
     Case {
         family: "gemm_sm90",
@@ -297,6 +299,7 @@ fn run(
         x: Rows::new(cx.upload(&x, element)?.ptr, x_pitch),
         x2: if k2 > 0 { Some(Rows::new(cx.upload(&x2, element)?.ptr, x2_pitch)) } else { None },
         w: cx.upload(&w, element)?.ptr,
+        w_is_constant: rows % 2 == 0,
         m: rows,
         n: columns,
         k1: k,

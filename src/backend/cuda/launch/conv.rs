@@ -45,6 +45,8 @@ pub struct Conv {
     pub x2: Option<Rows>,
     /// `[cout][kernel_h·kernel_w][Cp]`, Cp being `c1 + c2` rounded up to 8, zero filled; begins at a multiple of 16 bytes.
     pub w: DevicePtr,
+    /// Nobody writes `w` while the kernel before this one may still run, so it may be read that early.
+    pub w_is_constant: bool,
     /// Images.
     pub batch: usize,
     /// Rows of pixels in memory.
@@ -108,6 +110,7 @@ impl Conv {
             x: self.x,
             x2: self.x2,
             w: self.w,
+            w_is_constant: self.w_is_constant,
             m: self.batch * self.height * self.width,
             n: self.cout,
             k1: self.c1,

@@ -11,8 +11,8 @@ use super::conv::{Conv, Padding};
 use super::epilogue::{self, EpilogueArgs, Rows, int};
 use super::gemm_sm90;
 use super::hopper::{
-    Cut, DEPTH, Finish, Plan, Product, ROWS, Tiles, best_cut, epilogue_in_vectors, map_element, matrix_map,
-    partial_memory, reduce,
+    Cut, DEPTH, Finish, Plan, Product, ROWS, Room, Tiles, best_cut, epilogue_in_vectors, map_element,
+    matrix_map, ranked_cuts,
 };
 use crate::driver::{Im2col, Swizzle, TensorMap, TensorMapDesc};
 
@@ -119,6 +119,23 @@ fn product(op: &Conv, pixels: Pixels) -> Product {
         tiles_m: tiles_m * if op.upsample { 4 } else { 1 },
         columns: op.cout,
         steps: op.kernel[0] * op.kernel[1] * tap_steps,
+        is_right_constant: op.w_is_constant,
+    }
+}
+
+/// The ways to cut up a convolution that can make sense, the launcher's choice first.
+pub fn cuts_of(op: &Conv, room: &Room) -> Vec<Cut> {
+    if let Some(op) = op.as_gemm() {
+        return gemm_sm90::cuts_of(&op, room);
+    }
+    ranked_cuts(&product(op, choose_pixels(op)), room)
+}
+
+/// Queues a convolution, cut up as the caller says and its pixels found as the launcher does.
+pub fn conv_cut(gpu: &Gpu, op: &Conv, cut: Cut) -> Result<(), CudaError> {
+    match op.as_gemm() {
+        Some(op) => gemm_sm90::gemm_by(gpu, &op, cut),
+        None => conv_by(gpu, op, choose_pixels(op), cut),
     }
 }
 
@@ -128,7 +145,7 @@ pub fn conv(gpu: &Gpu, op: &Conv) -> Result<(), CudaError> {
         return gemm_sm90::gemm(gpu, &op);
     }
     let pixels = choose_pixels(op);
-    conv_by(gpu, op, pixels, best_cut(&product(op, pixels), gpu.multiprocessors()))
+    conv_by(gpu, op, pixels, best_cut(&product(op, pixels), gpu.room()?))
 }
 
 /// Queues a convolution, cut up as the caller says.
@@ -140,7 +157,8 @@ pub fn conv_by(gpu: &Gpu, op: &Conv, pixels: Pixels, cut: Cut) -> Result<(), Cud
     if !supports(op) || op.x2.is_none() != (op.c2 == 0) || !boxes_fit {
         return Err(CudaError::Unsupported { op: OP, reason: format!("not for the sm_90a kernels: {op:?}") });
     }
-    let plan = Plan::new(&product(op, pixels), cut, gpu.multiprocessors())?;
+    let finish = Finish::of(&op.epilogue, cut, true);
+    let plan = Plan::new(&product(op, pixels), cut, finish, gpu.room()?)?;
     let map_x = pixel_map(gpu, op, op.x, op.c1, pixels)?;
     let map_x2 = match op.x2 {
         Some(x2) => pixel_map(gpu, op, x2, op.c2, pixels)?,
@@ -148,14 +166,10 @@ pub fn conv_by(gpu: &Gpu, op: &Conv, pixels: Pixels, cut: Cut) -> Result<(), Cud
     };
     let depth = op.kernel[0] * op.kernel[1] * (op.c1 + op.c2);
     let map_w = matrix_map(gpu, Rows::new(op.w, depth), [op.cout, depth], plan.box_rows(), op.element)?;
-    let mut args = arguments(op, pixels, &plan)?;
-    let rows = op.problem().m;
-    let finish = Finish::of(&op.epilogue, cut, true);
-    args.epilogue.partial = partial_memory(gpu, &plan, finish, rows, op.cout)?;
+    let args = arguments(op, pixels, &plan)?;
     let name = format!("conv_sm90_128x{}{}_{}", cut.width, finish.name(), op.element.suffix());
     let params = [bytes_of(&args), bytes_of(&map_x), bytes_of(&map_x2), bytes_of(&map_w)];
-    gpu.launch(&Kernel { module: OP, name: &name }, &plan.geometry(), &params)?;
-    reduce(gpu, &args.epilogue, &plan, [rows, op.epilogue.out_columns(op.cout)], op.element)
+    gpu.launch(&Kernel { module: OP, name: &name }, &plan.geometry(), &params)
 }
 
 /// Pixels outside the image at which the bounding box of im2col mode begins, along width and height.

@@ -28,6 +28,8 @@ pub struct Gemm {
     pub x2: Option<Rows>,
     /// `[n][Kp]`, Kp being `k1 + k2` rounded up to 8, zero filled; begins at a multiple of 16 bytes.
     pub w: DevicePtr,
+    /// Nobody writes `w` while the kernel before this one may still run, so it may be read that early.
+    pub w_is_constant: bool,
     /// Rows.
     pub m: usize,
     /// Columns of the product (twice those of the result with GEGLU).

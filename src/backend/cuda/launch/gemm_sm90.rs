@@ -9,8 +9,8 @@ use super::super::{CudaError, Element, Gpu, Kernel};
 use super::epilogue::{self, EpilogueArgs, Rows};
 use super::gemm::Gemm;
 use super::hopper::{
-    Cut, DEPTH, Finish, Plan, Product, ROWS, Tiles, best_cut, epilogue_in_vectors, matrix_map,
-    partial_memory, reduce,
+    Cut, DEPTH, Finish, Plan, Product, ROWS, Room, Tiles, best_cut, epilogue_in_vectors, matrix_map,
+    ranked_cuts,
 };
 
 const OP: &str = "gemm_sm90";
@@ -44,12 +44,18 @@ fn product(op: &Gemm) -> Product {
         tiles_m: op.m.div_ceil(ROWS),
         columns: op.n,
         steps: op.k1.div_ceil(DEPTH) + op.k2.div_ceil(DEPTH),
+        is_right_constant: op.w_is_constant,
     }
+}
+
+/// The ways to cut up a layer that can make sense, the launcher's choice first.
+pub fn cuts_of(op: &Gemm, room: &Room) -> Vec<Cut> {
+    ranked_cuts(&product(op), room)
 }
 
 /// Queues a linear layer.
 pub fn gemm(gpu: &Gpu, op: &Gemm) -> Result<(), CudaError> {
-    gemm_by(gpu, op, best_cut(&product(op), gpu.multiprocessors()))
+    gemm_by(gpu, op, best_cut(&product(op), gpu.room()?))
 }
 
 /// Queues a linear layer, cut up as the caller says.
@@ -57,7 +63,8 @@ pub fn gemm_by(gpu: &Gpu, op: &Gemm, cut: Cut) -> Result<(), CudaError> {
     if !supports(op) || op.x2.is_none() != (op.k2 == 0) {
         return Err(CudaError::Unsupported { op: OP, reason: format!("not for the sm_90a kernels: {op:?}") });
     }
-    let plan = Plan::new(&product(op), cut, gpu.multiprocessors())?;
+    let finish = Finish::of(&op.epilogue, cut, false);
+    let plan = Plan::new(&product(op), cut, finish, gpu.room()?)?;
     let map_x = matrix_map(gpu, op.x, [op.m, op.k1], ROWS, op.element)?;
     let map_x2 = match op.x2 {
         Some(x2) => matrix_map(gpu, x2, [op.m, op.k2], ROWS, op.element)?,
@@ -66,16 +73,13 @@ pub fn gemm_by(gpu: &Gpu, op: &Gemm, cut: Cut) -> Result<(), CudaError> {
     let k = op.k1 + op.k2;
     let map_w = matrix_map(gpu, Rows::new(op.w, k), [op.n, k], plan.box_rows(), op.element)?;
     let whole = epilogue::Product { op: OP, rows: op.m, columns: op.n, rows_per_sample: op.rows_per_sample };
-    let mut args = GemmArgs {
+    let args = GemmArgs {
         epilogue: EpilogueArgs::new(&op.epilogue, &whole)?,
         tiles: plan.tiles,
         k1: epilogue::int(OP, "columns of x", op.k1)?,
         k1_steps: op.k1.div_ceil(DEPTH) as i32,
     };
-    let finish = Finish::of(&op.epilogue, cut, false);
-    args.epilogue.partial = partial_memory(gpu, &plan, finish, op.m, op.n)?;
     let name = format!("gemm_sm90_128x{}{}_{}", cut.width, finish.name(), op.element.suffix());
     let params = [bytes_of(&args), bytes_of(&map_x), bytes_of(&map_x2), bytes_of(&map_w)];
-    gpu.launch(&Kernel { module: "gemm_sm90", name: &name }, &plan.geometry(), &params)?;
-    reduce(gpu, &args.epilogue, &plan, [op.m, op.epilogue.out_columns(op.n)], op.element)
+    gpu.launch(&Kernel { module: "gemm_sm90", name: &name }, &plan.geometry(), &params)
 }

@@ -1,12 +1,12 @@
 //! What the two sm_90a product kernels share (`kernels/include/hopper_tile.cuh`): how a product is cut into
 //! tiles, and the tensor maps of its operands.
 
-use bytemuck::{Pod, Zeroable, bytes_of};
+use bytemuck::{Pod, Zeroable};
 
 use super::super::{CudaError, Element, Geometry, Gpu, Kernel};
 use super::elementwise::Act;
-use super::epilogue::{Epilogue, EpilogueArgs, Rows};
-use crate::driver::{DevicePtr, MapElement, Swizzle, TensorMap, TensorMapDesc};
+use super::epilogue::{Epilogue, Rows};
+use crate::driver::{MapElement, Swizzle, TensorMap, TensorMapDesc};
 
 /// Rows of a tile.
 pub(super) const ROWS: usize = 128;
@@ -14,20 +14,31 @@ pub(super) const ROWS: usize = 128;
 pub(super) const DEPTH: usize = 64;
 /// Threads of a block: a producer warpgroup and two consumers.
 pub(super) const THREADS: u32 = 384;
-/// Threads of a block that adds partial sums.
-const REDUCE_THREADS: usize = 256;
-/// Most blocks of a cluster.
-const CLUSTER: usize = 2;
+/// Most tiles above each other that share their right operand.
+const MOST_IN_PAIR: usize = 2;
+/// Most blocks of a cluster that every device of compute capability 9.0 has.
+const MOST_IN_CLUSTER: usize = 8;
 /// Columns of the tiles that there are kernels for.
 const WIDTHS: [usize; 3] = [128, 160, 256];
-/// Bytes a cycle that a multiprocessor gets from the L2 cache while all of them ask.
-const L2_BYTES_PER_CYCLE: usize = 30;
-/// Cycles to write a tile out, a column of it each.
-const CYCLES_PER_COLUMN: usize = 10;
-/// The same where the blocks of a cluster add their sums up first.
-const CYCLES_PER_CLUSTER_COLUMN: usize = 22;
-/// Cycles of one more launch, for the sum of a split product.
-const CYCLES_OF_LAUNCH: usize = 5000;
+/// Fewest steps of K in a split.
+const LEAST_STEPS: usize = 4;
+/// Costs on an H200 in cycles of 1.755 GHz, fitted to the measured times of 106 layers of SD1.5 and SDXL
+/// (`benches/results/2026-11-27-h200.md`): 7% rms over times from 6 to 2000 µs. How often they are paid: [`cycles`].
+mod cost {
+    /// Floating-point operations a cycle and multiprocessor: 80% of what the tensor cores can do.
+    pub const OPERATIONS: f64 = 0.8 * 4096.0;
+    /// Bytes a cycle that a multiprocessor gets from the L2 cache while all of them ask, and at most.
+    pub const L2_BYTES: f64 = 32.6;
+    pub const L2_BYTES_ALONE: f64 = 41.7;
+    /// A kernel, from one to the next.
+    pub const LAUNCH: f64 = 4670.0;
+    /// Writing out a column of a tile.
+    pub const COLUMN: f64 = 22.3;
+    /// Summing up in a cluster: the launch, a wave of blocks, and one part of K of it.
+    pub const CLUSTER_LAUNCH: f64 = 2000.0;
+    pub const CLUSTER_WAVE: f64 = 5200.0;
+    pub const CLUSTER_SPLIT: f64 = 1084.0;
+}
 
 /// `HopperTiles` of `hopper_tile.cuh`.
 #[repr(C)]
@@ -38,7 +49,9 @@ pub(super) struct Tiles {
     pub tiles_n: i32,
     pub band: i32,
     pub splits: i32,
-    pub cluster: i32,
+    pub pair: i32,
+    pub constant_b: i32,
+    pub unused: i32,
 }
 
 /// How a product is cut up.
@@ -49,13 +62,44 @@ pub struct Cut {
     /// Parts of K.
     pub splits: usize,
     /// Tiles above each other that share their right operand: 1 or 2.
-    pub cluster: usize,
+    pub pair: usize,
+}
+
+/// How many clusters of one to eight blocks of a product kernel run at a time, by their number of blocks.
+#[derive(Clone, Copy, Debug)]
+pub struct Room([usize; MOST_IN_CLUSTER + 1]);
+
+impl Room {
+    /// Asks the driver.
+    pub fn measure(gpu: &Gpu) -> Result<Self, CudaError> {
+        let mut room = [0; MOST_IN_CLUSTER + 1];
+        let kernel = Kernel { module: "gemm_sm90", name: "gemm_sm90_128x160_any_f16" };
+        for (blocks, count) in room.iter_mut().enumerate().skip(1) {
+            let cluster = blocks as u32;
+            let geometry =
+                Geometry { grid: [cluster, 1, 1], threads: THREADS, shared: shared_bytes(160), cluster };
+            // One after the other at least: a launch that does not fit at all is the driver's to refuse.
+            *count = gpu.clusters(&kernel, &geometry)?.max(1);
+        }
+        Ok(Self(room))
+    }
+
+    /// Clusters of this many blocks.
+    fn clusters(&self, blocks: usize) -> usize {
+        self.0[blocks]
+    }
+}
+
+impl std::fmt::Display for Cut {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{} x{}", self.width, self.splits, self.pair)
+    }
 }
 
 impl Cut {
-    /// Whether the splits of a tile meet in a cluster of blocks instead of in device memory.
-    fn adds_in_cluster(self) -> bool {
-        self.cluster == 1 && self.width < 256 && [2, 4, 8].contains(&self.splits)
+    /// Blocks of a cluster: the pairs of all parts of K.
+    fn cluster(self) -> usize {
+        self.splits * self.pair
     }
 }
 
@@ -68,6 +112,8 @@ pub(super) struct Product {
     pub columns: usize,
     /// Steps of [`DEPTH`] over all of K.
     pub steps: usize,
+    /// Nobody writes the right operand while the kernel before may still run.
+    pub is_right_constant: bool,
 }
 
 /// How a product is computed.
@@ -83,18 +129,22 @@ pub(super) struct Plan {
 
 impl Plan {
     /// A product cut up as the caller says.
-    pub fn new(product: &Product, cut: Cut, multiprocessors: usize) -> Result<Self, CudaError> {
-        let Product { tiles_m, columns, steps } = *product;
+    pub fn new(product: &Product, cut: Cut, finish: Finish, room: &Room) -> Result<Self, CudaError> {
+        let Product { tiles_m, columns, steps, is_right_constant } = *product;
         if !WIDTHS.contains(&cut.width)
             || !(1..=steps).contains(&cut.splits)
-            || !(1..=CLUSTER).contains(&cut.cluster)
+            || !(1..=MOST_IN_PAIR).contains(&cut.pair)
+            || cut.cluster() > MOST_IN_CLUSTER
+            || (cut.splits > 1 && finish != Finish::Any)
         {
-            let reason =
-                format!("{cut:?} of {product:?}: widths {WIDTHS:?}, 1 to {steps} splits, cluster 1 or 2");
+            let reason = format!(
+                "{cut:?} of {product:?}, then {finish:?}: widths {WIDTHS:?}, 1 to {steps} splits (more than 1 with \
+                 any epilogue only), a pair of 1 or 2, clusters of at most {MOST_IN_CLUSTER}"
+            );
             return Err(CudaError::Unsupported { op: "sm_90a product", reason });
         }
         let tiles_n = columns.div_ceil(cut.width);
-        let rows = tiles_m.div_ceil(cut.cluster);
+        let rows = tiles_m.div_ceil(cut.pair);
         let units = rows * tiles_n * cut.splits;
         if units > i32::MAX as usize / 2 || steps > i32::MAX as usize / 64 {
             let reason = format!("{units} tiles of {steps} steps are more than 32-bit indices reach");
@@ -104,75 +154,91 @@ impl Plan {
             steps: steps as i32,
             tiles_m: tiles_m as i32,
             tiles_n: tiles_n as i32,
-            band: band(rows, &cut, multiprocessors) as i32,
+            band: band(rows, &cut, room.clusters(1)) as i32,
             splits: cut.splits as i32,
-            cluster: cut.cluster as i32,
+            pair: cut.pair as i32,
+            constant_b: i32::from(is_right_constant),
+            unused: 0,
         };
-        let clusters = units.min((multiprocessors / cut.cluster).max(1));
-        let blocks = if cut.adds_in_cluster() { units } else { clusters * cut.cluster };
+        let at_a_time = if finish == Finish::Any { units } else { room.clusters(cut.pair) };
+        let blocks = units.min(at_a_time) * cut.pair;
         Ok(Self { cut, blocks, tiles })
     }
 
     /// Launch geometry; the shared memory is `sizeof(hopper::Smem)`.
     pub fn geometry(&self) -> Geometry {
-        let stages = if self.cut.width > 160 { 4 } else { 6 };
-        let bytes = stages * ((ROWS + self.cut.width) * DEPTH * 2 + 16);
-        let shared = bytes.next_multiple_of(1024) as u32;
         Geometry {
             grid: [self.blocks as u32, 1, 1],
             threads: THREADS,
-            shared,
-            cluster: if self.cut.adds_in_cluster() { self.cut.splits } else { self.cut.cluster } as u32,
+            shared: shared_bytes(self.cut.width),
+            cluster: self.cut.cluster() as u32,
         }
     }
 
     /// Rows of a box of the right operand.
     pub fn box_rows(&self) -> usize {
-        self.cut.width / self.cut.cluster
+        self.cut.width / self.cut.pair
     }
 }
 
-/// The best way to cut up a product.
+/// `sizeof(hopper::Smem)` for tiles of `width` columns.
+fn shared_bytes(width: usize) -> u32 {
+    let stages = if width > 160 { 4 } else { 6 };
+    (stages * ((ROWS + width) * DEPTH * 2 + 16)).next_multiple_of(1024) as u32
+}
+
+/// The best way to cut up a product: the least of the estimates.
+pub(super) fn best_cut(product: &Product, room: &Room) -> Cut {
+    let plain = Cut { width: WIDTHS[0], splits: 1, pair: 1 };
+    let estimate = |cut: &Cut| cycles(product, *cut, room);
+    cuts(product, room).min_by(|a, b| estimate(a).total_cmp(&estimate(b))).unwrap_or(plain)
+}
+
+/// All of [`cuts`], by their estimates.
+pub(super) fn ranked_cuts(product: &Product, room: &Room) -> Vec<Cut> {
+    let mut all: Vec<Cut> = cuts(product, room).collect();
+    all.sort_by(|a, b| cycles(product, *a, room).total_cmp(&cycles(product, *b, room)));
+    all
+}
+
+/// All ways to cut up a product that can make sense.
+pub(super) fn cuts(product: &Product, room: &Room) -> impl Iterator<Item = Cut> {
+    let pairs = if product.tiles_m > 1 && room.clusters(1) > 1 { MOST_IN_PAIR } else { 1 };
+    let most = (product.steps / LEAST_STEPS).max(1);
+    WIDTHS.into_iter().flat_map(move |width| {
+        (1..=pairs).flat_map(move |pair| {
+            (1..=most.min(MOST_IN_CLUSTER / pair)).map(move |splits| Cut { width, splits, pair })
+        })
+    })
+}
+
+/// Estimate of the time that a product takes.
 ///
-/// Estimates every width and split in cycles and takes the least: a step costs what the tensor cores need for it or what the
-/// L2 cache needs to deliver it (a cluster asks only once for what its tiles share), tiles come in waves of as many as there
-/// are multiprocessors, and a split product either adds up in clusters or writes and reads its partial sums and launches
-/// once more.
-pub(super) fn best_cut(product: &Product, multiprocessors: usize) -> Cut {
-    let mut best = (usize::MAX, Cut { width: WIDTHS[0], splits: 1, cluster: 1 });
-    let clusters = if product.tiles_m > 1 && multiprocessors > 1 { CLUSTER } else { 1 };
-    for (width, cluster) in WIDTHS.into_iter().flat_map(|w| (1..=clusters).map(move |c| (w, c))) {
-        let rows = product.tiles_m.div_ceil(cluster);
-        let tiles = rows * cluster * product.columns.div_ceil(width);
-        // 4096 floating-point operations a cycle and multiprocessor.
-        let arithmetic = ROWS * width * DEPTH * 2 / 4096;
-        let step = arithmetic.max((ROWS + width / cluster) * DEPTH * 2 / L2_BYTES_PER_CYCLE);
-        for splits in 1..=(product.steps / 4).clamp(1, 16) {
-            let cut = Cut { width, splits, cluster };
-            let sums = product.steps.div_ceil(splits) * step;
-            let cycles = if cut.adds_in_cluster() {
-                // Clusters of eight leave some multiprocessors of a graphics processing cluster without one.
-                let at_a_time = (multiprocessors - multiprocessors / 16) / splits;
-                tiles.div_ceil(at_a_time.max(1)) * (sums + width * CYCLES_PER_CLUSTER_COLUMN)
-            } else {
-                let waves = (tiles / cluster * splits).div_ceil(multiprocessors / cluster);
-                let partial = tiles * ROWS * width * 4 * splits;
-                let second = CYCLES_OF_LAUNCH + 2 * partial / (L2_BYTES_PER_CYCLE * multiprocessors);
-                waves * (sums + width * CYCLES_PER_COLUMN) + if splits > 1 { second } else { 0 }
-            };
-            if cycles < best.0 {
-                best = (cycles, cut);
-            }
-        }
+/// A step costs what the tensor cores need for it or what the L2 cache needs to deliver it (a pair asks only once for what
+/// its tiles share); tiles come in waves of as many as there is room for; writing out is either hidden behind the next
+/// tile's loads or, for parts of K that add up in a cluster, is not.
+fn cycles(product: &Product, cut: Cut, room: &Room) -> f64 {
+    let Cut { width, splits, pair } = cut;
+    let tiles = product.tiles_m.div_ceil(pair) * pair * product.columns.div_ceil(width);
+    let multiprocessors = room.clusters(1);
+    let active = (tiles * splits).min(multiprocessors) as f64;
+    let bytes = ((ROWS + width / pair) * DEPTH * 2) as f64;
+    let from_l2 = bytes / cost::L2_BYTES_ALONE.min(cost::L2_BYTES * multiprocessors as f64 / active);
+    let step = from_l2.max((ROWS * width * DEPTH * 2) as f64 / cost::OPERATIONS);
+    let sums = product.steps.div_ceil(splits) as f64 * step;
+    let waves = tiles.div_ceil(room.clusters(cut.cluster()) * pair) as f64;
+    if splits == 1 {
+        cost::LAUNCH + waves * (sums + width as f64 * cost::COLUMN)
+    } else {
+        cost::CLUSTER_LAUNCH + waves * (sums + cost::CLUSTER_WAVE + splits as f64 * cost::CLUSTER_SPLIT)
     }
-    best.1
 }
 
-/// Rows of clusters to walk together: the tiles under way at one time then cover about a square of the product, which needs
+/// Rows of pairs to walk together: the tiles under way at one time then cover about a square of the product, which needs
 /// the fewest different rows of both operands.
 fn band(rows: usize, cut: &Cut, multiprocessors: usize) -> usize {
     let square = (multiprocessors * cut.width) as f64 / ROWS as f64;
-    ((square.sqrt() / cut.cluster as f64).round() as usize).clamp(1, rows.max(1))
+    ((square.sqrt() / cut.pair as f64).round() as usize).clamp(1, rows.max(1))
 }
 
 /// Element type of a tensor map; only half-sized ones have kernels here.
@@ -222,10 +288,8 @@ pub(super) enum Finish {
     Time,
     /// Value times gate, with their bias.
     Geglu,
-    /// Sums as they are, which a second kernel adds up and finishes.
-    Partial,
-    /// The splits of a tile are the blocks of a cluster, which add their sums up and do any epilogue.
-    Cluster,
+    /// Any epilogue, and parts of K that the blocks of a cluster have.
+    Any,
 }
 
 impl Finish {
@@ -234,12 +298,11 @@ impl Finish {
         let Epilogue { act, geglu, out_f32, scale, .. } = *epilogue;
         let (residual, time) = (epilogue.residual.is_some(), epilogue.time_bias.is_some());
         match (geglu, residual, time) {
-            _ if cut.adds_in_cluster() => Self::Cluster,
-            _ if cut.splits > 1 || act != Act::None || out_f32 || scale != 1.0 => Self::Partial,
+            _ if cut.splits > 1 || act != Act::None || out_f32 || scale != 1.0 => Self::Any,
             (false, _, false) => Self::Plain,
             (true, false, false) if !has_time => Self::Geglu,
             (false, false, true) if has_time => Self::Time,
-            _ => Self::Partial,
+            _ => Self::Any,
         }
     }
 
@@ -249,74 +312,44 @@ impl Finish {
             Self::Plain => "",
             Self::Time => "_time",
             Self::Geglu => "_geglu",
-            Self::Partial => "_partial",
-            Self::Cluster => "_cluster",
+            Self::Any => "_any",
         }
     }
-}
-
-/// Memory for the partial sums of a product that a second kernel finishes; null for others.
-pub(super) fn partial_memory(
-    gpu: &Gpu,
-    plan: &Plan,
-    finish: Finish,
-    rows: usize,
-    columns: usize,
-) -> Result<DevicePtr, CudaError> {
-    match finish {
-        Finish::Partial => gpu.workspace(plan.cut.splits * rows * columns * size_of::<f32>()),
-        _ => Ok(DevicePtr::NULL),
-    }
-}
-
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-struct ReduceArgs {
-    epilogue: EpilogueArgs,
-    splits: i32,
-    unused: i32,
-}
-
-/// Adds the partial sums of a split product of `rows` rows that has `columns` columns after its epilogue.
-pub(super) fn reduce(
-    gpu: &Gpu,
-    epilogue: &EpilogueArgs,
-    plan: &Plan,
-    extent: [usize; 2],
-    element: Element,
-) -> Result<(), CudaError> {
-    if epilogue.partial.is_null() {
-        return Ok(());
-    }
-    let [rows, columns] = extent;
-    let args = ReduceArgs { epilogue: *epilogue, splits: plan.cut.splits as i32, unused: 0 };
-    let name = format!("gemm_sm90_reduce_{}", element.suffix());
-    let geometry = Geometry::line((rows * (columns / 8)).div_ceil(REDUCE_THREADS), REDUCE_THREADS as u32);
-    gpu.launch(&Kernel { module: "gemm_sm90", name: &name }, &geometry, &[bytes_of(&args)])
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    /// 132 multiprocessors, clusters in groups of sixteen.
+    const H200: Room = Room([0, 132, 66, 40, 32, 24, 16, 16, 16]);
+
     fn cut(tiles_m: usize, columns: usize, steps: usize) -> (usize, usize, usize) {
-        let cut = best_cut(&Product { tiles_m, columns, steps }, 132);
-        (cut.width, cut.splits, cut.cluster)
+        let cut = best_cut(&Product { tiles_m, columns, steps, is_right_constant: true }, &H200);
+        (cut.width, cut.splits, cut.pair)
     }
 
     #[test]
     fn widths_of_the_unets_fill_the_machine() {
-        // SDXL 2048 x 1280: 16 x 8 tiles of 160 on 132 multiprocessors, nothing to split.
+        // SDXL 2048 x 1280: 16 x 8 tiles of 160 on 132 multiprocessors, nothing to split; also over K = 11520.
         assert_eq!(cut(16, 1280, 20), (160, 1, 2));
-        // Feed-forward 2048 x 10240: five waves of wide tiles.
+        assert_eq!(cut(16, 1280, 180), (160, 1, 2));
+        // Feed-forward 2048 x 10240: waves of wide tiles.
         assert_eq!(cut(16, 10240, 20), (256, 1, 2));
         // SD1.5 512 x 1280 over K = 11520, and half of that again over 5760: few tiles, so they are split until most
-        // multiprocessors have one part each.
-        for product in [(4, 1280, 180), (16, 640, 90), (1, 1280, 180)] {
-            let (width, splits, _) = cut(product.0, product.1, product.2);
-            let units = product.0 * product.1.div_ceil(width) * splits;
-            assert!((112..=132).contains(&units), "{product:?}: {units} parts");
-        }
+        // multiprocessors have one part each, and the parts meet in clusters of eight and of four.
+        assert_eq!(cut(4, 1280, 180), (160, 4, 2));
+        assert_eq!(cut(16, 640, 90), (160, 2, 2));
+        // Two images of 8 x 8 pixels: as many parts as a cluster holds.
+        assert_eq!(cut(1, 1280, 180), (128, 8, 1));
+    }
+
+    #[test]
+    fn a_device_with_room_for_few_clusters_gets_other_tiles() {
+        let product = Product { tiles_m: 16, columns: 640, steps: 90, is_right_constant: true };
+        let crowded = Room([0, 132, 66, 20, 16, 12, 8, 8, 8]);
+        let (roomy, crowded) = (best_cut(&product, &H200), best_cut(&product, &crowded));
+        assert!(roomy.splits > 1 && crowded != roomy, "{roomy} and {crowded}");
     }
 
     #[test]
@@ -329,8 +362,8 @@ mod tests {
     #[test]
     fn shared_memory_fits() {
         for (width, bytes) in [(128, 197_632), (160, 222_208), (256, 197_632)] {
-            let product = Product { tiles_m: 1, columns: 128, steps: 1 };
-            let plan = Plan::new(&product, Cut { width, splits: 1, cluster: 1 }, 1)
+            let product = Product { tiles_m: 1, columns: 128, steps: 1, is_right_constant: true };
+            let plan = Plan::new(&product, Cut { width, splits: 1, pair: 1 }, Finish::Plain, &H200)
                 .map(|plan| plan.geometry().shared);
             assert!(matches!(plan, Ok(shared) if shared == bytes && bytes <= 227 * 1024));
         }
