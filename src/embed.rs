@@ -137,6 +137,7 @@ impl ServerBuilder {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
             .thread_name("kiln-http")
+            .on_thread_start(backend::cpu::answer_promptly)
             .enable_all()
             .build()
             .map_err(failed("the HTTP threads can't be started"))?;

@@ -34,6 +34,19 @@ fn one_prompt_names_real_code() {
     assert!(checked >= 15, "only {checked} names found");
 }
 
+/// The sections that a newcomer looks for are there, with something in them.
+#[test]
+fn the_readme_has_its_sections() {
+    let readme = include_str!("../README.md");
+    for section in ["Quick start", "Moving from ComfyUI", "API", "SDK", "Embedding"] {
+        let body =
+            readme.split_once(&format!("\n## {section}\n")).unwrap_or_else(|| panic!("no '{section}'")).1;
+        let body = body.split("\n## ").next().unwrap_or_default();
+        assert!(body.contains("```") || body.contains('`'), "'{section}' shows nothing: {body}");
+        assert!(body.len() > 300, "'{section}' says little: {body}");
+    }
+}
+
 /// The README's commands are those that CI runs.
 #[test]
 fn the_readme_opens_with_the_two_commands() {

@@ -1,5 +1,5 @@
 // targets: sm_80
-// Elements moved and not changed: columns of rows, windows of maps, doubled maps. A unit is 16 bytes where widths,
+// Elements moved and not changed: columns of rows, windows of maps, doubled maps, tokens in another order. A unit is 16 bytes where widths,
 // pitches and addresses are multiples of that, else 4 or 2; extents count units.
 #include "vector.cuh"
 
@@ -76,6 +76,29 @@ template <class U> PTX void upsample2x(const Upsample2xArgs& args) {
     }
 }
 
+struct SwapArgs {
+    const void* x;   // tokens [blocks][rows][columns][run] of width, every pitch
+    void* out;       // tokens [blocks][columns][rows][run]
+    uint64_t count;  // units of the result
+    uint64_t pitch;
+    uint32_t rows, columns, run, width;
+};
+
+// Rows and columns of blocks of tokens change places. grid: any number of blocks
+template <class U> PTX void swap(const SwapArgs& args) {
+    const uint64_t stride = uint64_t(gridDim.x) * kThreads;
+    for (uint64_t i = uint64_t(blockIdx.x) * kThreads + threadIdx.x; i < args.count; i += stride) {
+        uint64_t token, line, rest, block;
+        uint32_t c, place, row, column;
+        split(i, args.width, token, c);
+        split(token, args.run, line, place);
+        split(line, args.rows, rest, row);
+        split(rest, args.columns, block, column);
+        const uint64_t from = ((block * args.rows + row) * args.columns + column) * args.run + place;
+        static_cast<U*>(args.out)[i] = static_cast<const U*>(args.x)[from * args.pitch + c];
+    }
+}
+
 #define MOVE(op, Args, U, bytes)                                                                                      \
     extern "C" __global__ __launch_bounds__(kThreads) void op##_b##bytes(const __grid_constant__ Args args) { begin_kernel(); op<U>(args); } \
     SIMT_KERNEL(op##_b##bytes)
@@ -83,3 +106,4 @@ template <class U> PTX void upsample2x(const Upsample2xArgs& args) {
 MOVE_ALL(concat, ConcatArgs)
 MOVE_ALL(window, WindowArgs)
 MOVE_ALL(upsample2x, Upsample2xArgs)
+MOVE_ALL(swap, SwapArgs)

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use crate::tensor::{
     Activation, Attention, Backend, BackendInfo, Body, BodyError, Conv2d, ConvWeight, Embed, Embedding,
-    GroupNorm, HostLayout, LayerNorm, Linear, LinearParts, LinearWeight, MemoryUse, NormWeight, PressureHook,
-    RawTensor, Shape, Tensor, TensorError,
+    Filter, GroupNorm, HostLayout, LayerNorm, Linear, LinearParts, LinearWeight, MemoryUse, NormWeight,
+    PressureHook, RawTensor, ScaleHalf, Shape, SwapTokens, Tensor, TensorError,
 };
 
 /// What was counted for one kind of op.
@@ -147,8 +147,20 @@ impl Backend for Metered {
         self.count("elementwise", 0.0, || self.inner.activate(x, act, out))
     }
 
-    fn resize_nearest(&self, x: &Tensor, out: &mut Tensor) -> Result<(), TensorError> {
-        self.count("elementwise", 0.0, || self.inner.resize_nearest(x, out))
+    fn resize(&self, x: &Tensor, filter: Filter, out: &mut Tensor) -> Result<(), TensorError> {
+        self.count("elementwise", 0.0, || self.inner.resize(x, filter, out))
+    }
+
+    fn swap_tokens(&self, op: &SwapTokens<'_>, out: &mut Tensor) -> Result<(), TensorError> {
+        self.count("elementwise", 0.0, || self.inner.swap_tokens(op, out))
+    }
+
+    fn scale_half(&self, op: &ScaleHalf<'_>, out: &mut Tensor) -> Result<(), TensorError> {
+        self.count("elementwise", 0.0, || self.inner.scale_half(op, out))
+    }
+
+    fn scale_low_band(&self, x: &Tensor, factor: f32, out: &mut Tensor) -> Result<(), TensorError> {
+        self.count("elementwise", 0.0, || self.inner.scale_low_band(x, factor, out))
     }
 
     fn axpby(&self, a: f32, x: &Tensor, b: f32, y: &Tensor, out: &mut Tensor) -> Result<(), TensorError> {

@@ -20,6 +20,7 @@ pub use ignored::IgnoredFlags;
 
 use super::setup::{self, RuntimeArgs};
 
+use crate::backend;
 use crate::engine::{Engine, EngineConfig};
 use crate::files::{FolderOptions, Folders, Kind};
 use crate::nodes::{self, PreviewMethod, Services};
@@ -178,6 +179,7 @@ pub fn run(args: &ServeArgs) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .thread_name("kiln-http")
+        .on_thread_start(backend::cpu::answer_promptly)
         .enable_all()
         .build()
         .context("the HTTP threads can't be started")?;

@@ -124,7 +124,7 @@ impl Guider {
         share_attachment(&mut sides, CONTROL, SHARES_CONTROL);
         let patches: Vec<_> = self.model.0.guidance_patches().iter().map(|p| p.fresh()).collect();
         let model = patches.iter().fold(self.model.0.clone(), |model, patch| patch.model(model));
-        Ok(PreparedGuider { guider: self, model, sides, patches })
+        Ok(PreparedGuider { guider: self, model, sides, patches, uncond: None })
     }
 }
 
@@ -135,6 +135,8 @@ pub struct PreparedGuider<'a> {
     model: Arc<dyn Model>,
     sides: Vec<Vec<ResolvedCond>>,
     patches: Vec<Box<dyn GuidancePatch>>,
+    /// The negative side of the last prediction that was computed under patches.
+    uncond: Option<HostTensor>,
 }
 
 impl PreparedGuider<'_> {
@@ -149,6 +151,19 @@ impl PreparedGuider<'_> {
         sigma: f32,
         needs_uncond: bool,
     ) -> Result<Guided, DiffusionError> {
+        let sampling = self.guider.model.0.sampling();
+        if let Some(denoised) = self.patches.iter_mut().find_map(|p| p.known(sampling, x, sigma)) {
+            return Ok(Guided { denoised, uncond: self.uncond.clone() });
+        }
+        let guided = self.compute(x, sigma, needs_uncond)?;
+        if !self.patches.is_empty() {
+            self.patches.iter_mut().for_each(|p| p.saw(x, sigma, &guided.denoised));
+            self.uncond = guided.uncond.clone();
+        }
+        Ok(guided)
+    }
+
+    fn compute(&mut self, x: &HostTensor, sigma: f32, needs_uncond: bool) -> Result<Guided, DiffusionError> {
         let model = self.model.clone();
         let model = &*model;
         let needs_uncond = needs_uncond || self.patches.iter().any(|p| p.needs_uncond());

@@ -41,8 +41,8 @@ pub struct PatchContext<'a> {
     pub scale: f64,
 }
 
-/// A change to the guidance step. Methods are called in the order: `before`,
-/// `combine`, `after`; every run works on a [`fresh`](Self::fresh) copy.
+/// A change to the guidance step. Methods are called in the order: `known`, `before`,
+/// `combine`, `after`, `saw`; every run works on a [`fresh`](Self::fresh) copy.
 pub trait GuidancePatch: Send + Sync {
     /// A copy without state, for one run.
     fn fresh(&self) -> Box<dyn GuidancePatch>;
@@ -50,6 +50,17 @@ pub trait GuidancePatch: Send + Sync {
     /// The model that the run asks in place of `model`: a patch may watch it at work.
     fn model(&self, model: Arc<dyn Model>) -> Arc<dyn Model> {
         model
+    }
+
+    /// The guided prediction at `sigma`, if it need not be computed.
+    fn known(&mut self, sampling: &ModelSampling, x: &HostTensor, sigma: f32) -> Option<HostTensor> {
+        let _ = (sampling, x, sigma);
+        None
+    }
+
+    /// Sees every guided prediction that was computed.
+    fn saw(&mut self, x: &HostTensor, sigma: f32, guided: &HostTensor) {
+        let _ = (x, sigma, guided);
     }
 
     /// Changes the predictions before they are combined.
@@ -107,6 +118,13 @@ pub enum BuiltinPatch {
     RescaleCfg {
         /// Share of the rescaled prediction.
         multiplier: f32,
+    },
+    /// Limits the guided prediction's norm to that of the positive one; without guidance from a sigma up.
+    RenormCfg {
+        /// The sigma from which on the positive prediction stands alone.
+        truncation: f32,
+        /// Largest norm in units of the positive prediction's; 0 for any.
+        limit: f64,
     },
     /// Mixes in the scaled positive prediction as the two agree.
     Mahiro,
@@ -203,6 +221,10 @@ impl GuidancePatch for BuiltinPatch {
     ) -> Result<Option<HostTensor>, DiffusionError> {
         match self {
             BuiltinPatch::RescaleCfg { multiplier } => Ok(Some(rescale_cfg(ctx, preds, *multiplier))),
+            BuiltinPatch::RenormCfg { truncation, .. } if ctx.sigma >= *truncation => {
+                Ok(Some(preds.cond.clone()))
+            }
+            BuiltinPatch::RenormCfg { limit, .. } => Ok(Some(renorm_cfg(preds, ctx.scale as f32, *limit))),
             BuiltinPatch::PerpNeg { empty, negative_scale } => {
                 let size = (ctx.x.dim(2), ctx.x.dim(3));
                 let conds: Vec<ResolvedCond> =
@@ -299,6 +321,15 @@ fn rescale_cfg(ctx: &PatchContext<'_>, preds: &Predictions, multiplier: f32) -> 
         let ratio = (deviation(&pos) / deviation(&guided)) as f32;
         let factor = multiplier * ratio + (1.0 - multiplier);
         x.iter().zip(&guided).map(|(x, g)| x / var - g * factor / gain).collect()
+    })
+}
+
+fn renorm_cfg(preds: &Predictions, scale: f32, limit: f64) -> HostTensor {
+    per_sample([&preds.cond, &preds.uncond], |[cond, uncond]| {
+        let guided: Vec<f32> = uncond.iter().zip(cond).map(|(u, c)| u + scale * (c - u)).collect();
+        let (norm, most) = (dot(&guided, &guided).sqrt(), dot(cond, cond).sqrt() * limit);
+        let factor = if limit > 0.0 && norm >= most { (most / norm) as f32 } else { 1.0 };
+        guided.iter().map(|g| g * factor).collect()
     })
 }
 

@@ -14,6 +14,7 @@ pub mod preview;
 pub mod sample;
 pub mod samplers;
 pub mod schedule;
+pub mod step_cache;
 
 pub use conditioning::{CondEntry, Conditioning};
 pub use error::DiffusionError;

@@ -183,12 +183,20 @@ impl History {
         self.places.get(id).and_then(|place| self.entries.get(place)).cloned()
     }
 
-    /// `max_items` entries from `offset` on, counted from the oldest; without
-    /// an offset the newest ones.
-    pub fn slice(&self, max_items: Option<usize>, offset: Option<usize>) -> Vec<Kept> {
-        let count = max_items.unwrap_or(usize::MAX);
-        let start = offset.unwrap_or_else(|| self.entries.len().saturating_sub(count));
-        self.entries.values().skip(start).take(count).cloned().collect()
+    /// `max_items` entries from `offset` on, counted from the oldest; without an offset, or with
+    /// a negative one, the newest ones. As in ComfyUI, whoever asks for less than one entry gets
+    /// one, if there is one from the offset on.
+    pub fn slice(&self, max_items: Option<i64>, offset: Option<i64>) -> Vec<Kept> {
+        let offset = offset.unwrap_or(-1);
+        let start = match max_items {
+            Some(count) if offset < 0 => (self.entries.len() as i64).saturating_sub(count),
+            _ => offset,
+        };
+        let rest = self.entries.values().skip(usize::try_from(start).unwrap_or(0)).cloned();
+        match max_items {
+            Some(count) => rest.take(usize::try_from(count).unwrap_or(0).max(1)).collect(),
+            None => rest.collect(),
+        }
     }
 }
 
@@ -214,7 +222,7 @@ mod tests {
         history.push(entry(id, json!({})).into());
     }
 
-    fn ids(history: &History, max_items: Option<usize>, offset: Option<usize>) -> Vec<String> {
+    fn ids(history: &History, max_items: Option<i64>, offset: Option<i64>) -> Vec<String> {
         history.slice(max_items, offset).iter().map(|entry| entry.id.to_string()).collect()
     }
 
@@ -228,7 +236,14 @@ mod tests {
         assert_eq!(ids(&history, None, Some(1)), ["b", "c", "d"]);
         assert_eq!(ids(&history, Some(2), Some(1)), ["b", "c"]);
         assert_eq!(ids(&history, Some(9), None), ["a", "b", "c", "d"]);
-        assert_eq!(ids(&history, Some(0), None), [""; 0]);
+        assert_eq!(ids(&history, Some(2), Some(-7)), ["c", "d"]);
+        assert_eq!(ids(&history, None, Some(-7)), ["a", "b", "c", "d"]);
+        for none in [(Some(0), None), (Some(-1), None), (Some(i64::MIN), None), (Some(3), Some(4))] {
+            assert_eq!(ids(&history, none.0, none.1), [""; 0], "{none:?}");
+        }
+        for one in [(Some(0), Some(1)), (Some(-5), Some(1)), (Some(1), Some(1))] {
+            assert_eq!(ids(&history, one.0, one.1), ["b"], "{one:?}");
+        }
         history.delete("b");
         assert_eq!(ids(&history, None, None), ["a", "c", "d"]);
         assert!(history.get("b").is_none() && history.get("c").is_some());

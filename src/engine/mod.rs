@@ -466,7 +466,7 @@ impl Engine {
 
     /// Finished prompts by id, oldest first: `max_items` from `offset` on, or
     /// the newest `max_items` without an offset.
-    pub fn history(&self, max_items: Option<usize>, offset: Option<usize>) -> Json {
+    pub fn history(&self, max_items: Option<i64>, offset: Option<i64>) -> Json {
         let entries = lock(&self.shared.state).history.slice(max_items, offset);
         history::to_json(&entries)
     }
@@ -478,7 +478,7 @@ impl Engine {
     }
 
     /// The text of [`Engine::history`], made without the tree.
-    pub fn history_text(&self, max_items: Option<usize>, offset: Option<usize>) -> String {
+    pub fn history_text(&self, max_items: Option<i64>, offset: Option<i64>) -> String {
         let entries = lock(&self.shared.state).history.slice(max_items, offset);
         history::to_text(&entries)
     }

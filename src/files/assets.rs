@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use serde_json::{Value as Json, json};
+use serde_json::{Map, Value as Json, json};
 use tempfile::NamedTempFile;
 
 use super::{Folders, Kind, PathError};
@@ -46,6 +46,8 @@ pub struct Asset {
     pub filename: String,
     /// Labels.
     pub tags: Vec<String>,
+    /// What its owner noted about it.
+    pub notes: Map<String, Json>,
     /// The job that made it.
     pub job_id: Option<String>,
     /// When the record was made, in milliseconds since 1970.
@@ -63,6 +65,8 @@ pub struct NewAsset {
     pub content_type: String,
     /// Labels.
     pub tags: Vec<String>,
+    /// What its owner notes about it.
+    pub notes: Map<String, Json>,
     /// Seconds until it may be thrown away.
     pub expires_in: Option<u64>,
 }
@@ -131,7 +135,7 @@ fn to_line(asset: &Asset) -> Json {
     json!({
         "id": asset.id, "hash": asset.hash, "size": asset.size, "content_type": asset.content_type,
         "name": asset.name, "kind": asset.kind.name(), "subfolder": asset.subfolder, "filename": asset.filename,
-        "tags": asset.tags, "job_id": asset.job_id, "created_ms": asset.created_ms, "expires_ms": asset.expires_ms,
+        "tags": asset.tags, "notes": asset.notes, "job_id": asset.job_id, "created_ms": asset.created_ms, "expires_ms": asset.expires_ms,
     })
 }
 
@@ -147,6 +151,7 @@ fn from_line(line: &Json) -> Option<Asset> {
         subfolder: text("subfolder")?,
         filename: text("filename")?,
         tags: line["tags"].as_array()?.iter().filter_map(|t| Some(t.as_str()?.to_owned())).collect(),
+        notes: line["notes"].as_object().cloned().unwrap_or_default(),
         job_id: text("job_id"),
         created_ms: line["created_ms"].as_u64()?,
         expires_ms: line["expires_ms"].as_u64(),
@@ -240,6 +245,7 @@ impl AssetStore {
             subfolder,
             filename,
             tags: of.tags.clone(),
+            notes: of.notes.clone(),
             job_id: None,
             created_ms,
             expires_ms: of.expires_in.map(|seconds| created_ms.saturating_add(seconds.saturating_mul(1000))),
@@ -340,6 +346,7 @@ impl AssetStore {
             subfolder: file.subfolder.to_owned(),
             filename: file.filename.to_owned(),
             tags: vec![file.kind.name().to_owned()],
+            notes: Map::new(),
             job_id: Some(file.job_id.to_owned()),
             created_ms: now_ms(),
             expires_ms: None,
@@ -366,6 +373,25 @@ impl AssetStore {
             self.state().insert(&Arc::new(asset.clone()));
         }
         Ok(asset)
+    }
+
+    /// Changes a record; what it is then, `None` if there is no such record. What names the
+    /// content stays as it is.
+    ///
+    /// # Errors
+    /// If the change can't be written down.
+    pub fn update(&self, id: &str, change: impl FnOnce(&mut Asset)) -> io::Result<Option<Asset>> {
+        let mut state = self.state();
+        let Some(known) = state.by_id.get(id) else { return Ok(None) };
+        let mut wanted = Asset::clone(known);
+        change(&mut wanted);
+        let asset =
+            Asset { name: wanted.name, tags: wanted.tags, notes: wanted.notes, ..Asset::clone(known) };
+        if asset.job_id.is_none() {
+            self.append(&to_line(&asset))?;
+        }
+        state.insert(&Arc::new(asset.clone()));
+        Ok(Some(asset))
     }
 
     /// The file of an asset.
@@ -451,6 +477,27 @@ mod tests {
         assert!(!assets.has(&hash) && !assets.path(&first).unwrap().exists());
         assert!(!assets.delete(&second.id).unwrap());
         assert_eq!(store(dir.path()).all(), []);
+    }
+
+    #[test]
+    fn changes_survive_a_restart_and_leave_the_content_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let assets = store(dir.path());
+        let (file, hash) = staged(&assets, b"abc");
+        let (asset, _) = assets.add(file, &hash, &named("photo.png")).unwrap();
+        let change = |asset: &mut Asset| {
+            asset.name = "better.png".to_owned();
+            asset.tags.push("red".to_owned());
+            asset.notes.insert("stars".to_owned(), 5.into());
+            asset.filename = "../elsewhere".to_owned();
+        };
+        let changed = assets.update(&asset.id, change).unwrap().unwrap();
+        assert_eq!(
+            (changed.name.as_str(), changed.filename.as_str()),
+            ("better.png", asset.filename.as_str())
+        );
+        assert_eq!(assets.update("none", |_| {}).unwrap(), None);
+        assert_eq!(store(dir.path()).get(&asset.id), Some(changed));
     }
 
     #[test]

@@ -73,6 +73,24 @@ pub(super) fn file<'a>(name: &'a str, root: &'static str) -> Result<Vec<&'a str>
     Ok(parts)
 }
 
+/// A folder name without the detours that it takes: `a/../b` is `b`, as ComfyUI reads it. What leads
+/// out of where it starts keeps its `..`, and is refused like any other.
+pub fn collapse(folder: &str) -> String {
+    if folder.starts_with('/') {
+        return folder.to_owned();
+    }
+    let mut parts: Vec<&str> = Vec::new();
+    for part in folder.split('/').filter(|part| *part != ".") {
+        match (part, parts.last()) {
+            ("..", Some(&last)) if !last.is_empty() && last != ".." => {
+                parts.pop();
+            }
+            _ => parts.push(part),
+        }
+    }
+    parts.join("/")
+}
+
 /// The last part of a file name, for routes that ignore folders in it.
 ///
 /// # Errors
@@ -100,4 +118,28 @@ pub fn split_annotation(name: &str) -> (&str, Option<Kind>) {
         }
     }
     (name, None)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::collapse;
+
+    #[test]
+    fn detours_collapse_and_ways_out_stay() {
+        for (name, wanted) in [
+            ("", ""),
+            ("a/b", "a/b"),
+            ("a/../b", "b"),
+            ("a/b/../..", ""),
+            ("./a/./b/.", "a/b"),
+            ("..", ".."),
+            ("a/../../b", "../b"),
+            ("../../b", "../../b"),
+            ("/a/..", "/a/.."),
+            ("/..", "/.."),
+            ("a\\..\\b", "a\\..\\b"),
+        ] {
+            assert_eq!(collapse(name), wanted, "{name}");
+        }
+    }
 }

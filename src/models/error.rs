@@ -37,20 +37,44 @@ pub enum ModelError {
         found: usize,
     },
     /// A network gave something that is no number, from numbers.
-    #[error(
-        "the {network}'s result is not a number (NaN or infinite): its weights are damaged, get the file again; \
-         or they overflow half precision, use a file that was made for it"
-    )]
+    #[error("the {network}'s result is not a number (NaN or infinite): {advice}")]
     NotANumber {
         /// Which network.
         network: &'static str,
+        /// Why that may be and what to do.
+        advice: &'static str,
     },
     /// The file can't be used.
     #[error("{0}")]
     File(String),
 }
 
+/// Advice for a network that fails by itself.
+const DAMAGED: &str = "its weights are damaged, get the file again; or they overflow half precision, use a file \
+                       that was made for it";
+/// Advice for a network that fails under patches only.
+const PATCHED: &str = "without the LoRAs or merges on it it is one; one of them is damaged or too strong, get its file \
+                       again or lower its strength";
+/// Advice for a network that fails under hooks only.
+const HOOKED: &str = "without the patches of its inside on it (FreeU, HyperTile, …) it is one; weaken or remove them, or \
+                      use a larger picture";
+
 impl ModelError {
+    /// `network` gives no number by itself.
+    pub fn damaged(network: &'static str) -> Self {
+        Self::NotANumber { network, advice: DAMAGED }
+    }
+
+    /// `network` gives no number under patches, and one without them.
+    pub fn damaged_by_patches(network: &'static str) -> Self {
+        Self::NotANumber { network, advice: PATCHED }
+    }
+
+    /// `network` gives no number under hooks, and one without them.
+    pub fn damaged_by_hooks(network: &'static str) -> Self {
+        Self::NotANumber { network, advice: HOOKED }
+    }
+
     /// From the error of recorded work, which is one of these or a backend's own.
     pub(crate) fn from_recorded(error: BodyError) -> Self {
         match error.downcast::<Self>() {
@@ -68,7 +92,7 @@ impl ModelError {
     /// [`NotANumber`](Self::NotANumber).
     pub fn check_numbers(network: &'static str, input: &[f32], output: &[f32]) -> Result<(), Self> {
         let are_numbers = |values: &[f32]| values.iter().all(|v| v.is_finite());
-        if are_numbers(output) || !are_numbers(input) { Ok(()) } else { Err(Self::NotANumber { network }) }
+        if are_numbers(output) || !are_numbers(input) { Ok(()) } else { Err(Self::damaged(network)) }
     }
 
     /// Whether memory ran out, so that a smaller piece of work may succeed.

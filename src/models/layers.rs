@@ -10,8 +10,9 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use super::ModelError;
 use crate::tensor::{
-    Activation, Attention, Backend, Cols, Conv2d, ConvWeight, DType, Embedding, GroupNorm, HostLayout,
-    HostTensor, LayerNorm, Linear, LinearParts, LinearWeight, NormWeight, RawTensor, Shape, Tensor,
+    Activation, Attention, Backend, Cols, Conv2d, ConvWeight, DType, Embedding, Filter, GroupNorm,
+    HostLayout, HostTensor, LayerNorm, Linear, LinearParts, LinearWeight, NormWeight, RawTensor, ScaleHalf,
+    Shape, SwapTokens, Tensor,
 };
 
 /// Where a model's tensors come from: a file, or a file under patches.
@@ -348,10 +349,30 @@ impl Ops<'_> {
         self.with(x.shape(), |out| self.0.layer_norm(&op, out))
     }
 
-    /// Nearest neighbour to `h`×`w`.
-    pub fn resize_nearest(&self, x: &Tensor, h: usize, w: usize) -> Result<Tensor, ModelError> {
+    /// A map of `h`×`w`.
+    pub fn resize(&self, x: &Tensor, filter: Filter, (h, w): (usize, usize)) -> Result<Tensor, ModelError> {
         let shape = Shape { h, w, ..x.shape() };
-        self.with(shape, |out| self.0.resize_nearest(x, out))
+        self.with(shape, |out| self.0.resize(x, filter, out))
+    }
+
+    /// Tokens in another order.
+    pub fn swap_tokens(&self, op: &SwapTokens<'_>) -> Result<Tensor, ModelError> {
+        self.with(op.out_shape(), |out| self.0.swap_tokens(op, out))
+    }
+
+    /// Columns of every token.
+    pub fn columns(&self, x: Cols<'_>) -> Result<Tensor, ModelError> {
+        self.swap_tokens(&SwapTokens { x, rows: 1, columns: 1, run: x.tensor.shape().positions().max(1) })
+    }
+
+    /// The first half of the channels scaled.
+    pub fn scale_half(&self, op: &ScaleHalf<'_>) -> Result<Tensor, ModelError> {
+        self.with(op.x.shape(), |out| self.0.scale_half(op, out))
+    }
+
+    /// The lowest spatial frequencies scaled.
+    pub fn scale_low_band(&self, x: &Tensor, factor: f32) -> Result<Tensor, ModelError> {
+        self.with(x.shape(), |out| self.0.scale_low_band(x, factor, out))
     }
 
     /// `a·x + b·y`.

@@ -109,10 +109,14 @@ pub struct Opening<'a> {
 impl Opening<'_> {
     /// The error for a file that holds something else than `wanted`.
     pub fn is_not(&self, wanted: &str) -> ModelError {
-        let found = detect::kind_of(self.file);
-        let (file, advice) = (self.file.path().display(), found.advice());
-        ModelError::File(format!("{file} is {found}, not {wanted}; {advice}"))
+        is_not(self.file, wanted)
     }
+}
+
+fn is_not(file: &WeightsFile, wanted: &str) -> ModelError {
+    let found = detect::kind_of(file);
+    let (file, advice) = (file.path().display(), found.advice());
+    ModelError::File(format!("{file} is {found}, not {wanted}; {advice}"))
 }
 
 /// A network that is a file's only one, such as an upscaler.
@@ -312,6 +316,11 @@ impl ModelFile {
         let loader = Loader::new(opened.source(self.precision), backend.clone(), &prefix(&config));
         let part = Arc::new(load(config, backend, &loader)?);
         Ok(cell(&opened).get_or_init(|| part).clone())
+    }
+
+    /// The error for a file that holds something else than `wanted`.
+    pub fn is_not(&self, wanted: &str) -> ModelError {
+        self.open().map_or_else(|error| error, |opened| is_not(&opened.file, wanted))
     }
 
     /// What samplers must know about the diffusion model.

@@ -152,11 +152,13 @@ impl Autoencoder for Taesd {
 
     fn decode_raw(&self, latent: &HostTensor) -> Result<HostTensor, ModelError> {
         let picture = decode(&self.decoder, &latent.map(|v| v * self.latent_scale))?;
+        ModelError::check_numbers("TAESD decoder", latent.data(), picture.data())?;
         Ok(picture.map(|v| (v - 0.5) * 2.0))
     }
 
     fn encode_raw(&self, picture: &HostTensor) -> Result<HostTensor, ModelError> {
         let latent = self.encoder.forward(&picture.map(|v| v * 0.5 + 0.5))?;
+        ModelError::check_numbers("TAESD encoder", picture.data(), latent.data())?;
         Ok(latent.map(|v| v / self.latent_scale))
     }
 

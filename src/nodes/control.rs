@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use crate::diffusion::model::tokens_batch;
 use crate::diffusion::schedule::ModelSampling;
 use crate::diffusion::{CondEntry, DenoiseItem};
 use crate::image::resample::{self, Crop, Method, Resize};
@@ -14,6 +15,8 @@ use crate::tensor::HostTensor;
 const CONTROL: &str = crate::diffusion::guidance::CONTROL;
 /// Name of the attachment that says that the other sides get the nets too.
 pub(super) const SHARES_CONTROL: &str = crate::diffusion::guidance::SHARES_CONTROL;
+/// The text embedding that nets are given in place of the conditioning's own, as an extra of it.
+pub(super) const CONTROL_TEXT: &str = "cross_attention_controlnet";
 /// Pixels of a net's picture to a latent cell, in each direction.
 const CELL: usize = 8;
 
@@ -70,6 +73,20 @@ pub(super) fn attached(entry: &CondEntry) -> Option<Arc<Control>> {
     entry.attachments.get::<Control>(CONTROL)
 }
 
+/// The text embedding that nets are given.
+fn text(entry: &CondEntry) -> Arc<HostTensor> {
+    entry.extra.get(CONTROL_TEXT).unwrap_or_else(|| entry.cond.clone())
+}
+
+/// Whether the nets of two conditionings can run in one call as far as their texts go: both have one of their own
+/// or none has, and the lengths fit.
+pub(super) fn texts_batch(a: &CondEntry, b: &CondEntry) -> bool {
+    let (x, y) = (text(a), text(b));
+    a.extra.contains(CONTROL_TEXT) == b.extra.contains(CONTROL_TEXT)
+        && tokens_batch(x.dim(1), y.dim(1))
+        && x.dim(2) == y.dim(2)
+}
+
 /// Whether two conditionings have the very same nets, so that they can run in one call.
 pub(super) fn is_same(a: &CondEntry, b: &CondEntry) -> bool {
     match (attached(a), attached(b)) {
@@ -123,7 +140,7 @@ impl Control {
         let (hint, kind) = net.hint((&self.hint, &shape), &self.net.kinds, || {
             Ok(spread(&self.resized(h, w)?, each, items.len()))
         })?;
-        let conds: Vec<_> = items.iter().map(|item| item.cond.cond.clone()).collect();
+        let conds: Vec<_> = items.iter().map(|item| text(item.cond)).collect();
         let context = net.context(&conds)?;
         let is_averaged = self.net.is_averaged;
         Ok(Some(ControlInput::Net(NetInput { net, hint, context, kind, strength, is_averaged })))

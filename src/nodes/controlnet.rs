@@ -23,6 +23,7 @@ pub(super) fn nodes() -> Vec<Box<dyn Node>> {
         Box::new(DiffControlNetLoader),
         PureNode::boxed(apply_schema, apply),
         PureNode::boxed(apply_advanced_schema, apply_advanced),
+        PureNode::boxed(apply_with_vae_schema, apply_advanced),
         PureNode::boxed(union_schema, set_union_type),
     ]
 }
@@ -165,6 +166,27 @@ fn apply_advanced_schema() -> Schema {
         .input(Input::link("vae", "VAE").bare().optional())
         .named_output("CONDITIONING", "positive")
         .named_output("CONDITIONING", "negative")
+}
+
+/// The older form of the same for nets that look through a VAE.
+fn apply_with_vae_schema() -> Schema {
+    let schema = Schema::new("ControlNetApplySD3", CATEGORY)
+        .display("Apply Controlnet with VAE")
+        .module("comfy_extras.nodes_sd3")
+        .describe(
+            "Attaches a ControlNet and its picture to both sides; nets of the families here need no VAE.",
+        )
+        .input(Input::link("positive", "CONDITIONING"))
+        .input(Input::link("negative", "CONDITIONING"))
+        .input(Input::link("control_net", "CONTROL_NET"))
+        .input(Input::link("vae", "VAE"))
+        .input(Input::link("image", "IMAGE"))
+        .input(strength())
+        .input(share("start_percent", 0.0))
+        .input(share("end_percent", 1.0))
+        .named_output("CONDITIONING", "positive")
+        .named_output("CONDITIONING", "negative");
+    schema.flag("deprecated", true).flag("experimental", false).flag("api_node", false)
 }
 
 fn apply_advanced(inputs: &Inputs) -> Result<Vec<Value>, NodeError> {

@@ -14,6 +14,7 @@ use crate::graph::Input;
 pub(super) fn nodes() -> Vec<Box<dyn Node>> {
     vec![
         PureNode::boxed(rescale_cfg_schema, rescale_cfg),
+        PureNode::boxed(renorm_cfg_schema, renorm_cfg),
         PureNode::boxed(cfg_zero_star_schema, |inputs| attach(inputs, BuiltinPatch::CfgZeroStar)),
         PureNode::boxed(cfg_norm_schema, cfg_norm),
         PureNode::boxed(tcfg_schema, |inputs| attach(inputs, BuiltinPatch::TangentialDamping)),
@@ -51,6 +52,23 @@ fn rescale_cfg_schema() -> Schema {
 
 fn rescale_cfg(inputs: &Inputs) -> Result<Vec<Value>, NodeError> {
     attach(inputs, BuiltinPatch::RescaleCfg { multiplier: single(inputs, "multiplier")? })
+}
+
+fn renorm_cfg_schema() -> Schema {
+    let number = |name, default| Input::float(name, default, 0.0, 100.0).opt("step", 0.01);
+    let schema = schema("RenormCFG", "advanced/model", "comfy_extras.nodes_lumina2")
+        .describe(
+            "Limits the guided prediction's norm to that of the positive one; no guidance from a sigma up.",
+        )
+        .input(number("cfg_trunc", 100.0).opt("default", 100))
+        .input(number("renorm_cfg", 1.0))
+        .output("MODEL");
+    newer_unnamed(schema, false)
+}
+
+fn renorm_cfg(inputs: &Inputs) -> Result<Vec<Value>, NodeError> {
+    let (truncation, limit) = (single(inputs, "cfg_trunc")?, inputs.float("renorm_cfg")?);
+    attach(inputs, BuiltinPatch::RenormCfg { truncation, limit })
 }
 
 fn cfg_zero_star_schema() -> Schema {

@@ -220,7 +220,13 @@ fn clip_of(ctx: &NodeCtx<'_>, inputs: &Inputs, names: &[&str], runs: &str) -> Re
         return Err(NodeError::input("type", &what));
     }
     let files = names.iter().map(|name| model_file(ctx.services, "text_encoders", inputs.string(name)?));
-    let clip = ClipHandle::of(&files.collect::<Result<Vec<_>, _>>()?)?;
+    let files = files.collect::<Result<Vec<_>, _>>()?;
+    for file in &files {
+        if file.clip_variants()?.is_empty() {
+            return Err(file.is_not("a text encoder").into());
+        }
+    }
+    let clip = ClipHandle::of(&files)?;
     clip.kind()?;
     Ok(NodeOutput::one(Value::object("CLIP", clip)))
 }

@@ -49,6 +49,7 @@ pub mod sampling;
 mod sampling_tests;
 mod sd_model;
 mod shapes;
+mod step_cache;
 pub mod string;
 pub mod text;
 pub mod text_sdxl;
@@ -117,6 +118,7 @@ pub fn registry() -> Vec<Box<dyn Node>> {
         custom_sampling::nodes(),
         guidance::nodes(),
         unet_patches::nodes(),
+        step_cache::nodes(),
         model_sampling::nodes(),
         model_merge::nodes(),
         model_save::nodes(),

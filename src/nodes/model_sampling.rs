@@ -22,6 +22,7 @@ pub(super) fn nodes() -> Vec<Box<dyn Node>> {
         PureNode::boxed(|| flow_schema("ModelSamplingSD3", 3.0), |inputs| flow(inputs, 1000.0)),
         PureNode::boxed(|| flow_schema("ModelSamplingAuraFlow", 1.73), |inputs| flow(inputs, 1.0)),
         PureNode::boxed(flux_schema, flux),
+        PureNode::boxed(compute_type_schema, compute_type),
     ]
 }
 
@@ -37,6 +38,25 @@ fn with_sampling(inputs: &Inputs, sampling: ModelSampling) -> Result<Vec<Value>,
     let model = inputs.object::<ModelHandle>("model")?;
     let changed = SdModel::of(&model)?.with_sampling(sampling);
     Ok(vec![Value::object("MODEL", model.with_network(Arc::new(changed)))])
+}
+
+fn compute_type_schema() -> Schema {
+    Schema::new("ModelComputeDtype", "advanced/debug/model")
+        .display("ModelComputeDtype")
+        .module("comfy_extras.nodes_model_advanced")
+        .describe("The type to compute in. Here it is the device's own for all models; the node lets the model through.")
+        .input(Input::link("model", "MODEL").bare())
+        .input(Input::combo("dtype", &["default", "fp32", "fp16", "bf16"]).bare())
+        .output("MODEL")
+}
+
+/// A type changes a picture by rounding only, and what a device computes in is set when kiln starts.
+fn compute_type(inputs: &Inputs) -> Result<Vec<Value>, NodeError> {
+    let dtype = inputs.string("dtype")?;
+    if dtype != "default" {
+        tracing::info!("ModelComputeDtype asks for {dtype}: the type stays the device's");
+    }
+    Ok(vec![Value::shared("MODEL", inputs.object::<ModelHandle>("model")?)])
 }
 
 fn discrete_schema() -> Schema {

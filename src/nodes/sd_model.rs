@@ -5,17 +5,22 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::model_inputs::{Beside, beside, vector};
+use super::step_cache::CallCache;
 use super::{NodeError, control, unclip};
 use crate::diffusion::model::tokens_batch;
 use crate::diffusion::preview::{self, Latent2Rgb};
 use crate::diffusion::schedule::{Betas, ModelSampling, Prediction};
 use crate::diffusion::{CondEntry, DenoiseItem, DiffusionError, Model, ModelHandle};
+use crate::models::controlnet::ControlInput;
 use crate::models::detect::{Family, UnetConfig};
 use crate::models::patch::{Patch, Patches};
-use crate::models::unet::UnetInput;
-use crate::models::unet::hooks::{Hooks, UnetHook};
+use crate::models::unet::hooks::{Hooks, UnetHook, key_of};
+use crate::models::unet::{Unet, UnetInput};
 use crate::models::{ModelError, ModelFile, detect};
 use crate::tensor::HostTensor;
+
+/// What messages call it.
+const NETWORK: &str = "diffusion model";
 
 /// The diffusion model of an SD-family checkpoint, with what nodes attached to it.
 /// Cheap to copy: a node that changes it makes a copy with the change.
@@ -28,6 +33,20 @@ pub struct SdModel {
     latent_scale: f32,
     channels: usize,
     hooks: Vec<Arc<dyn UnetHook>>,
+    /// Stands before the network in one run.
+    cache: Option<Arc<CallCache>>,
+}
+
+/// A call of a model's network.
+pub(super) struct NetworkCall<'a> {
+    /// Names the conditioning of every equal share of the samples.
+    pub conds: &'a [u64],
+    /// Noise level.
+    pub sigma: f32,
+    /// What the network is given.
+    pub input: &'a HostTensor,
+    /// Channels of the latents, which come first.
+    pub channels: usize,
 }
 
 impl SdModel {
@@ -45,7 +64,7 @@ impl SdModel {
         let channels = file.unet()?.config().out_channels;
         let family = file.family()?;
         let (latent_scale, patches) = (config.latent_scale as f32, Patches::default());
-        Ok(Self { file, patches, family, sampling, latent_scale, channels, hooks: Vec::new() })
+        Ok(Self { file, patches, family, sampling, latent_scale, channels, hooks: Vec::new(), cache: None })
     }
 
     /// The model on a `MODEL` link, below its guidance patches.
@@ -70,6 +89,11 @@ impl SdModel {
         let mut copy = self.clone();
         copy.hooks.push(hook);
         copy
+    }
+
+    /// The same model with a cache before its network, for one run.
+    pub(super) fn with_cache(&self, cache: Arc<CallCache>) -> Self {
+        Self { cache: Some(cache), ..self.clone() }
     }
 
     /// The same model with other noise levels or another meaning of its output.
@@ -107,10 +131,53 @@ impl SdModel {
         let negative = |i: &DenoiseItem<'_>| usize::from(i.is_negative);
         let sides: Vec<usize> = items.iter().flat_map(|i| std::iter::repeat_n(negative(i), batch)).collect();
         let hooks = Hooks { list: &self.hooks, sigma, sides: &sides };
-        let output = unet.forward_hooked(&call, &controls, hooks)?;
-        ModelError::check_numbers("diffusion model", input.data(), output.data())?;
+        let run = || unet.forward_hooked(&call, &controls, hooks);
+        let output = match &self.cache {
+            None => run()?,
+            Some(cache) => {
+                // An embedding is held by its conditioning for the whole run.
+                let name = |i: &DenoiseItem<'_>| {
+                    key_of("cond", (Arc::as_ptr(&i.cond.cond).addr(), i.is_negative, i.offset, i.x.shape()))
+                };
+                let names: Vec<u64> = items.iter().map(name).collect();
+                let (conds, channels) = (names.as_slice(), self.channels);
+                cache.output(&NetworkCall { conds, sigma, input: &input, channels }, run)?
+            }
+        };
+        ModelError::check_numbers(NETWORK, input.data(), output.data())
+            .map_err(|error| self.blamed(error, (&unet, &call), &conds, &controls, hooks))?;
         let denoised = self.sampling.calculate_denoised(sigma, &output, &x);
         Ok((0..items.len()).map(|i| denoised.rows(i * batch, batch)).collect())
+    }
+
+    /// The error of a result that is no number, with the part to blame: the call is made again without
+    /// ControlNets, without hooks and without patches, until it gives numbers.
+    fn blamed(
+        &self,
+        error: ModelError,
+        (unet, call): (&Unet, &UnetInput<'_>),
+        conds: &[Arc<HostTensor>],
+        controls: &[ControlInput],
+        hooks: Hooks<'_>,
+    ) -> ModelError {
+        let gives_numbers = |out: Result<HostTensor, ModelError>| {
+            out.is_ok_and(|out| ModelError::check_numbers(NETWORK, &[], out.data()).is_ok())
+        };
+        if !controls.is_empty() && gives_numbers(unet.forward_hooked(call, &[], hooks)) {
+            return ModelError::damaged("ControlNet");
+        }
+        if !hooks.list.is_empty() && gives_numbers(unet.forward(call, None)) {
+            return ModelError::damaged_by_hooks(NETWORK);
+        }
+        let plain = || {
+            let unet = self.file.unet()?;
+            let context = unet.context(conds)?;
+            unet.forward(&UnetInput { context: &context, ..*call }, None)
+        };
+        if !self.patches.is_empty() && gives_numbers(plain()) {
+            return ModelError::damaged_by_patches(NETWORK);
+        }
+        error
     }
 
     /// One row of pooled text and sizes for every sample, for models that have such an input.
@@ -169,7 +236,10 @@ impl Model for SdModel {
 
     fn can_batch(&self, a: &CondEntry, b: &CondEntry) -> bool {
         let (x, y) = (&a.cond, &b.cond);
-        tokens_batch(x.dim(1), y.dim(1)) && x.dim(2) == y.dim(2) && control::is_same(a, b)
+        tokens_batch(x.dim(1), y.dim(1))
+            && x.dim(2) == y.dim(2)
+            && control::is_same(a, b)
+            && control::texts_batch(a, b)
     }
 
     fn network(&self) -> &dyn Any {

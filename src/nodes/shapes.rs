@@ -8,12 +8,14 @@ use serde_json::Value as Json;
 use super::{Inputs, NodeError, NodeOutput, Schema, Value};
 use crate::diffusion::Latent;
 use crate::image::{Crop, Method, ResampleError, Resize, upscale, upscale_images, upscale_masks};
-use crate::tensor::HostTensor;
+use crate::tensor::{HostTensor, system_available};
 
 /// Longest side of a picture, as in ComfyUI.
 pub(super) const MAX_SIDE: i64 = 16_384;
 /// Most values a node may put into one new tensor: 8 GiB of floats.
 const MAX_VALUES: u64 = 1 << 31;
+/// Tensors up to this size are made without asking how much memory there is.
+const UNCHECKED_BYTES: usize = 64 << 20;
 
 impl From<ResampleError> for NodeError {
     fn from(error: ResampleError) -> Self {
@@ -28,6 +30,15 @@ pub(super) fn check_size(shape: &[usize]) -> Result<(), NodeError> {
         let message =
             format!("a tensor of shape {shape:?} has {values} values; at most {MAX_VALUES} are allowed");
         return Err(NodeError::failed("ValueError", message));
+    }
+    let bytes = values as usize * size_of::<f32>();
+    if bytes > UNCHECKED_BYTES && bytes > system_available() {
+        let message = format!(
+            "out of memory: a tensor of shape {shape:?} takes {bytes} bytes, the machine has {} left; \
+             use a smaller picture or batch, or free models",
+            system_available()
+        );
+        return Err(NodeError::failed("OutOfMemoryError", message));
     }
     Ok(())
 }
@@ -117,11 +128,13 @@ pub(super) fn unknown(name: &str, value: &str) -> NodeError {
 
 /// Pictures resized; the size may be unchanged.
 pub(super) fn resize_images(x: &HostTensor, to: Resize) -> Result<HostTensor, NodeError> {
+    check_size(&[x.dim(0), to.height, to.width, x.dim(3)])?;
     Ok(upscale_images(x, to)?)
 }
 
 /// Masks `[B, H, W]` resized bilinearly.
 pub(super) fn resize_masks(x: &HostTensor, height: usize, width: usize) -> Result<HostTensor, NodeError> {
+    check_size(&[x.dim(0), height, width])?;
     Ok(upscale_masks(x, Resize::to(width, height, Method::Bilinear))?)
 }
 

@@ -2,18 +2,20 @@
 
 use std::sync::Arc;
 
+use super::control::CONTROL_TEXT;
 use super::loaders::{ClipHandle, ClipPart};
-use super::{Inputs, Node, NodeCtx, NodeError, NodeOutput, Schema, Services, Value};
+use super::{Inputs, Node, NodeCtx, NodeError, NodeOutput, Schema, Services, Value, shapes};
 use crate::diffusion::{CondEntry, Conditioning};
 use crate::graph::Input;
-use crate::models::clip::{ClipToken, WeightedToken};
+use crate::models::ModelError;
+use crate::models::clip::{ClipToken, Encoded, WeightedToken};
 use crate::models::text::{self, TextPart};
 use crate::tokenizer::{self, EmbeddingLookup, EmbeddingRows, Token, TokenizerOptions};
 use crate::weights::WeightsFile;
 
 /// The text nodes.
 pub fn nodes() -> Vec<Box<dyn Node>> {
-    vec![Box::new(ClipTextEncode), Box::new(ClipSetLastLayer)]
+    vec![Box::new(ClipTextEncode), Box::new(ClipTextEncodeControlnet), Box::new(ClipSetLastLayer)]
 }
 
 /// `CLIPTextEncode`.
@@ -37,6 +39,33 @@ impl Node for ClipTextEncode {
     }
 }
 
+/// `CLIPTextEncodeControlnet`.
+pub struct ClipTextEncodeControlnet;
+
+impl Node for ClipTextEncodeControlnet {
+    fn schema(&self) -> Schema {
+        let schema = Schema::new("CLIPTextEncodeControlnet", "_for_testing/conditioning")
+            .module("comfy_extras.nodes_cond")
+            .describe("Gives ControlNets a text of their own; the diffusion model keeps the conditioning's.")
+            .input(Input::link("clip", "CLIP"))
+            .input(Input::link("conditioning", "CONDITIONING"))
+            .input(Input::string("text").opt("multiline", true).opt("dynamicPrompts", true))
+            .output("CONDITIONING");
+        shapes::newer_unnamed(schema, true)
+    }
+
+    fn execute(&self, ctx: &mut NodeCtx<'_>, inputs: &Inputs) -> Result<NodeOutput, NodeError> {
+        let clip = inputs.object::<ClipHandle>("clip")?;
+        let text = inputs.string("text")?;
+        let encoded = encode(&clip, |part| tokenize(ctx.services, text, part))?.cond;
+        let mut conds = (*inputs.object::<Conditioning>("conditioning")?).clone();
+        for cond in &mut conds {
+            cond.extra.insert_shared(CONTROL_TEXT, encoded.clone());
+        }
+        Ok(NodeOutput::one(Value::object("CONDITIONING", conds)))
+    }
+}
+
 /// Encodes a prompt that `tokens` gives in each encoder's own chunks.
 pub(super) fn encode(
     clip: &ClipHandle,
@@ -48,10 +77,31 @@ pub(super) fn encode(
         let encoder = part.encoder()?;
         parts.push(TextPart { encoder, chunks: tokens(part)? });
     }
-    let encoded = text::encode(kind, &parts, clip.layer)?;
+    let encoded = text::encode(kind, &parts, clip.layer)
+        .map_err(|error| blamed(error, || text::encode(kind, &unpatched(clip, &parts)?, clip.layer)))?;
     let mut entry = CondEntry::new(Arc::new(encoded.cond));
     entry.pooled = Some(Arc::new(encoded.pooled));
     Ok(entry)
+}
+
+/// The same prompt for encoders without patches.
+fn unpatched(clip: &ClipHandle, parts: &[TextPart]) -> Result<Vec<TextPart>, ModelError> {
+    let pairs = clip.parts.iter().zip(parts);
+    pairs
+        .map(|(part, TextPart { chunks, .. })| {
+            Ok(TextPart { encoder: part.file.clip(part.variant)?, chunks: chunks.clone() })
+        })
+        .collect()
+}
+
+/// The error of a result that is no number: the patches' if it is one without them.
+fn blamed(error: ModelError, unpatched: impl FnOnce() -> Result<Encoded, ModelError>) -> ModelError {
+    match error {
+        ModelError::NotANumber { network, .. } if unpatched().is_ok() => {
+            ModelError::damaged_by_patches(network)
+        }
+        error => error,
+    }
 }
 
 /// A prompt in chunks of tokens.
@@ -94,8 +144,13 @@ impl EmbeddingLookup for EmbeddingFiles<'_> {
         let mut rows = Vec::new();
         for table in tables(&file, self.key) {
             let raw = file.get(table)?;
+            let values = raw.to_f32();
+            if !values.iter().all(|v| v.is_finite()) {
+                tracing::warn!("embedding '{name}' has values that are not a number; get its file again");
+                return None;
+            }
             if raw.shape.last() == Some(&self.width) {
-                rows.extend(raw.to_f32().chunks_exact(self.width).map(Arc::from));
+                rows.extend(values.chunks_exact(self.width).map(Arc::from));
             } else {
                 let shape = raw.shape;
                 tracing::warn!("embedding '{name}' has vectors of {shape:?}, not of {}", self.width);

@@ -30,6 +30,27 @@ fn output(mut entry: CondEntry, inputs: &Inputs, numbers: &[(&str, &str)]) -> Re
     Ok(NodeOutput::one(Value::object("CONDITIONING", Conditioning::from(vec![entry]))))
 }
 
+/// A text for each of SDXL's encoders; the shorter one is filled up with empty chunks.
+pub(super) fn encode_two(
+    ctx: &NodeCtx<'_>,
+    clip: &ClipHandle,
+    text_l: &str,
+    text_g: &str,
+) -> Result<CondEntry, NodeError> {
+    let text_of = |variant| if variant == ClipVariant::L { text_l } else { text_g };
+    let mut longest = 0;
+    for part in &clip.parts {
+        longest = tokenize(ctx.services, text_of(part.variant), part)?.len().max(longest);
+    }
+    encode(clip, |part| {
+        let mut chunks = tokenize(ctx.services, text_of(part.variant), part)?;
+        while chunks.len() < longest {
+            chunks.extend(tokenize(ctx.services, "", part)?);
+        }
+        Ok(chunks)
+    })
+}
+
 /// `CLIPTextEncodeSDXL`.
 pub struct ClipTextEncodeSdxl;
 
@@ -53,20 +74,7 @@ impl Node for ClipTextEncodeSdxl {
 
     fn execute(&self, ctx: &mut NodeCtx<'_>, inputs: &Inputs) -> Result<NodeOutput, NodeError> {
         let clip = inputs.object::<ClipHandle>("clip")?;
-        let (text_l, text_g) = (inputs.string("text_l")?, inputs.string("text_g")?);
-        let text_of = |variant| if variant == ClipVariant::L { text_l } else { text_g };
-        // The shorter prompt is filled up with empty chunks.
-        let mut longest = 0;
-        for part in &clip.parts {
-            longest = tokenize(ctx.services, text_of(part.variant), part)?.len().max(longest);
-        }
-        let entry = encode(&clip, |part| {
-            let mut chunks = tokenize(ctx.services, text_of(part.variant), part)?;
-            while chunks.len() < longest {
-                chunks.extend(tokenize(ctx.services, "", part)?);
-            }
-            Ok(chunks)
-        })?;
+        let entry = encode_two(ctx, &clip, inputs.string("text_l")?, inputs.string("text_g")?)?;
         let fields = ["width", "height", "crop_w", "crop_h", "target_width", "target_height"];
         output(entry, inputs, &fields.map(|f| (f, f)))
     }

@@ -173,6 +173,9 @@ pub(super) async fn serve(file: std::fs::File, name: &str, headers: &HeaderMap) 
     let (kind, is_inline) = content_type(name, headers);
     let range = text(headers, RANGE).filter(|_| validators.may_split(headers));
     let mut response = if let Some(status) = validators.precondition(headers) {
+        if status.is_client_error() {
+            return Err(Failure::Status(status));
+        }
         http::empty(status)
     } else {
         match span(range, size) {
@@ -186,9 +189,7 @@ pub(super) async fn serve(file: std::fs::File, name: &str, headers: &HeaderMap) 
                 response
             }
             Span::Unsatisfiable => {
-                let mut response = http::empty(StatusCode::RANGE_NOT_SATISFIABLE);
-                insert(&mut response, CONTENT_RANGE, &format!("bytes */{size}"));
-                return Ok(response);
+                return Err(Failure::OutOfRange { size });
             }
         }
     };

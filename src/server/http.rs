@@ -10,7 +10,9 @@ use std::task::{Context, Poll};
 
 use bytes::Bytes;
 use hyper::body::{Frame, Incoming, SizeHint};
-use hyper::header::{ACCEPT, CONTENT_TYPE, HOST, HeaderName, HeaderValue, RETRY_AFTER, WWW_AUTHENTICATE};
+use hyper::header::{
+    ACCEPT, CONTENT_RANGE, CONTENT_TYPE, HOST, HeaderName, HeaderValue, RETRY_AFTER, WWW_AUTHENTICATE,
+};
 use hyper::{HeaderMap, StatusCode, http};
 use percent_encoding::percent_decode_str;
 use serde_json::{Value as Json, json};
@@ -26,7 +28,6 @@ pub type Response = hyper::Response<Body>;
 
 /// The content type of every JSON answer.
 pub(super) const JSON_TYPE: &str = "application/json; charset=utf-8";
-const TEXT_TYPE: &str = "text/plain; charset=utf-8";
 /// Bytes read from a file at a time; all that an answer holds in memory.
 const FILE_CHUNK: usize = 128 * 1024;
 
@@ -206,7 +207,7 @@ impl Call {
 /// Why a request is not answered as asked.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Failure {
-    /// A status without a body.
+    /// A status and no more.
     #[error("{0}")]
     Status(StatusCode),
     /// A status with a line of text.
@@ -232,6 +233,12 @@ pub(super) enum Failure {
         /// More about it; null if there is no more.
         details: Json,
     },
+    /// No byte of what is asked for is in the file.
+    #[error("the range lies beyond the file's {size} bytes")]
+    OutOfRange {
+        /// Bytes of the file.
+        size: u64,
+    },
     /// The body could not be read.
     #[error(transparent)]
     Body(#[from] BodyError),
@@ -241,11 +248,11 @@ pub(super) enum Failure {
 }
 
 impl Failure {
-    /// 404 without a body.
+    /// 404 and no more to say.
     pub(super) const NOT_FOUND: Failure = Failure::Status(StatusCode::NOT_FOUND);
-    /// 400 without a body.
+    /// 400 and no more to say.
     pub(super) const BAD_REQUEST: Failure = Failure::Status(StatusCode::BAD_REQUEST);
-    /// 403 without a body.
+    /// 403 and no more to say.
     pub(super) const FORBIDDEN: Failure = Failure::Status(StatusCode::FORBIDDEN);
 
     /// 400 in ComfyUI's shape.
@@ -268,6 +275,7 @@ impl Failure {
         match self {
             Failure::Status(status) | Failure::Text(status, _) | Failure::Coded { status, .. } => *status,
             Failure::Refused { .. } | Failure::Json(_) => StatusCode::BAD_REQUEST,
+            Failure::OutOfRange { .. } => StatusCode::RANGE_NOT_SATISFIABLE,
             Failure::Body(error) => match error {
                 BodyError::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
                 BodyError::TooSlow { .. } => StatusCode::REQUEST_TIMEOUT,
@@ -281,7 +289,14 @@ impl Failure {
     pub(super) fn into_response(self, style: ErrorStyle) -> Response {
         let (is_busy, is_body) =
             (matches!(self, Failure::Body(BodyError::Busy)), matches!(self, Failure::Body(_)));
+        let size = match self {
+            Failure::OutOfRange { size } => HeaderValue::from_str(&format!("bytes */{size}")).ok(),
+            _ => None,
+        };
         let mut response = style.answer(self);
+        if let Some(size) = size {
+            response.headers_mut().insert(CONTENT_RANGE, size);
+        }
         if is_body {
             // the rest of the body is not read, so the connection can't be used again
             response.headers_mut().insert(http::header::CONNECTION, HeaderValue::from_static("close"));
@@ -300,14 +315,14 @@ impl Failure {
     }
 }
 
-/// How errors look. ComfyUI's own routes answer many without a body, or with a line of
-/// text, and its clients know that; who asks for JSON, or uses a newer surface, gets JSON.
+/// How errors look: always JSON. ComfyUI answers many without a body, or with a line of text; what
+/// it says stands in `error.message` here, and its clients look at the status.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum ErrorStyle {
-    /// As ComfyUI 0.3.64.
+    /// ComfyUI's object, as it refuses prompts: `{"error": {type, message, …}, "node_errors": {}}`.
     Comfy,
-    /// Always ComfyUI's JSON object: the client says `Accept: application/json`.
-    Json,
+    /// No body: a browser wants a style sheet or a script, and would complain of JSON's type.
+    Bare,
     /// `{"error": {code, message, details}}`: Comfy API v2 and assets.
     Coded,
     /// `{"error": {message, type, param, code}}`: the OpenAI-like routes.
@@ -331,25 +346,35 @@ impl ErrorStyle {
         if bare.unwrap_or(path).starts_with("/v1/") {
             return Self::OpenAi;
         }
+        let wanted = headers.get("sec-fetch-dest").map(HeaderValue::as_bytes);
+        if matches!(wanted, Some(b"style" | b"script")) { Self::Bare } else { Self::Comfy }
+    }
+
+    /// The answer to a page of another site. ComfyUI's is empty, and that is tested for, so this is JSON for who
+    /// asks for it only.
+    pub(super) fn foreign_origin(self, headers: &HeaderMap) -> Response {
         let mut accepted = headers.get_all(ACCEPT).iter().filter_map(|v| v.to_str().ok());
-        if accepted.any(|v| v.contains("application/json")) { Self::Json } else { Self::Comfy }
+        if accepted.any(|v| v.contains("application/json")) {
+            let message = "a page of another site asks: its Origin is not this server's".to_owned();
+            return Failure::Text(StatusCode::FORBIDDEN, message).into_response(self);
+        }
+        empty(StatusCode::FORBIDDEN)
     }
 
     fn answer(self, failure: Failure) -> Response {
         let status = failure.status();
         let (code, message, details) = match failure {
-            Failure::Status(status) if self == Self::Comfy => return empty(status),
-            Failure::Text(status, message) if self == Self::Comfy => return text(status, message),
-            Failure::Body(error) if self == Self::Comfy => return text(status, error.to_string()),
+            _ if self == Self::Bare => return empty(status),
             Failure::Refused { kind, message } => (kind, message, Json::Null),
             Failure::Json(error) => ("invalid_json", error.to_string(), Json::Null),
             Failure::Coded { code, message, details, .. } => (code, message, details),
             Failure::Text(status, message) => (code_of(status), message, Json::Null),
             Failure::Status(status) => (code_of(status), reason(status), Json::Null),
             Failure::Body(error) => (code_of(status), error.to_string(), Json::Null),
+            failure @ Failure::OutOfRange { .. } => (code_of(status), failure.to_string(), Json::Null),
         };
         let body = match self {
-            Self::Comfy | Self::Json => json!({
+            Self::Comfy | Self::Bare => json!({
                 "error": {"type": code, "message": message, "details": message, "extra_info": {}},
                 "node_errors": {},
             }),
@@ -376,6 +401,10 @@ fn code_of(status: StatusCode) -> &'static str {
         StatusCode::NOT_FOUND => "not_found",
         StatusCode::METHOD_NOT_ALLOWED => "method_not_allowed",
         StatusCode::REQUEST_TIMEOUT => "request_timeout",
+        StatusCode::CONFLICT => "conflict",
+        StatusCode::GONE => "gone",
+        StatusCode::PRECONDITION_FAILED => "precondition_failed",
+        StatusCode::RANGE_NOT_SATISFIABLE => "range_not_satisfiable",
         StatusCode::PAYLOAD_TOO_LARGE => "payload_too_large",
         StatusCode::URI_TOO_LONG => "uri_too_long",
         StatusCode::TOO_MANY_REQUESTS => "too_many_requests",
@@ -397,11 +426,6 @@ pub(super) fn empty(status: StatusCode) -> Response {
     let mut response = Response::new(Body::Bytes(Bytes::new()));
     *response.status_mut() = status;
     response
-}
-
-/// A status with a line of text.
-pub(super) fn text(status: StatusCode, message: impl Into<String>) -> Response {
-    with_type(status, TEXT_TYPE, message.into())
 }
 
 /// A JSON answer.

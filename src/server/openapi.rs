@@ -18,15 +18,49 @@ fn parameters(path: &str) -> Vec<Json> {
         .collect()
 }
 
+/// How any request may be refused.
+const ERRORS: &[(&str, &str)] = &[
+    ("401", "An API key is needed, or there is no such user."),
+    (
+        "403",
+        "A page of another site asks (no body, unless JSON is accepted), or the Host is not this server's.",
+    ),
+    ("414", "The address is too long."),
+    ("500", "The server failed."),
+];
+/// How a request with a body may be refused.
+const BODY_ERRORS: &[(&str, &str)] = &[
+    ("400", "The body is not what it should be."),
+    ("408", "The body comes too slowly."),
+    ("413", "The body is too large."),
+    ("503", "The server stops, or holds as many bodies as it can."),
+];
+
+/// Adds to an operation how it may be refused, and the form in which all errors come.
+fn add_errors(operation: &mut Map<String, Json>) {
+    let own: &[_] = if operation.contains_key("requestBody") { BODY_ERRORS } else { &[] };
+    let Some(Json::Object(responses)) = operation.get_mut("responses") else { return };
+    for (status, description) in ERRORS.iter().chain(own) {
+        responses.entry(*status).or_insert_with(|| json!({"description": description}));
+    }
+    for (status, response) in responses {
+        if status.as_str() >= "400" && status != "403" && response.get("content").is_none() {
+            response["content"] =
+                json!({"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}});
+        }
+    }
+}
+
 /// What the file says about an operation, with the pattern's own parameters.
 fn operation(method: &Method, path: &str, details: &Json) -> Json {
     let mut operation = match details["operations"].get(format!("{method} {path}")) {
         Some(Json::Object(known)) => known.clone(),
         _ => {
-            let known = json!({"summary": format!("{method} {path}"), "responses": {"default": {"description": "See ComfyUI's documentation."}}});
+            let known = json!({"summary": format!("{method} {path}"), "responses": {"default": {"description": "An answer."}}});
             known.as_object().cloned().unwrap_or_default()
         }
     };
+    add_errors(&mut operation);
     let name: String = format!("{method} {path}")
         .chars()
         .map(|c| if c.is_ascii_alphanumeric() { c.to_ascii_lowercase() } else { '_' })
@@ -93,6 +127,9 @@ mod tests {
         let count: usize =
             document["paths"].as_object().unwrap().values().map(|p| p.as_object().unwrap().len()).sum();
         assert_eq!(count, known.len(), "every route is in the document");
+        let described = details["operations"].as_object().unwrap();
+        let missing: Vec<&String> = known.iter().filter(|name| !described.contains_key(*name)).collect();
+        assert_eq!(missing, Vec::<&String>::new(), "every route is described");
         for schema in document.to_string().split("#/components/schemas/").skip(1) {
             let name = schema.split('"').next().unwrap();
             assert!(document["components"]["schemas"].get(name).is_some(), "{name}");

@@ -5,13 +5,16 @@
 //! under `/assets`, for one). A wrong method is 405 with `Allow`; `GET` on a route that only
 //! takes `POST` is 404, as in ComfyUI, where a file could have that name.
 
+use std::borrow::Cow;
 use std::future::Future;
+use std::panic::AssertUnwindSafe;
 use std::pin::Pin;
 use std::sync::Arc;
 
+use futures_util::FutureExt;
 use hyper::body::Incoming;
 use hyper::header::{
-    ALLOW, CACHE_CONTROL, CONTENT_TYPE, HeaderName, HeaderValue, SET_COOKIE, X_CONTENT_TYPE_OPTIONS,
+    ALLOW, CACHE_CONTROL, CONTENT_TYPE, HOST, HeaderName, HeaderValue, SET_COOKIE, X_CONTENT_TYPE_OPTIONS,
 };
 use hyper::{HeaderMap, Method, Request, StatusCode};
 
@@ -116,9 +119,9 @@ pub(super) async fn answer(app: Arc<App>, peer: Peer, request: Request<Incoming>
     let mut response = match app.config.origin.check(&method, request.headers(), peer.via_loopback) {
         Ok(()) if method == Method::OPTIONS => http::empty(StatusCode::OK),
         Ok(()) => route(app.clone(), peer, request).await,
-        Err(refusal) => refuse(refusal, request.headers().get("host")),
+        Err(refusal) => refuse(refusal, uri.path(), request.headers()),
     };
-    // what has a type already is an error in JSON or a line of text
+    // what has a type already is an error in JSON
     let is_bare =
         response.status() == StatusCode::NOT_FOUND && !response.headers().contains_key(CONTENT_TYPE);
     if let Some(kind) = wanted_type.filter(|_| is_bare) {
@@ -146,16 +149,45 @@ fn wanted_type(headers: &HeaderMap) -> Option<&'static str> {
     }
 }
 
-fn refuse(refusal: Refusal, host: Option<&HeaderValue>) -> Response {
+fn refuse(refusal: Refusal, path: &str, headers: &HeaderMap) -> Response {
+    let style = ErrorStyle::of(path, headers);
     match refusal {
-        Refusal::ForeignOrigin => http::empty(StatusCode::FORBIDDEN),
+        Refusal::ForeignOrigin => style.foreign_origin(headers),
         Refusal::ForeignHost => {
-            let host = host.map_or_else(String::new, |h| String::from_utf8_lossy(h.as_bytes()).into_owned());
+            let host = headers
+                .get(HOST)
+                .map_or_else(String::new, |h| String::from_utf8_lossy(h.as_bytes()).into_owned());
             let hint =
                 format!("the Host '{host}' is not a name of this server; allow it with --allowed-hosts");
-            http::text(StatusCode::FORBIDDEN, hint)
+            Failure::Text(StatusCode::FORBIDDEN, hint).into_response(style)
         }
     }
+}
+
+/// A path in its plain spelling: `%71` is `q`, since letters, digits and `-._~` need no escape (RFC 3986, 6.2.2.2).
+/// All other escapes stay.
+fn plain(path: &str) -> Cow<'_, str> {
+    if !path.contains('%') {
+        return path.into();
+    }
+    let mut spelled = String::with_capacity(path.len());
+    let mut rest = path;
+    while let Some((before, escape)) = rest.split_once('%') {
+        spelled.push_str(before);
+        let byte = escape.get(..2).and_then(|digits| u8::from_str_radix(digits, 16).ok());
+        match byte.filter(|b| b.is_ascii_alphanumeric() || b"-._~".contains(b)) {
+            Some(byte) => {
+                spelled.push(char::from(byte));
+                rest = &escape[2..];
+            }
+            None => {
+                spelled.push('%');
+                rest = escape;
+            }
+        }
+    }
+    spelled.push_str(rest);
+    spelled.into()
 }
 
 async fn route(app: Arc<App>, peer: Peer, request: Request<Incoming>) -> Response {
@@ -169,7 +201,8 @@ async fn route(app: Arc<App>, peer: Peer, request: Request<Incoming>) -> Respons
         Ok(name) => name,
         Err(failure) => return failure.into_response(style),
     };
-    let (entry, params) = match app.router.table.at(request.uri().path()) {
+    let path = plain(request.uri().path());
+    let (entry, params) = match app.router.table.at(&path) {
         Err(_) => return no_route(&app, &request, style).await,
         Ok(found) => {
             let params = found.params.iter().map(|(k, v)| (k.to_owned(), http::decode(v))).collect();
@@ -188,7 +221,9 @@ async fn route(app: Arc<App>, peer: Peer, request: Request<Incoming>) -> Respons
         }
         return response;
     };
-    match handler(Call { app, request, params, peer, key_name }).await {
+    // a panic is a bug, but no reason to leave its client without an answer
+    let outcome = AssertUnwindSafe(handler(Call { app, request, params, peer, key_name })).catch_unwind();
+    match outcome.await.unwrap_or_else(|_| Err(Failure::internal("the server failed at this request"))) {
         Ok(response) => response,
         Err(failure) => {
             tracing::debug!(target: "kiln::http", %failure);
@@ -236,6 +271,21 @@ fn finish(response: &mut Response, path: &str) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn escapes_that_nothing_needs_are_undone() {
+        for (path, wanted) in [
+            ("/queue", "/queue"),
+            ("/%71u%65ue", "/queue"),
+            ("/userdata/a%2Fb%2ejson", "/userdata/a%2Fb.json"),
+            ("/userdata/%252F", "/userdata/%252F"),
+            ("/%C3%A9%7e%", "/%C3%A9~%"),
+            ("/%7", "/%7"),
+            ("/%+1%zz%e", "/%+1%zz%e"),
+        ] {
+            assert_eq!(plain(path), wanted, "{path}");
+        }
+    }
 
     #[test]
     fn caching_depends_on_the_path() {

@@ -7,7 +7,7 @@
 use std::any::Any;
 use std::sync::Arc;
 
-use super::{Cols, RawTensor, Shape, Tensor, TensorError};
+use super::{Cols, Filter, RawTensor, Shape, Tensor, TensorError, reference};
 
 /// A weight in a backend's own layout. Cloning shares it.
 #[derive(Clone)]
@@ -257,6 +257,37 @@ pub struct Embed<'a> {
     pub tokens: &'a [EmbedRow<'a>],
 }
 
+/// Columns of tokens `[…, rows, columns, run]` in the order `[…, columns, rows, run]`: tiles of a picture become
+/// runs of neighbouring tokens, or the other way round.
+pub struct SwapTokens<'a> {
+    /// The tokens `[B, 1, S, *]`.
+    pub x: Cols<'a>,
+    /// Rows.
+    pub rows: usize,
+    /// Columns.
+    pub columns: usize,
+    /// Tokens that stay together; `rows · columns · run` divides S.
+    pub run: usize,
+}
+
+impl SwapTokens<'_> {
+    /// Shape of the output: the tokens with the columns' width.
+    pub fn out_shape(&self) -> Shape {
+        self.x.tensor.shape().with_channels(self.x.width)
+    }
+}
+
+/// Scales the first half of a map's channels.
+pub struct ScaleHalf<'a> {
+    /// The map.
+    pub x: &'a Tensor,
+    /// The factor.
+    pub factor: f32,
+    /// The factor goes from 1 where a sample's mean over channels is smallest to `factor` where it is largest. A
+    /// map of one place has no range: NaN, as in the reference.
+    pub is_by_place: bool,
+}
+
 /// Order of elements in host memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HostLayout {
@@ -381,8 +412,26 @@ pub trait Backend: Send + Sync {
     /// `act(x)`; `out` has the shape of `x`.
     fn activate(&self, x: &Tensor, act: Activation, out: &mut Tensor) -> Result<(), TensorError>;
 
-    /// Nearest neighbour: pixel `(y, x)` of `out` is pixel `(⌊y·h/H⌋, ⌊x·w/W⌋)` of `x`; batch and channels stay.
-    fn resize_nearest(&self, x: &Tensor, out: &mut Tensor) -> Result<(), TensorError>;
+    /// A map of another size; batch and channels stay.
+    fn resize(&self, x: &Tensor, filter: Filter, out: &mut Tensor) -> Result<(), TensorError> {
+        reference::resize(self, x, filter, out)
+    }
+
+    /// Tokens in another order; `out` has the tokens and [`SwapTokens::out_shape`].
+    fn swap_tokens(&self, op: &SwapTokens<'_>, out: &mut Tensor) -> Result<(), TensorError> {
+        reference::swap_tokens(self, op, out)
+    }
+
+    /// Scales the first half of the channels; `out` has the shape of `x`.
+    fn scale_half(&self, op: &ScaleHalf<'_>, out: &mut Tensor) -> Result<(), TensorError> {
+        reference::scale_half(self, op, out)
+    }
+
+    /// Scales the spatial frequencies −1 and 0 of every channel's plane (0 alone along a side of one place) and
+    /// keeps the real part; `out` has the shape of `x`.
+    fn scale_low_band(&self, x: &Tensor, factor: f32, out: &mut Tensor) -> Result<(), TensorError> {
+        reference::scale_low_band(self, x, factor, out)
+    }
 
     /// Runs `body` on `inputs`; a device that can may record its launches and replay them.
     ///

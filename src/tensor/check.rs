@@ -1,6 +1,8 @@
 //! What every backend checks before it runs an op: shapes that fit together.
 
-use super::{Activation, Attention, Cols, Conv2d, Embed, GroupNorm, LayerNorm, Linear, Shape, TensorError};
+use super::{
+    Activation, Attention, Cols, Conv2d, Embed, GroupNorm, LayerNorm, Linear, Shape, SwapTokens, TensorError,
+};
 
 /// Fails unless `found == expected`.
 pub fn size(op: &'static str, what: &'static str, expected: usize, found: usize) -> Result<(), TensorError> {
@@ -10,6 +12,32 @@ pub fn size(op: &'static str, what: &'static str, expected: usize, found: usize)
 /// Fails unless `found == expected`.
 pub fn shape(op: &'static str, expected: Shape, found: Shape) -> Result<(), TensorError> {
     if expected == found { Ok(()) } else { Err(TensorError::Shape { op, expected, found }) }
+}
+
+/// Fails unless a map of shape `from` can be resized to `to`.
+pub fn resize(from: Shape, to: Shape) -> Result<(), TensorError> {
+    const OP: &str = "resize";
+    shape(OP, Shape { h: to.h, w: to.w, ..from }, to)?;
+    if to.is_empty() {
+        return Ok(());
+    }
+    size(OP, "pixels of the input (at least)", 1, from.positions().min(1))
+}
+
+impl SwapTokens<'_> {
+    /// Fails unless the tokens can be cut so and `out` is the shape of the result.
+    pub fn check(&self, out: Shape) -> Result<(), TensorError> {
+        const OP: &str = "swap_tokens";
+        self.x.check(OP)?;
+        shape(OP, self.out_shape(), out)?;
+        let block = self.rows.saturating_mul(self.columns).saturating_mul(self.run);
+        let tokens = self.x.tensor.shape().positions();
+        if block == 0 || !tokens.is_multiple_of(block) {
+            let what = "tokens as a multiple of the block";
+            return Err(TensorError::Size { op: OP, what, expected: block, found: tokens });
+        }
+        Ok(())
+    }
 }
 
 impl Cols<'_> {

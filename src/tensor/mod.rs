@@ -12,17 +12,22 @@ mod dtype;
 mod error;
 mod f8;
 mod host;
+mod memory;
 mod placement;
 mod raw;
+pub mod reference;
+pub mod resample;
 
 pub use backend::{
     Activation, Attention, Backend, BackendInfo, Body, BodyError, Conv2d, ConvWeight, Embed, EmbedRow,
     Embedding, GroupNorm, HostLayout, LayerNorm, Linear, LinearParts, LinearWeight, MemoryUse, NormWeight,
-    Packed, Pad, PressureHook,
+    Packed, Pad, PressureHook, ScaleHalf, SwapTokens,
 };
 pub use device::{Cols, Shape, Storage, Tensor};
 pub use dtype::DType;
 pub use error::TensorError;
 pub use host::HostTensor;
+pub use memory::system_available;
 pub use placement::Placement;
 pub use raw::RawTensor;
+pub use resample::Filter;

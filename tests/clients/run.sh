@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Published clients of ComfyUI against a real kiln process (KILN_BIN, default target/release/kiln): four from PyPI, two
-# from npm, one from crates.io. Each program of this folder runs a workflow through one client and writes the pictures
+# from npm, one from crates.io; and the documents' own curl and JavaScript. Each program of this folder runs a workflow through one client and writes the pictures
 # it got; check.py looks at them. Installs into target/clients. One line a client; fails if one fails.
 #   run.sh [name part]     only the clients whose name holds the text
 set -euo pipefail
@@ -51,7 +51,7 @@ try() { # name, command
     out="$(mktemp -d "$base/out.XXXX")"
     local status=0
     timeout 120 "$@" "$url" "$here/workflow.json" "$out" >"$base/client.log" 2>&1 || status=$?
-    if [ $status = 0 ] && found="$("$work/venv/bin/python" "$here/check.py" "$out" 2>&1)"; then
+    if [ $status = 0 ] && found="$("$work/venv/bin/python" "$here/check.py" "$out" "${size:-128x64}" 2>&1)"; then
         echo "ok   $name: $found"
         passed=$((passed + 1))
     else
@@ -66,6 +66,8 @@ for program in "$here"/python/*_.py; do
 done
 try "npm comfy-ui-client" node "$work/comfy-ui-client.mjs"
 try "npm @stable-canvas/comfyui-client" node "$work/stable-canvas.mjs"
+size=512x512 try "README.md curl" "$here/document.sh"
+KILN_DOCUMENT="$here/../../docs/api.md" try "docs/api.md JavaScript" node "$work/document.mjs"
 try "crates.io comfyui-client" "$work/rust/release/client-test"
 echo "$passed clients passed, $failed failed"
 [ $failed = 0 ] && [ $passed -gt 0 ]

@@ -178,6 +178,70 @@ fn a_steady_step_is_one_graph_without_allocation() {
     assert_eq!(after.syncs - before.syncs, 1, "the host waits for the download only");
 }
 
+/// Prompts with a patch inside the network: from the third step on a step is one graph, makes no allocation, and
+/// the host waits for its result alone. What is copied to and from the device is what a plain step copies.
+#[test]
+fn a_steady_step_with_a_hook_stays_on_the_device() {
+    let patches = [
+        ("HyperTile", json!({"tile_size": 32, "swap_size": 1, "max_depth": 1, "scale_depth": false})),
+        ("FreeU", json!({"b1": 1.1, "b2": 1.2, "s1": 0.9, "s2": 0.2})),
+        ("FreeU_V2", json!({"b1": 1.3, "b2": 1.4, "s1": 0.9, "s2": 0.2})),
+        (
+            "PatchModelAddDownscale",
+            json!({"block_number": 2, "downscale_factor": 2.0, "start_percent": 0.0,
+            "end_percent": 1.0, "downscale_after_skip": true, "downscale_method": "bicubic",
+            "upscale_method": "bilinear"}),
+        ),
+        ("PerturbedAttentionGuidance", json!({"scale": 2.0})),
+        ("UNetSelfAttentionMultiply", json!({"q": 1.1, "k": 1.0, "v": 0.9, "out": 1.0})),
+    ];
+    let folder = tempfile::tempdir().unwrap();
+    let (driver, placement) = simt();
+    let engine = engine(placement, folder.path());
+    // What one step more costs: all of a prompt of four steps, less all of one of three.
+    let costs = |patch: Option<&(&str, Json)>, steps: usize| {
+        let mut prompt = workflow(64, steps, 5);
+        if let Some((class, inputs)) = patch {
+            prompt["20"] = json!({"class_type": class, "inputs": inputs});
+            prompt["20"]["inputs"]["model"] = json!(["4", 0]);
+            prompt["3"]["inputs"]["model"] = json!(["20", 0]);
+        }
+        // The picture is left out: the latent is saved.
+        prompt["9"] = json!({"class_type": "SaveLatent",
+            "inputs": {"samples": ["3", 0], "filename_prefix": format!("steady{steps}")}});
+        prompt.as_object_mut().unwrap().remove("8");
+        let before = driver.instruments().counts();
+        assert_eq!(status(&run(&engine, prompt)), "success");
+        let after = driver.instruments().counts();
+        [
+            after.graph_launches - before.graph_launches,
+            after.allocations - before.allocations,
+            after.syncs - before.syncs,
+            after.downloaded - before.downloaded,
+            after.uploaded - before.uploaded,
+        ]
+    };
+    let step = |patch: Option<&(&str, Json)>| {
+        costs(patch, 2);
+        let (three, four) = (costs(patch, 3), costs(patch, 4));
+        std::array::from_fn::<u64, 5, _>(|i| four[i] - three[i])
+    };
+    let plain = step(None);
+    println!("a step: graphs, allocations, waits, bytes down, bytes up {plain:?}");
+    for patch in &patches {
+        let patched = step(Some(patch));
+        println!("{}: {patched:?}", patch.0);
+        // Perturbed attention asks the model once more, for one of both sides.
+        let calls = if patch.0 == "PerturbedAttentionGuidance" { 2 } else { 1 };
+        assert_eq!(patched[0], plain[0] * calls, "{}: graphs of a step", patch.0);
+        assert_eq!(patched[1], plain[1], "{}: allocations of a step", patch.0);
+        assert_eq!(patched[2], plain[2] * calls, "{}: waits of a step", patch.0);
+        let most = |bytes: u64| bytes + bytes * (calls - 1) / 2;
+        assert!(patched[3] <= most(plain[3]) && patched[4] <= most(plain[4]), "{}: copies", patch.0);
+    }
+    engine.shutdown();
+}
+
 /// An allocation of a prompt fails, and once more on the retry: the first must not be seen, the second is an error of
 /// that prompt, and the next prompt runs. The first forty allocations and a spread of the others; all of them with
 /// `KILN_EXHAUSTIVE=1`, which takes many minutes.

@@ -24,9 +24,11 @@ pub struct Server {
 impl Server {
     /// Starts a server on a free port and waits until its trial prompt is through.
     pub fn start(base: &Path, flags: &[&str]) -> Self {
+        let threads: &[&str] = if flags.contains(&"--threads") { &[] } else { &["--threads", "2"] };
         let mut child = Command::new(env!("CARGO_BIN_EXE_kiln"))
-            .args(["serve", "--cpu", "--port", "0", "--threads", "2", "--base-directory"])
+            .args(["serve", "--cpu", "--port", "0", "--base-directory"])
             .arg(base)
+            .args(threads)
             .args(flags)
             .env("KILN_LOG", "info,kiln::cli::setup=debug")
             .stderr(Stdio::piped())

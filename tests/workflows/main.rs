@@ -1,4 +1,5 @@
-//! The workflow zoo: every `*.json` of this folder, in API format, on the CPU and on the simulated GPU.
+//! The workflow zoo: every `*.json` of this folder, in API format, on the CPU and on the simulated GPU; those of
+//! `adapters` and `demo`, on the demo model, on the simulated GPU.
 //!
 //! A workflow names models `tiny-NAME.safetensors`: the harness writes the tiny model NAME (`kiln synth --tiny`)
 //! into the folder of the loader that names it. Other names are files of `tests/data/pytorch`. Pictures to load are `zoo.png` and `zoo_masked.png` (a hole in its
@@ -6,6 +7,10 @@
 //!
 //! `cargo test --release --test workflows -- FILTER`; with `KILN_TEST_DEVICE=cuda` the GPU of this machine takes the
 //! place of the simulated one.
+
+#[path = "../adapters/files.rs"]
+#[allow(dead_code, reason = "made for the adapters' tests")]
+mod adapter_files;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -17,11 +22,12 @@ use kiln::backend::{self, Device, DeviceOptions};
 use kiln::driver::simt::{SimtDriver, SimtOptions};
 use kiln::driver::toolchain::{SimtVariant, build_simt};
 use kiln::engine::{Engine, EngineConfig, Submission};
-use kiln::files::{FolderOptions, Folders};
+use kiln::files::{DEMO_CHECKPOINT, FolderOptions, Folders};
 use kiln::models::{ModelStore, tiny};
 use kiln::nodes::{self, PreviewMethod, Services};
 use kiln::tensor::{DType, Placement};
 use kiln::weights::OpenOptions;
+use kiln::weights::synth::{self, Manifest};
 use libtest_mimic::{Arguments, Failed, Trial};
 use serde_json::Value as Json;
 
@@ -43,17 +49,22 @@ const PATIENCE: Duration = Duration::from_secs(300);
 
 fn main() {
     let mut trials = Vec::new();
-    for path in workflows() {
-        let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        let (on_cpu, on_simt) = (path.clone(), path);
-        trials.push(Trial::test(format!("cpu/{name}"), move || runs_on_the_cpu(&on_cpu)));
-        trials.push(Trial::test(format!("gpu/{name}"), move || is_the_same_on_a_gpu(&on_simt)));
+    for folder in ["", "adapters/", "demo/"] {
+        for path in workflows(folder) {
+            let name = format!("{folder}{}", path.file_stem().unwrap_or_default().to_string_lossy());
+            // On the CPU `tests/adapters` and `tests/workflow_zoo.rs` look closer at those of the folders.
+            if folder.is_empty() {
+                let path = path.clone();
+                trials.push(Trial::test(format!("cpu/{name}"), move || runs_on_the_cpu(&path)));
+            }
+            trials.push(Trial::test(format!("gpu/{name}"), move || is_the_same_on_a_gpu(&path)));
+        }
     }
     libtest_mimic::run(&Arguments::from_args(), trials).exit();
 }
 
-fn workflows() -> Vec<PathBuf> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/workflows");
+fn workflows(folder: &str) -> Vec<PathBuf> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/workflows").join(folder);
     let entries = std::fs::read_dir(folder).expect("the folder of workflows").flatten();
     let mut paths: Vec<_> = entries.map(|e| e.path()).collect();
     paths.retain(|path| path.extension().is_some_and(|e| e == "json"));
@@ -135,7 +146,11 @@ fn run(workflow: &Path, placement: Placement) -> Result<Vec<Vec<u8>>, Failed> {
     let mut pictures = Vec::new();
     for image in images.filter(|image| image["type"] == "output") {
         let name = image["filename"].as_str().ok_or("a picture without a name")?;
-        let png = std::fs::read(base.path().join("output").join(name))?;
+        if !name.ends_with(".png") {
+            continue;
+        }
+        let folder = base.path().join("output").join(image["subfolder"].as_str().unwrap_or_default());
+        let png = std::fs::read(folder.join(name))?;
         pictures.push(image::load_from_memory(&png)?.to_rgb8().into_raw());
     }
     if pictures.is_empty() { Err("no picture was saved".into()) } else { Ok(pictures) }
@@ -165,7 +180,21 @@ fn provide(prompt: &Json, base: &Path) -> Result<(), Failed> {
             wanted.extend(node["inputs"][input].as_str().map(|file| (*folder, file)));
         }
     }
+    let models = base.join("models");
     for (folder, file) in wanted {
+        match file {
+            DEMO_CHECKPOINT => continue,
+            "taesd" => {
+                for name in ["taesd_encoder", "taesd_decoder"] {
+                    let path = models.join(format!("vae_approx/{name}.safetensors"));
+                    std::fs::create_dir_all(models.join("vae_approx"))?;
+                    let shapes = Manifest::built_in(name).ok_or("no TAESD")?;
+                    synth::write(&shapes, &path, DType::F16, &[], |_, _| {})?;
+                }
+                continue;
+            }
+            _ => {}
+        }
         let name = file.strip_prefix("tiny-").and_then(|n| n.strip_suffix(".safetensors"));
         let path = base.join("models").join(folder).join(file);
         std::fs::create_dir_all(path.parent().ok_or("a path without a folder")?)?;
@@ -177,6 +206,26 @@ fn provide(prompt: &Json, base: &Path) -> Result<(), Failed> {
         let name = name.ok_or_else(|| format!("{file} is not tiny-NAME.safetensors"))?;
         tiny::write(name, &path, DType::F16).ok_or_else(|| format!("no tiny model {name}"))??;
     }
+    let adapters: [(&str, fn(&Path)); 5] = [
+        ("loras/tiny-lora", adapter_files::lora),
+        ("loras/tiny-loha", adapter_files::loha),
+        ("controlnet/tiny-controlnet", |path| adapter_files::control_net(path, None)),
+        ("upscale_models/tiny-esrgan", adapter_files::esrgan),
+        ("upscale_models/tiny-compact", adapter_files::compact),
+    ];
+    for (file, write) in adapters {
+        let name = file.rsplit('/').next().unwrap_or(file);
+        if prompt.to_string().contains(name) {
+            write(&models.join(format!("{file}.safetensors")));
+        }
+    }
+    // A textual inversion of two tokens for CLIP-L of the tiny models.
+    if prompt.to_string().contains("embedding:zoo") {
+        let shapes = Manifest::from_json(r#"{"emb_params": [2, 32]}"#)?;
+        let folder = base.join("models/embeddings");
+        std::fs::create_dir_all(&folder)?;
+        synth::write(&shapes, &folder.join("zoo.safetensors"), DType::F16, &[], |_, _| {})?;
+    }
     let input = base.join("input");
     std::fs::create_dir_all(&input)?;
     let colour = |x: u32, y: u32| [(x * 3) as u8, (y * 3) as u8, (x ^ y) as u8];
@@ -186,7 +235,9 @@ fn provide(prompt: &Json, base: &Path) -> Result<(), Failed> {
         let is_hole = (24..56).contains(&x) && (16..48).contains(&y);
         image::Rgba([r, g, b, if is_hole { 0 } else { 255 }])
     });
-    Ok(masked.save(input.join("zoo_masked.png"))?)
+    masked.save(input.join("zoo_masked.png"))?;
+    // What the demo model's workflows load.
+    Ok(masked.save(input.join("picture.png"))?)
 }
 
 fn psnr(a: &[u8], b: &[u8]) -> f64 {

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use memmap2::MmapMut;
 
 use crate::tensor::buffer::{Block, CacheLine, HostBuffer, Recycle};
-use crate::tensor::{MemoryUse, TensorError};
+use crate::tensor::{MemoryUse, TensorError, system_available};
 
 const PAGE: usize = 4096;
 const HUGE_PAGE: usize = 2 << 20;
@@ -134,14 +134,6 @@ impl Arena {
             device_total: None,
         }
     }
-}
-
-/// Bytes that the system could still give; without limit where it doesn't say.
-fn system_available() -> usize {
-    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"));
-    let kilobytes = line.and_then(|l| l.split_whitespace().next()?.parse::<usize>().ok());
-    kilobytes.map_or(usize::MAX, |kb| kb.saturating_mul(1024))
 }
 
 impl Recycle for Arena {

@@ -7,7 +7,9 @@ use super::simd::element::Element;
 use super::simd::map::{Activate, Axpby};
 use super::weights::{WeightMemory, decode_into};
 use super::{Exec, Weight};
-use crate::tensor::{Activation, DType, Embed, EmbedRow, Embedding, HostLayout, Shape, Tensor, TensorError};
+use crate::tensor::{
+    Activation, DType, Embed, EmbedRow, Embedding, HostLayout, Shape, Tensor, TensorError, check,
+};
 
 /// Elements of a task.
 const CHUNK: usize = 1 << 14;
@@ -55,15 +57,14 @@ pub(super) fn axpby<E: Element>(
     Ok(())
 }
 
-/// See [`crate::tensor::Backend::resize_nearest`].
+/// Nearest neighbour: pixel `(y, x)` of `out` is pixel `(⌊y·h/H⌋, ⌊x·w/W⌋)` of `x`.
 pub(super) fn resize_nearest<E: Element>(x: &Tensor, out: &mut Tensor) -> Result<(), TensorError> {
-    const OP: &str = "resize_nearest";
+    const OP: &str = "resize";
     let (from, to) = (x.shape(), out.shape());
-    shape(OP, Shape { h: to.h, w: to.w, ..from }, to)?;
+    check::resize(from, to)?;
     if to.is_empty() {
         return Ok(());
     }
-    size(OP, "pixels of the input (at least)", 1, from.positions().min(1))?;
     let x = elements::<E>(OP, x)?;
     let out = elements_mut::<E>(OP, out)?;
     out.par_chunks_mut(to.w * to.c).enumerate().for_each(|(row, out)| {

@@ -10,7 +10,8 @@
 //! | `norm`, `elementwise` | the rest |
 //! | `bf16` | matrix kernels on bf16 inputs: AMX, AVX512-BF16 |
 //! | `bf16_ops` | the matrix ops on those kernels |
-//! | `simd` | inner loops, generic over the instruction set; the only `unsafe` |
+//! | `simd` | inner loops, generic over the instruction set |
+//! | `scheduling` | how threads that answer get along with these |
 //!
 //! Work is cut into tasks that compute disjoint pieces of the output, each
 //! element in an order that doesn't depend on the cut: the same bits on any
@@ -28,11 +29,14 @@ mod layers;
 mod matmul;
 mod norm;
 mod regions;
+mod scheduling;
 mod scratch;
 pub mod simd;
 #[cfg(test)]
 mod tests;
 mod weights;
+
+pub use self::scheduling::answer_promptly;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -309,8 +313,11 @@ impl Backend for CpuBackend {
         run!(self, elementwise::activate, &self.exec, x, act, out)
     }
 
-    fn resize_nearest(&self, x: &Tensor, out: &mut Tensor) -> Result<(), TensorError> {
-        run!(self, elementwise::resize_nearest, x, out)
+    fn resize(&self, x: &Tensor, filter: Filter, out: &mut Tensor) -> Result<(), TensorError> {
+        match filter {
+            Filter::Nearest => run!(self, elementwise::resize_nearest, x, out),
+            _ => reference::resize(self, x, filter, out),
+        }
     }
 
     fn axpby(&self, a: f32, x: &Tensor, b: f32, y: &Tensor, out: &mut Tensor) -> Result<(), TensorError> {

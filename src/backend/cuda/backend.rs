@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::launch::elementwise::{self, Act};
 use super::launch::epilogue::{Epilogue, Rows};
-use super::launch::{attention, conv, gemm, image, norm};
+use super::launch::{attention, conv, copy, gemm, image, norm, reweight};
 use super::pool::{Pool, Usage, WeightMemory};
 use super::record::Recorder;
 use super::upload::Uploader;
@@ -490,26 +490,84 @@ impl Backend for CudaBackend {
         Ok(elementwise::axpby(&self.shared.gpu, &launch)?)
     }
 
-    fn resize_nearest(&self, x: &Tensor, out: &mut Tensor) -> Result<(), TensorError> {
-        const OP: &str = "resize_nearest";
+    fn resize(&self, x: &Tensor, filter: Filter, out: &mut Tensor) -> Result<(), TensorError> {
         let (from, to) = (x.shape(), out.shape());
-        shape(OP, Shape { h: to.h, w: to.w, ..from }, to)?;
+        check::resize(from, to)?;
         if to.is_empty() {
             return Ok(());
         }
-        size(OP, "pixels of the input (at least)", 1, from.positions().min(1))?;
         let launch = image::Resize {
-            x: self.own(OP, x)?.ptr,
-            out: self.own(OP, out)?.ptr,
+            x: self.own("resize", x)?.ptr,
+            out: self.own("resize", out)?.ptr,
             samples: from.n,
             from: [from.h, from.w],
             to: [to.h, to.w],
             channels: to.c,
-            filter: image::Filter::Nearest,
+            filter: match filter {
+                Filter::Nearest => image::Filter::Nearest,
+                Filter::NearestExact => image::Filter::NearestExact,
+                Filter::Bilinear => image::Filter::Bilinear,
+                Filter::Bicubic => image::Filter::Bicubic,
+                Filter::Area => image::Filter::Area,
+            },
             element: self.element,
         };
-        self.label(|| format!("resize_nearest {from} -> {to}"));
+        self.label(|| format!("resize {filter:?} {from} -> {to}"));
         Ok(image::resize(&self.shared.gpu, &launch)?)
+    }
+
+    fn swap_tokens(&self, op: &SwapTokens<'_>, out: &mut Tensor) -> Result<(), TensorError> {
+        const OP: &str = "swap_tokens";
+        op.check(out.shape())?;
+        let x = self.own_columns(OP, &op.x)?;
+        let launch = copy::Swap {
+            x: copy::Columns { ptr: x.ptr, width: op.x.width, pitch: x.pitch },
+            out: self.own(OP, out)?.ptr,
+            tokens: out.shape().rows(),
+            rows: op.rows,
+            columns: op.columns,
+            run: op.run,
+            element: self.element,
+        };
+        self.label(|| format!("swap_tokens {}", out.shape()));
+        Ok(copy::swap(&self.shared.gpu, &launch)?)
+    }
+
+    fn scale_half(&self, op: &ScaleHalf<'_>, out: &mut Tensor) -> Result<(), TensorError> {
+        const OP: &str = "scale_half";
+        let s = op.x.shape();
+        shape(OP, s, out.shape())?;
+        // The means over channels, on loan like any activation: a recording keeps their place.
+        let means = if op.is_by_place { Some(self.shared.lend(4 * s.rows().max(1))?) } else { None };
+        let launch = reweight::ScaleHalf {
+            x: self.own(OP, op.x)?.ptr,
+            out: self.own(OP, out)?.ptr,
+            means: means.as_ref().map(|m| DevicePtr(m.address())),
+            samples: s.n,
+            places: s.positions(),
+            channels: s.c,
+            factor: op.factor,
+            element: self.element,
+        };
+        self.label(|| format!("scale_half {s}"));
+        Ok(reweight::scale_half(&self.shared.gpu, &launch)?)
+    }
+
+    fn scale_low_band(&self, x: &Tensor, factor: f32, out: &mut Tensor) -> Result<(), TensorError> {
+        const OP: &str = "scale_low_band";
+        let s = x.shape();
+        shape(OP, s, out.shape())?;
+        let launch = reweight::ScaleLowBand {
+            x: self.own(OP, x)?.ptr,
+            out: self.own(OP, out)?.ptr,
+            samples: s.n,
+            size: [s.h, s.w],
+            channels: s.c,
+            factor,
+            element: self.element,
+        };
+        self.label(|| format!("scale_low_band {s}"));
+        Ok(reweight::scale_low_band(&self.shared.gpu, &launch)?)
     }
 
     fn record(&self, key: u64, inputs: &[&Tensor], body: &mut Body<'_>) -> Result<Tensor, BodyError> {

@@ -10,7 +10,7 @@
 
 use super::gits::{MOST, gits_schedule};
 use super::schedulers::last_steps;
-use super::tables::{AYS_SD1, AYS_SDXL, AYS_SVD};
+use super::tables::{AYS_SD1, AYS_SDXL, AYS_SVD, OPTIMAL_CHROMA, OPTIMAL_FLUX, OPTIMAL_WAN};
 use super::{ModelSampling, linspace};
 
 /// Steps even in sigma^(1/`rho`), then 0. `rho` 0 gives what a division by zero
@@ -107,6 +107,22 @@ pub fn align_your_steps_sigmas(kind: AlignYourSteps, steps: usize, denoise: f64)
         return finish_table(table, total);
     }
     finish_table(&log_interpolate(table, steps + 1), total)
+}
+
+/// Optimal steps of a flow model (`FLUX`, `Wan` or `Chroma`): a table, interpolated in log sigma for other step
+/// counts; the last sigma is replaced by 0. `None` for another name.
+pub fn optimal_sigmas(model: &str, steps: usize, denoise: f64) -> Option<Vec<f32>> {
+    let table: &[f64] = match model {
+        "FLUX" => &OPTIMAL_FLUX,
+        "Wan" => &OPTIMAL_WAN,
+        "Chroma" => &OPTIMAL_CHROMA,
+        _ => return None,
+    };
+    let Some(total) = denoised_steps(steps, denoise) else { return Some(Vec::new()) };
+    if steps + 1 == table.len() {
+        return Some(finish_table(table, total));
+    }
+    Some(finish_table(&log_interpolate(table, steps + 1), total))
 }
 
 /// GITS: tables for 2 to 20 steps by coefficient (0.80 to 1.50 in steps of

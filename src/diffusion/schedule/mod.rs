@@ -21,7 +21,7 @@ mod tests;
 
 pub use custom::{
     AlignYourSteps, align_your_steps_sigmas, exponential_sigmas, gits_sigmas, karras_sigmas, laplace_sigmas,
-    polyexponential_sigmas, sd_turbo_sigmas, vp_sigmas,
+    optimal_sigmas, polyexponential_sigmas, sd_turbo_sigmas, vp_sigmas,
 };
 pub use edit::{
     Spacing, extend_intermediate_sigmas, flip_sigmas, set_first_sigma, split_sigmas, split_sigmas_denoise,

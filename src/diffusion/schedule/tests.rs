@@ -385,3 +385,20 @@ fn euler_runs_end_where_comfyui_ends() {
         assert!(worst < bar, "{case}: {worst} of the spread {spread}");
     }
 }
+
+/// Twenty steps of Flux are twice its table's ten: every other sigma is the table's, those between the mean in log
+/// sigma of both neighbours.
+#[test]
+fn optimal_steps_are_tabulated_or_between() {
+    let ten = optimal_sigmas("FLUX", 10, 1.0).expect("a table");
+    assert_eq!((ten.len(), ten[0], ten[9], ten[10]), (11, 0.9968, 0.2808, 0.0));
+    let twenty = optimal_sigmas("FLUX", 20, 1.0).expect("a table");
+    assert_eq!(twenty.len(), 21);
+    for i in 0..10 {
+        assert!((twenty[2 * i] - ten[i]).abs() < 1e-6, "{i}");
+    }
+    assert!((twenty[1] - (0.9968f32 * 0.9886).sqrt()).abs() < 1e-6);
+    assert_eq!(optimal_sigmas("Wan", 20, 0.5).expect("a table").len(), 11);
+    assert_eq!(optimal_sigmas("Chroma", 20, 0.0), Some(Vec::new()));
+    assert_eq!(optimal_sigmas("SD1", 20, 1.0), None);
+}

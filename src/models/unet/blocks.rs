@@ -4,7 +4,7 @@ use super::hooks::{self, HookScope, SelfAttention, Site};
 use crate::models::ModelError;
 use crate::models::detect::UnetConfig;
 use crate::models::layers::{LazyConv, LazyLinear, LazyNorm, Loader, Ops, head_scale};
-use crate::tensor::{Attention, Cols, Conv2d, ConvWeight, GroupNorm, Linear, Tensor};
+use crate::tensor::{Attention, Cols, Conv2d, ConvWeight, Filter, GroupNorm, Linear, Tensor};
 
 /// What all blocks of one forward pass share.
 pub(in crate::models) struct Scope<'a, 'p> {
@@ -248,6 +248,6 @@ pub(super) fn upsample(
     if (h, w) == (s.h * 2, s.w * 2) {
         return ops.conv(&Conv2d { upsample2x: true, ..Conv2d::new(x, conv) });
     }
-    let enlarged = ops.resize_nearest(x, h, w)?;
+    let enlarged = ops.resize(x, Filter::Nearest, (h, w))?;
     ops.conv(&Conv2d::new(&enlarged, conv))
 }

@@ -3,9 +3,10 @@
 //! Some techniques change what happens inside the network: attention over parts
 //! of the picture, scaled skip connections, smaller feature maps for the first
 //! steps. They attach as [`UnetHook`]s, which the blocks ask at three places; the
-//! network itself knows none of them, and without hooks nothing is asked. Hooks may
-//! copy to and from the host, so a pass with hooks is never recorded.
+//! network itself knows none of them, and without hooks nothing is asked. A pass is recorded if
+//! every hook gives a [`key`](UnetHook::key) for it; hooks that copy to and from the host give none.
 
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 
 use crate::models::ModelError;
@@ -70,6 +71,13 @@ pub struct Joined {
 
 /// A change to the inside of a forward pass.
 pub trait UnetHook: Send + Sync {
+    /// Names what the hook does in this pass, if it is a fixed sequence of ops on the device: two passes of one
+    /// key and one size do the same to what they are given. `None`: the pass isn't recorded.
+    fn key(&self, call: &HookCall<'_>) -> Option<u64> {
+        let _ = call;
+        None
+    }
+
     /// Whether [`sources`](Self::sources) changes anything; if so, a number that no other such hook has.
     fn changes_sources(&self) -> Option<u64> {
         None
@@ -115,6 +123,13 @@ pub trait UnetHook: Send + Sync {
     }
 }
 
+/// A [`key`](UnetHook::key) of a hook's name and numbers.
+pub fn key_of(hook: &'static str, numbers: impl Hash) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    (hook, numbers).hash(&mut hasher);
+    hasher.finish()
+}
+
 /// The hooks of one forward pass.
 #[derive(Clone, Copy)]
 pub struct Hooks<'a> {
@@ -157,6 +172,12 @@ pub(super) fn spliced(ops: Ops<'_>, from: &[&Tensor]) -> Result<Tensor, ModelErr
 }
 
 impl HookScope<'_> {
+    /// Names the pass of a network called `work` under these hooks; `None` if one of them has no key.
+    pub fn key(&self, work: u64) -> Option<u64> {
+        let keys: Option<Vec<u64>> = self.list.iter().map(|hook| hook.key(&self.call)).collect();
+        Some(key_of("hooks", (work, keys?)))
+    }
+
     /// A block's self-attention.
     pub fn attend(&self, site: Site<'_>, attention: &SelfAttention<'_>) -> Result<Tensor, ModelError> {
         for hook in self.list.iter().rev() {

@@ -303,7 +303,7 @@ impl Unet {
         self.config.channel_mult.len()
     }
 
-    /// As [`forward_controlled`](Self::forward_controlled), with hooks. Such a pass is not recorded.
+    /// As [`forward_controlled`](Self::forward_controlled), with hooks.
     pub fn forward_hooked(
         &self,
         input: &UnetInput<'_>,
@@ -341,7 +341,7 @@ impl Unet {
         self.pass(input, controls, (probe, None))
     }
 
-    /// Upload, all layers, download. A pass that nobody looks into is recorded.
+    /// Upload, all layers, download. A pass that nobody looks into is recorded, if its hooks can be.
     fn pass(
         &self,
         input: &UnetInput<'_>,
@@ -364,14 +364,13 @@ impl Unet {
             let added = controlnet::run_all(ops, &own, controls, nets)?;
             self.layers(ops, &own, added, watched)
         };
-        let out = match probe {
-            Some(probe) => run(&inputs, (probe, hooks))?,
-            None if hooks.is_some() => run(&inputs, (&mut |_, _| {}, hooks))?,
-            None => self
+        let work = controlnet::key(self.id, controls);
+        let out = match (probe, hooks.map_or(Some(work), |hooks| hooks.key(work))) {
+            (Some(probe), _) => run(&inputs, (probe, hooks))?,
+            (None, None) => run(&inputs, (&mut |_, _| {}, hooks))?,
+            (None, Some(key)) => self
                 .backend
-                .record(controlnet::key(self.id, controls), &inputs, &mut |inputs| {
-                    Ok(run(inputs, (&mut |_, _| {}, None))?)
-                })
+                .record(key, &inputs, &mut |inputs| Ok(run(inputs, (&mut |_, _| {}, hooks))?))
                 .map_err(ModelError::from_recorded)?,
         };
         ops.download_nchw(&out)

@@ -68,6 +68,7 @@ impl Upscaler {
             Architecture::Rrdb(network) => network.forward(picture),
             Architecture::Srvgg(network) => network.forward(picture),
         }?;
+        ModelError::check_numbers("upscaler", picture.data(), out.data())?;
         Ok(out.map(|v| v.clamp(0.0, 1.0)))
     }
 }

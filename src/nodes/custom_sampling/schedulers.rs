@@ -10,7 +10,8 @@ use crate::diffusion::sample::Sigmas;
 use crate::diffusion::schedule::{
     AlignYourSteps, SCHEDULERS, Spacing, align_your_steps_sigmas, basic_scheduler, beta_sigmas,
     exponential_sigmas, extend_intermediate_sigmas, flip_sigmas, gits_sigmas, karras_sigmas, laplace_sigmas,
-    polyexponential_sigmas, sd_turbo_sigmas, set_first_sigma, split_sigmas, split_sigmas_denoise, vp_sigmas,
+    optimal_sigmas, polyexponential_sigmas, sd_turbo_sigmas, set_first_sigma, split_sigmas,
+    split_sigmas_denoise, vp_sigmas,
 };
 use crate::graph::Input;
 
@@ -30,6 +31,7 @@ pub(super) fn nodes() -> Vec<Box<dyn Node>> {
         PureNode::boxed(sd_turbo_schema, sd_turbo),
         PureNode::boxed(align_your_steps_schema, align_your_steps),
         PureNode::boxed(gits_schema, gits),
+        PureNode::boxed(optimal_schema, optimal),
         PureNode::boxed(split_schema, split),
         PureNode::boxed(split_denoise_schema, split_denoise),
         PureNode::boxed(flip_schema, flip),
@@ -220,6 +222,23 @@ fn gits(inputs: &Inputs) -> Result<Vec<Value>, NodeError> {
         NodeError::input("coeff", &what)
     })?;
     sigmas(values)
+}
+
+fn optimal_schema() -> Schema {
+    let schema = Schema::new("OptimalStepsScheduler", SCHEDULES)
+        .module("comfy_extras.nodes_optimalsteps")
+        .describe("Tabulated schedules for flow models.")
+        .input(Input::combo("model_type", &["FLUX", "Wan", "Chroma"]).opt("multiselect", false))
+        .input(Input::int("steps", 20, 3, 1000))
+        .input(denoise())
+        .output("SIGMAS");
+    newer_unnamed(schema, false)
+}
+
+fn optimal(inputs: &Inputs) -> Result<Vec<Value>, NodeError> {
+    let name = inputs.string("model_type")?;
+    let values = optimal_sigmas(name, inputs.size("steps")?, inputs.float("denoise")?);
+    sigmas(values.ok_or_else(|| unknown("model_type", name))?)
 }
 
 fn editing(class: &'static str, text: &'static str) -> Schema {

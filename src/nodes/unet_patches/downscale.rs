@@ -8,12 +8,12 @@ use crate::diffusion::ModelHandle;
 use crate::graph::Input;
 use crate::image::{Method, Resize, upscale};
 use crate::models::ModelError;
-use crate::models::unet::hooks::{HookCall, Joined, UnetHook};
+use crate::models::unet::hooks::{HookCall, Joined, UnetHook, key_of};
 use crate::nodes::pure::PureNode;
 use crate::nodes::shapes::{method, newer, round};
 use crate::nodes::string::choice;
 use crate::nodes::{Inputs, Node, NodeError, Schema, Value};
-use crate::tensor::Tensor;
+use crate::tensor::{Filter, Tensor};
 
 const METHODS: [&str; 5] = ["bicubic", "nearest-exact", "bilinear", "area", "bislerp"];
 
@@ -73,12 +73,39 @@ fn resized(
     (h, w): (usize, usize),
     method: Method,
 ) -> Result<Tensor, ModelError> {
+    let filter = match method {
+        Method::Nearest => Some(Filter::Nearest),
+        Method::NearestExact => Some(Filter::NearestExact),
+        Method::Bilinear => Some(Filter::Bilinear),
+        Method::Bicubic => Some(Filter::Bicubic),
+        Method::Area => Some(Filter::Area),
+        Method::BicubicAntialias | Method::Bislerp | Method::Lanczos => None,
+    };
+    if let Some(filter) = filter {
+        return call.ops.resize(x, filter, (h, w));
+    }
     let map = call.ops.download_nchw(x)?;
     let map = upscale(&map, Resize::to(w, h, method)).map_err(|e| ModelError::File(e.to_string()))?;
     call.ops.upload_nchw(&map)
 }
 
+impl Downscale {
+    fn is_active(&self, call: &HookCall<'_>) -> bool {
+        let sigma = f64::from(call.sigma);
+        sigma <= self.start && sigma >= self.end
+    }
+}
+
 impl UnetHook for Downscale {
+    /// Directions are interpolated on the host.
+    fn key(&self, call: &HookCall<'_>) -> Option<u64> {
+        let is_active = self.is_active(call);
+        let on_host = is_active && [self.down, self.up].contains(&Method::Bislerp);
+        let what = (self.block, self.factor.to_bits(), self.is_after_skip);
+        let methods = (self.down as u8, self.up as u8);
+        (!on_host).then(|| key_of("downscale", is_active.then_some((what, methods))))
+    }
+
     fn way_down(
         &self,
         call: &HookCall<'_>,
@@ -86,9 +113,7 @@ impl UnetHook for Downscale {
         is_after_skip: bool,
         h: &Tensor,
     ) -> Result<Option<Tensor>, ModelError> {
-        let sigma = f64::from(call.sigma);
-        let is_active = sigma <= self.start && sigma >= self.end;
-        if block != self.block || is_after_skip != self.is_after_skip || !is_active {
+        if block != self.block || is_after_skip != self.is_after_skip || !self.is_active(call) {
             return Ok(None);
         }
         let side = |n: usize| round(n as f64 * (1.0 / self.factor)).max(1);

@@ -7,16 +7,16 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::{attach, tokens};
+use super::attach;
 use crate::diffusion::noise::Generator;
 use crate::graph::Input;
 use crate::models::ModelError;
 use crate::models::layers::head_scale;
-use crate::models::unet::hooks::{HookCall, SelfAttention, Site, UnetHook};
+use crate::models::unet::hooks::{HookCall, SelfAttention, Site, UnetHook, key_of};
 use crate::nodes::pure::PureNode;
 use crate::nodes::shapes::newer_unnamed;
 use crate::nodes::{Inputs, Node, NodeError, Schema, Value};
-use crate::tensor::{Attention, Cols, Tensor};
+use crate::tensor::{Attention, Cols, Shape, SwapTokens, Tensor};
 
 /// Pixels to a latent cell.
 const CELL: usize = 8;
@@ -69,15 +69,6 @@ impl Tiling {
     fn count(&self) -> usize {
         self.rows * self.columns
     }
-
-    /// For every token in the order of tiles its place in the picture.
-    fn places(&self) -> impl Iterator<Item = usize> + '_ {
-        let width = self.columns * self.w;
-        (0..self.count()).flat_map(move |tile| {
-            let (top, left) = (tile / self.columns * self.h, tile % self.columns * self.w);
-            (0..self.h * self.w).map(move |i| (top + i / self.w) * width + left + i % self.w)
-        })
-    }
 }
 
 impl HyperTile {
@@ -117,6 +108,12 @@ impl HyperTile {
 }
 
 impl UnetHook for HyperTile {
+    /// A draw among several tilings is another one in every pass.
+    fn key(&self, _: &HookCall<'_>) -> Option<u64> {
+        let (tile, max_depth, is_scaled) = (self.tile, self.max_depth, self.is_scaled);
+        (self.choices <= 2).then(|| key_of("hypertile", (tile, self.choices, max_depth, is_scaled)))
+    }
+
     fn self_attention(
         &self,
         call: &HookCall<'_>,
@@ -125,31 +122,30 @@ impl UnetHook for HyperTile {
     ) -> Result<Option<Tensor>, ModelError> {
         let s = attention.qkv.shape();
         let Some(tiling) = self.tiling(call.size, s.positions()) else { return Ok(None) };
-        let (c, each) = (s.c / 3, tiling.h * tiling.w);
-        let order: Vec<usize> = tiling.places().collect();
-        let qkv = call.ops.download_tokens(attention.qkv)?;
-        let samples = s.n * tiling.count();
-        let mut queries = Vec::with_capacity(s.n * order.len() * c);
-        for n in 0..s.n {
-            order.iter().for_each(|p| queries.extend_from_slice(&qkv.row(n)[p * 3 * c..p * 3 * c + c]));
-        }
-        let q = tokens(call.ops, [samples, each, c], queries)?;
-        let runs = tokens(call.ops, [samples, each, 3 * c], qkv.into_data())?;
-        let attended = call.ops.attention(&Attention {
+        let (c, ops) = (s.c / 3, call.ops);
+        let tiles = |n: usize, c: usize| Shape::tokens(n * tiling.count(), tiling.h * tiling.w, c);
+        // Rows of a tile, which stand apart in the picture, become neighbours, and neighbours again rows.
+        let mut q = ops.swap_tokens(&SwapTokens {
+            x: Cols::range(attention.qkv, 0, c),
+            rows: tiling.h,
+            columns: tiling.columns,
+            run: tiling.w,
+        })?;
+        let mut runs = ops.columns(Cols::range(attention.qkv, c, 2 * c))?;
+        q.reshape(tiles(s.n, c))?;
+        runs.reshape(tiles(s.n, 2 * c))?;
+        let mut attended = ops.attention(&Attention {
             q: Cols::all(&q),
-            k: Cols::range(&runs, c, c),
-            v: Cols::range(&runs, 2 * c, c),
+            k: Cols::range(&runs, 0, c),
+            v: Cols::range(&runs, c, c),
             heads: attention.heads,
             is_causal: false,
             scale: head_scale(c, attention.heads),
         })?;
-        let attended = call.ops.download_tokens(&attended)?;
-        let mut out = vec![0f32; s.n * order.len() * c];
-        for (token, values) in attended.data().chunks_exact(c).enumerate() {
-            let place = token / order.len() * order.len() + order[token % order.len()];
-            out[place * c..(place + 1) * c].copy_from_slice(values);
-        }
-        tokens(call.ops, [s.n, order.len(), c], out).map(Some)
+        attended.reshape(s.with_channels(c))?;
+        let back =
+            SwapTokens { x: Cols::all(&attended), rows: tiling.columns, columns: tiling.h, run: tiling.w };
+        ops.swap_tokens(&back).map(Some)
     }
 }
 
@@ -170,12 +166,5 @@ mod tests {
         assert_eq!(hook(4, 1, false).tiling((24, 24), 144), Some(Tiling { rows: 3, columns: 3, h: 4, w: 4 }));
         assert_eq!(hook(4, 1, true).tiling((32, 32), 256), Some(Tiling { rows: 2, columns: 2, h: 8, w: 8 }));
         assert_eq!(hook(32, 0, false).tiling((24, 24), 576), None);
-    }
-
-    #[test]
-    fn tiles_hold_every_place_once() {
-        let tiling = Tiling { rows: 2, columns: 3, h: 2, w: 1 };
-        let places: Vec<usize> = tiling.places().collect();
-        assert_eq!(places, [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]);
     }
 }

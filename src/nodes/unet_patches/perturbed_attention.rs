@@ -11,12 +11,12 @@ use crate::diffusion::guidance_patch::{GuidancePatch, PatchContext, Predictions}
 use crate::diffusion::{DiffusionError, ModelHandle};
 use crate::graph::Input;
 use crate::models::ModelError;
-use crate::models::unet::hooks::{HookCall, SelfAttention, Site, UnetHook};
+use crate::models::unet::hooks::{HookCall, SelfAttention, Site, UnetHook, key_of};
 use crate::nodes::pure::PureNode;
 use crate::nodes::sd_model::SdModel;
 use crate::nodes::shapes::newer_unnamed;
 use crate::nodes::{Inputs, Node, NodeError, Schema, Value};
-use crate::tensor::{HostTensor, Tensor};
+use crate::tensor::{Cols, HostTensor, Tensor};
 
 /// The node.
 pub(super) fn nodes() -> Vec<Box<dyn Node>> {
@@ -76,6 +76,10 @@ impl GuidancePatch for PerturbedAttention {
 pub(super) struct ValuesOnly;
 
 impl UnetHook for ValuesOnly {
+    fn key(&self, _: &HookCall<'_>) -> Option<u64> {
+        Some(key_of("values only", ()))
+    }
+
     fn self_attention(
         &self,
         call: &HookCall<'_>,
@@ -85,10 +89,7 @@ impl UnetHook for ValuesOnly {
         if !site.is_middle() {
             return Ok(None);
         }
-        let all = call.ops.download_tokens(attention.qkv)?;
-        let (samples, places, c) = (all.dim(0), all.dim(1), all.dim(2) / 3);
-        let values =
-            all.data().chunks_exact(3 * c).flat_map(|token| token[2 * c..].iter().copied()).collect();
-        super::tokens(call.ops, [samples, places, c], values).map(Some)
+        let c = attention.qkv.shape().c / 3;
+        call.ops.columns(Cols::range(attention.qkv, 2 * c, c)).map(Some)
     }
 }

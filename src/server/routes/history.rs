@@ -5,14 +5,11 @@ use hyper::StatusCode;
 use super::{blocking, ids, is_truthy};
 use crate::server::http::{self, Call, Failure, Response, json_text};
 
-/// A whole number in the query; negative means absent.
-fn count(call: &Call, key: &str) -> Result<Option<usize>, Failure> {
+/// A whole number in the query.
+fn count(call: &Call, key: &str) -> Result<Option<i64>, Failure> {
     let Some(text) = call.query(key) else { return Ok(None) };
-    let number: i64 = text
-        .trim()
-        .parse()
-        .map_err(|_| Failure::bad_request(format!("'{key}' is no whole number: {text}")))?;
-    Ok(usize::try_from(number).ok())
+    let number = text.trim().parse();
+    number.map(Some).map_err(|_| Failure::bad_request(format!("'{key}' is no whole number: {text}")))
 }
 
 /// `GET /history?max_items=&offset=`

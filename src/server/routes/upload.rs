@@ -170,6 +170,7 @@ fn keep(folders: &Folders, form: Form) -> Result<String, Failure> {
     if filename.contains('/') {
         return Err(Failure::BAD_REQUEST);
     }
+    let subfolder = names::collapse(&subfolder);
     let target = folders.sandbox(kind).map_err(Failure::internal)?;
     if overwrite {
         target.take_in(&staged, &below(&subfolder, &filename), true).map_err(refuse)?;

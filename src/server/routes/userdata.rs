@@ -168,14 +168,13 @@ pub(in crate::server) async fn list(call: Call) -> Result<Response, Failure> {
 
 /// `GET /v2/userdata?path=`: files and folders below a folder, folders first, then by name.
 pub(in crate::server) async fn list_all(call: Call) -> Result<Response, Failure> {
-    let user = call.app.users.of(call.headers())?;
+    let unknown = |_| refuse(StatusCode::FORBIDDEN, "Invalid user specified in request");
+    let user = call.app.users.of(call.headers()).map_err(unknown)?;
     let path = decoded(call.query("path").unwrap_or_default());
     let (folder, mut listed) = blocking(move || {
         let data = call.app.users.data(&user).map_err(refuse_path)?;
         let at = |error| match error {
-            PathError::OutsideRoot { .. } => {
-                refuse(StatusCode::FORBIDDEN, "Invalid directory path requested")
-            }
+            PathError::OutsideRoot { .. } => refuse(StatusCode::BAD_REQUEST, "Invalid path requested"),
             PathError::NotFound { .. } => refuse(StatusCode::NOT_FOUND, "Requested path not found"),
             other => refuse_path(other),
         };

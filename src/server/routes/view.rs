@@ -41,7 +41,7 @@ impl Form {
 
 /// `GET /view?filename=&type=&subfolder=&preview=&channel=`
 pub(in crate::server) async fn view(call: Call) -> Result<Response, Failure> {
-    let filename = call.query("filename").filter(|name| !name.is_empty()).ok_or(Failure::NOT_FOUND)?;
+    let filename = call.query("filename").ok_or(Failure::NOT_FOUND)?;
     let (name, kind) = names::split_annotation(&filename);
     let name = names::last_part(name).map_err(|_| Failure::BAD_REQUEST)?.to_owned();
     let kind = match kind {
@@ -51,7 +51,7 @@ pub(in crate::server) async fn view(call: Call) -> Result<Response, Failure> {
             Kind::from_name(&given).ok_or(Failure::BAD_REQUEST)?
         }
     };
-    let subfolder = call.query("subfolder").unwrap_or_default();
+    let subfolder = names::collapse(&call.query("subfolder").unwrap_or_default());
     let file = {
         let (app, name) = (call.app.clone(), name.clone());
         blocking(move || app.folders.open_file(kind, &subfolder, &name)).await?.map_err(super::refuse_path)?

@@ -149,7 +149,7 @@ async fn view_serves_files_and_other_forms() {
         ("filename=p.png", 404),
         ("filename=none.png&type=input", 404),
         ("type=input", 404),
-        ("filename=&type=input", 404),
+        ("filename=&type=input", 400),
         ("filename=p.png&type=models", 400),
         ("filename=p.png%20%5Binput%5D&type=output", 200),
         ("filename=some/folder/p.png&type=input", 200),
@@ -159,6 +159,10 @@ async fn view_serves_files_and_other_forms() {
         ("filename=passwd&type=input&subfolder=../../../../../etc", 403),
         ("filename=passwd&type=input&subfolder=/etc", 403),
         ("filename=x&type=input&subfolder=p.png", 404),
+        ("filename=p.png&type=input&subfolder=a/..", 200),
+        ("filename=p.png&type=input&subfolder=./a/b/../../.", 200),
+        ("filename=p.png&type=input&subfolder=a/../../input", 403),
+        ("filename=p.png&type=input&subfolder=/..", 403),
     ] {
         let answer = server.get(&format!("/view?{query}")).await;
         assert_eq!(answer.status, status, "{query}");

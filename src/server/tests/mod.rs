@@ -2,6 +2,8 @@
 //! so that what goes over the wire is what is asserted.
 
 mod access;
+mod assets;
+mod edges;
 mod files;
 mod hostile;
 mod jobs;

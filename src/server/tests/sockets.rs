@@ -6,6 +6,7 @@ use futures_util::{SinkExt, StreamExt};
 use serde_json::{Value as Json, json};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep, timeout};
+use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
 use tokio_tungstenite::tungstenite::{Error, Message};
 use tokio_tungstenite::{WebSocketStream, client_async};
@@ -41,6 +42,14 @@ impl Client {
     async fn connect(server: &Server, path: &str) -> Self {
         let stream = server.connect().await;
         let (socket, _) = client_async(format!("ws://{}{path}", server.addr), stream).await.unwrap();
+        Self(socket)
+    }
+
+    /// Connects with a `User-Agent`.
+    async fn connect_as(server: &Server, path: &str, agent: &str) -> Self {
+        let mut request = format!("ws://{}{path}", server.addr).into_client_request().unwrap();
+        request.headers_mut().insert("user-agent", agent.parse().unwrap());
+        let (socket, _) = client_async(request, server.connect().await).await.unwrap();
         Self(socket)
     }
 
@@ -172,6 +181,29 @@ async fn a_second_connection_takes_over_and_is_told_what_runs() {
     sleep(Duration::from_millis(50)).await;
     let again = server.queue(show(1), Some("me")).await;
     assert!(!new.until_done(&again).await.is_empty(), "closing the old connection leaves the new one");
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn two_programs_with_one_id_both_hear_and_an_old_socket_hears_again() {
+    let server = Server::start().await;
+    let mut script = Client::connect(&server, "/ws?clientId=me").await;
+    script.next().await;
+    let mut other = Client::connect_as(&server, "/ws?clientId=me", "another program/1.0").await;
+    other.next().await;
+    let prompt = server.queue(show(3), Some("me")).await;
+    let (one, two) = (script.until_done(&prompt).await.len(), other.until_done(&prompt).await.len());
+    assert!(one >= 8 && one == two, "{one} {two}");
+    let mut again = Client::connect(&server, "/ws?clientId=me").await;
+    again.next().await;
+    let prompt = server.queue(show(4), Some("me")).await;
+    assert_eq!(again.until_done(&prompt).await.len(), other.until_done(&prompt).await.len());
+    assert_eq!(script.drain().await, Vec::<Json>::new(), "the same program again: the older one is silent");
+    drop(again);
+    sleep(Duration::from_millis(50)).await;
+    let prompt = server.queue(show(5), Some("me")).await;
+    assert!(script.until_done(&prompt).await.len() >= 8, "the newer one is gone, so the older one hears");
+    assert!(other.until_done(&prompt).await.len() >= 8);
     server.stop().await;
 }
 

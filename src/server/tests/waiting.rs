@@ -257,28 +257,31 @@ async fn openai_like_refusals() {
 }
 
 #[tokio::test]
-async fn errors_are_json_for_who_asks() {
+async fn errors_are_json() {
     let server = Server::with(|config| config.limits.max_body_bytes = 1000).await;
-    let accept = [("Accept", "application/json")];
     for (method, path, body, status, code) in [
         ("GET", "/no_such_route", "".to_owned(), 404, "not_found"),
         ("GET", "/view?filename=none.png", String::new(), 404, "not_found"),
         ("DELETE", "/prompt", String::new(), 405, "method_not_allowed"),
         ("POST", "/prompt", "x".repeat(2000), 413, "payload_too_large"),
         ("POST", "/upload/image", String::new(), 400, "invalid_request"),
+        ("GET", "/userdata", String::new(), 400, "invalid_request"),
+        ("GET", "/userdata/..%2F..%2Fx", String::new(), 403, "forbidden"),
+        ("GET", "/ws", String::new(), 400, "invalid_request"),
     ] {
-        let answer = server.send(method, path, &accept, body.as_bytes()).await;
+        let answer = server.send(method, path, &[], body.as_bytes()).await;
         assert_eq!(
             (answer.status, answer.json()["error"]["type"].as_str()),
             (status, Some(code)),
             "{method} {path}"
         );
-        let plain = server.send(method, path, &[], body.as_bytes()).await;
-        assert_eq!(plain.status, status);
-        assert!(
-            serde_json::from_slice::<Json>(&plain.body).is_err(),
-            "others see ComfyUI's answer: {plain:?}"
-        );
+        assert_eq!(answer.header("content-type"), Some("application/json; charset=utf-8"), "{method} {path}");
+        assert!(!answer.json()["error"]["message"].as_str().unwrap().is_empty());
     }
+    let evil = ("Origin", "http://evil.example");
+    let foreign = server.send("GET", "/prompt", &[evil], b"").await;
+    assert_eq!((foreign.status, foreign.body.len()), (403, 0), "ComfyUI's answer, which the recordings hold");
+    let asked = server.send("GET", "/prompt", &[evil, ("Accept", "application/json")], b"").await;
+    assert_eq!((asked.status, asked.json()["error"]["type"].as_str()), (403, Some("forbidden")));
     server.stop().await;
 }

@@ -3,10 +3,12 @@
 //! One task a socket reads and writes; [`pump`] turns engine events into frames
 //! and puts them into the sockets' bounded queues ([`outbox`]), so that a slow
 //! client costs nobody else anything. Registration is per connection: closing
-//! one takes nothing from another. Sockets that announced themselves with
-//! `feature_flags` (web pages), or asked for it with `?shared=1`, share an id, so
-//! that two tabs with one id both hear. A plain older socket stays open but falls
-//! silent when its id connects again, as in ComfyUI.
+//! one takes nothing from another, and several sockets with one id all hear. The
+//! one exception is what looks like a program that connects again while its old
+//! connection still closes: the same client id from the same address, user agent
+//! and API key. The older of two such sockets falls silent, as in ComfyUI, and
+//! hears again when the newer one is gone. Sockets that announced themselves with
+//! `feature_flags` (web pages), or asked for it with `?shared=1`, never do.
 //!
 //! A socket that connects late, or again, is told first what the running prompt
 //! of its id has done so far.
@@ -23,7 +25,7 @@ use futures_util::{SinkExt, StreamExt};
 use hyper::StatusCode;
 use hyper::header::{
     CONNECTION, HeaderMap, HeaderValue, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_VERSION,
-    UPGRADE,
+    UPGRADE, USER_AGENT,
 };
 use hyper::upgrade::{OnUpgrade, Upgraded};
 use hyper_util::rt::TokioIo;
@@ -66,8 +68,30 @@ const LOG_INTERVAL: Duration = Duration::from_millis(200);
 struct Socket {
     outbox: Outbox,
     knows_preview_metadata: AtomicBool,
-    /// Whether it goes on hearing when its id connects again.
+    /// Whether it goes on hearing when its program connects again.
     shares_id: AtomicBool,
+    /// Whether a newer socket of its program hears in its place.
+    is_silent: AtomicBool,
+    /// Address, user agent and key: with the id they tell a program that connects again.
+    program: String,
+}
+
+impl Socket {
+    fn hears(&self) -> bool {
+        !self.is_silent.load(Ordering::Acquire)
+    }
+
+    /// Whether a newer socket of that program silences it.
+    fn yields_to(&self, program: &str) -> bool {
+        self.program == program && !self.shares_id.load(Ordering::Acquire)
+    }
+}
+
+/// Who connects.
+struct Guest {
+    client_id: String,
+    shares_id: bool,
+    program: String,
 }
 
 /// The open WebSockets, by client id.
@@ -87,8 +111,10 @@ impl Sockets {
 
     /// Registers a socket whose queue begins with the first `status` and what the
     /// running prompt of its id has done so far.
-    fn connect(&self, client_id: &str, shares_id: bool, app: &App) -> Arc<Socket> {
-        let socket = Arc::new(Socket { shares_id: shares_id.into(), ..Socket::default() });
+    fn connect(&self, guest: &Guest, app: &App) -> Arc<Socket> {
+        let client_id = guest.client_id.as_str();
+        let program = guest.program.clone();
+        let socket = Arc::new(Socket { shares_id: guest.shares_id.into(), program, ..Socket::default() });
         let mut by_client = self.by_client();
         let queue_remaining = app.engine.queue_remaining();
         let status = EventKind::Status { queue_remaining };
@@ -101,7 +127,9 @@ impl Sockets {
             }
         }
         let of_client = by_client.entry(client_id.to_owned()).or_default();
-        of_client.retain(|older| older.shares_id.load(Ordering::Acquire));
+        for older in of_client.iter().filter(|older| older.yields_to(&guest.program)) {
+            older.is_silent.store(true, Ordering::Release);
+        }
         of_client.push(socket.clone());
         socket
     }
@@ -110,6 +138,10 @@ impl Sockets {
         let mut by_client = self.by_client();
         let Some(of_client) = by_client.get_mut(client_id) else { return };
         of_client.retain(|other| !Arc::ptr_eq(other, socket));
+        let mut of_program = of_client.iter().rev().filter(|other| other.yields_to(&socket.program));
+        if let Some(newest) = of_program.next().filter(|_| socket.hears()) {
+            newest.is_silent.store(false, Ordering::Release);
+        }
         if of_client.is_empty() {
             by_client.remove(client_id);
             self.want_log().remove(client_id);
@@ -132,15 +164,20 @@ impl Sockets {
 
     fn log_readers(&self) -> Vec<Arc<Socket>> {
         let by_client = self.by_client();
-        self.want_log().iter().filter_map(|id| by_client.get(id)).flatten().cloned().collect()
+        let readers = self.want_log();
+        let sockets = readers.iter().filter_map(|id| by_client.get(id)).flatten();
+        sockets.filter(|socket| socket.hears()).cloned().collect()
     }
 
     /// The sockets that an event is for.
     fn targets(&self, event: &Event) -> Vec<Arc<Socket>> {
         let by_client = self.by_client();
+        let hearing = |sockets: &Vec<Arc<Socket>>| -> Vec<Arc<Socket>> {
+            sockets.iter().filter(|socket| socket.hears()).cloned().collect()
+        };
         match &event.client_id {
-            Some(id) => by_client.get(&**id).cloned().unwrap_or_default(),
-            None => by_client.values().flatten().cloned().collect(),
+            Some(id) => by_client.get(&**id).map(hearing).unwrap_or_default(),
+            None => by_client.values().flat_map(hearing).collect(),
         }
     }
 
@@ -257,9 +294,12 @@ pub(super) async fn upgrade(mut call: Call) -> Result<Response, Failure> {
         .filter(|id| !id.is_empty())
         .unwrap_or_else(|| uuid::Uuid::new_v4().simple().to_string());
     let shares_id = call.query("shared").is_some_and(|value| value == "1" || value == "true");
+    let agent = call.headers().get(USER_AGENT).map_or(&b""[..], HeaderValue::as_bytes);
+    let program = format!("{:?} {}", call.owner(), String::from_utf8_lossy(agent));
+    let guest = Guest { client_id, shares_id, program };
     let count = OpenCount::new(call.app.clone())?;
     let upgrade = hyper::upgrade::on(&mut call.request);
-    tokio::spawn(serve(upgrade, count, call.peer, (client_id, shares_id)));
+    tokio::spawn(serve(upgrade, count, call.peer, guest));
     let mut response = http::empty(StatusCode::SWITCHING_PROTOCOLS);
     http::set(&mut response, CONNECTION, "Upgrade");
     http::set(&mut response, UPGRADE, "websocket");
@@ -267,7 +307,7 @@ pub(super) async fn upgrade(mut call: Call) -> Result<Response, Failure> {
     Ok(response)
 }
 
-async fn serve(upgrade: OnUpgrade, count: OpenCount, peer: Peer, (client_id, shares_id): (String, bool)) {
+async fn serve(upgrade: OnUpgrade, count: OpenCount, peer: Peer, guest: Guest) {
     let upgraded = match upgrade.await {
         Ok(upgraded) => upgraded,
         Err(error) => {
@@ -283,9 +323,10 @@ async fn serve(upgrade: OnUpgrade, count: OpenCount, peer: Peer, (client_id, sha
         .write_buffer_size(WRITE_BUFFER)
         .max_write_buffer_size(MAX_OUTGOING);
     let stream = WebSocketStream::from_raw_socket(TokioIo::new(upgraded), Role::Server, Some(config)).await;
-    let socket = app.sockets.connect(&client_id, shares_id, app);
+    let socket = app.sockets.connect(&guest, app);
+    let client_id = &guest.client_id;
     let end = converse(stream, &socket, app).await;
-    app.sockets.disconnect(&client_id, &socket);
+    app.sockets.disconnect(client_id, &socket);
     tracing::debug!(client_id, end, "WebSocket closed");
     drop(peer);
 }

@@ -19,6 +19,7 @@ mod gemm_sm90;
 mod image;
 mod layout;
 mod norm;
+mod reweight;
 mod sampling;
 
 pub use ceiling::{Ceiling, measure_ceiling};
@@ -78,6 +79,7 @@ pub fn cases() -> Vec<Case> {
     all.extend(embed::cases());
     all.extend(sampling::cases());
     all.extend(image::cases());
+    all.extend(reweight::cases());
     all.extend(attention_sm90::cases());
     all.extend(gemm_sm90::cases());
     all.extend(conv_sm90::cases());

@@ -1,5 +1,5 @@
 //! Elements moved and not changed (`kernels/image/copy.cu`): concatenation and
-//! slices of columns, padding and cropping, doubling of maps.
+//! slices of columns, padding and cropping, doubling of maps, tokens in another order.
 
 use bytemuck::{Pod, Zeroable, bytes_of};
 
@@ -215,6 +215,68 @@ pub fn upsample2x(gpu: &Gpu, op: &Upsample2x) -> Result<(), CudaError> {
     };
     let name = format!("upsample2x_b{unit}");
     let geometry = Geometry::strided(gpu, count * size / unit, THREADS);
+    gpu.launch(&Kernel { module: MODULE, name: &name }, &geometry, &[bytes_of(&args)])
+}
+
+/// Tokens `[blocks, rows, columns, run]` in the order `[blocks, columns, rows, run]`.
+#[derive(Clone, Copy, Debug)]
+pub struct Swap {
+    /// Source.
+    pub x: Columns,
+    /// Result, without gaps.
+    pub out: DevicePtr,
+    /// Tokens of all blocks.
+    pub tokens: usize,
+    /// Rows.
+    pub rows: usize,
+    /// Columns.
+    pub columns: usize,
+    /// Tokens that stay together.
+    pub run: usize,
+    /// Type of both.
+    pub element: Element,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct SwapArgs {
+    x: DevicePtr,
+    out: DevicePtr,
+    count: u64,
+    pitch: u64,
+    rows: u32,
+    columns: u32,
+    run: u32,
+    width: u32,
+}
+
+/// Queues a change of order.
+pub fn swap(gpu: &Gpu, op: &Swap) -> Result<(), CudaError> {
+    let count = op.tokens * op.x.width;
+    if count == 0 {
+        return Ok(());
+    }
+    let (extents, block) = ([op.rows, op.columns, op.run, op.x.width], op.rows * op.columns * op.run);
+    let is_too_long = extents.iter().any(|n| *n > i32::MAX as usize);
+    if is_too_long || block == 0 || !op.tokens.is_multiple_of(block) {
+        let reason = format!("{} tokens in blocks of {}x{}x{}", op.tokens, op.rows, op.columns, op.run);
+        return Err(CudaError::Unsupported { op: "swap", reason });
+    }
+    let size = op.element.size();
+    let unit = unit(op.x.bytes(size).into_iter().chain([op.out.0 as usize]));
+    let units = |elements: usize| elements * size / unit;
+    let args = SwapArgs {
+        x: op.x.ptr,
+        out: op.out,
+        count: units(count) as u64,
+        pitch: units(op.x.pitch) as u64,
+        rows: op.rows as u32,
+        columns: op.columns as u32,
+        run: op.run as u32,
+        width: units(op.x.width) as u32,
+    };
+    let name = format!("swap_b{unit}");
+    let geometry = Geometry::strided(gpu, units(count), THREADS);
     gpu.launch(&Kernel { module: MODULE, name: &name }, &geometry, &[bytes_of(&args)])
 }
 

@@ -22,3 +22,4 @@ pub mod norm;
 pub mod philox;
 pub mod plan;
 pub mod reduce;
+pub mod reweight;

@@ -3,7 +3,7 @@
 use hyper::StatusCode;
 use hyper::header::HeaderMap;
 use multer::{Constraints, Multipart, SizeLimit};
-use serde_json::{Value as Json, json};
+use serde_json::{Map, Value as Json, json};
 use tempfile::NamedTempFile;
 
 use super::super::blocking;
@@ -72,6 +72,13 @@ fn checked_lifetime(seconds: Option<u64>) -> Result<Option<u64>, Failure> {
     }
 }
 
+/// The labels of a form's field: a list in JSON, as the web page sends it, or texts with commas between.
+fn labels(text: &str) -> Vec<String> {
+    let list: Vec<String> =
+        serde_json::from_str(text).unwrap_or_else(|_| text.split(',').map(str::to_owned).collect());
+    list.iter().map(|tag| tag.trim().to_owned()).filter(|tag| !tag.is_empty()).collect()
+}
+
 /// What an upload form holds.
 #[derive(Default)]
 pub(in crate::server::routes) struct Form {
@@ -89,8 +96,17 @@ pub(in crate::server::routes) async fn receive(
     headers: &HeaderMap,
     body: BodyReader,
 ) -> Result<Form, Failure> {
-    let fields =
-        ["content_type", "mime_type", "file_path", "name", "expected_hash", "hash", "tags", "expires_in"];
+    let fields = [
+        "content_type",
+        "mime_type",
+        "file_path",
+        "name",
+        "expected_hash",
+        "hash",
+        "tags",
+        "user_metadata",
+        "expires_in",
+    ];
     let limits =
         fields.iter().fold(SizeLimit::new(), |limit, field| limit.for_field(*field, MAX_FIELD_BYTES));
     let constraints = Constraints::new().size_limit(limits);
@@ -109,7 +125,11 @@ pub(in crate::server::routes) async fn receive(
                 match name {
                     "content_type" | "mime_type" => form.new.content_type = text,
                     "file_path" | "name" => form.new.name = text,
-                    "tags" => form.new.tags.extend(text.split(',').map(|tag| tag.trim().to_owned())),
+                    "tags" => form.new.tags.extend(labels(&text)),
+                    "user_metadata" => {
+                        let bad = |e| invalid(format!("'user_metadata' is no JSON object: {e}"));
+                        form.new.notes = serde_json::from_str(&text).map_err(bad)?;
+                    }
                     "expires_in" => {
                         let seconds = text.trim().parse();
                         let bad = |_| invalid(format!("'expires_in' is no number of seconds: {text}"));
@@ -174,6 +194,7 @@ pub(in crate::server) async fn from_hash(call: Call) -> Result<Response, Failure
         name: text("file_path").unwrap_or_default().to_owned(),
         content_type: String::new(),
         tags: tags.filter_map(|tag| Some(tag.as_str()?.to_owned())).collect(),
+        notes: Map::new(),
         expires_in: checked_lifetime(body.get("expires_in").and_then(Json::as_u64))?,
     };
     let minted = blocking(move || app.assets.mint(&hash, &new)).await?.map_err(Failure::internal)?;

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# schemathesis over /openapi.json of a real kiln process (KILN_BIN, default target/release/kiln): requests made from the
+# document, valid and not, must get no server error, no status, type or body that the document doesn't name.
+# Installs into target/openapi.
+#   run.sh [schemathesis options]     such as --include-path /queue
+set -euo pipefail
+cd "$(dirname "$0")"
+here="$PWD"
+work="$here/../../target/openapi"
+mkdir -p "$work"
+work="$(cd "$work" && pwd)"
+if ! cmp -s requirements.txt "$work/requirements.txt"; then
+    rm -rf "$work/venv"
+    python3 -m venv "$work/venv"
+    "$work/venv/bin/pip" install --quiet --disable-pip-version-check -r requirements.txt
+    cp requirements.txt "$work/"
+fi
+
+base="$(mktemp -d)"
+"${KILN_BIN:-$here/../../target/release/kiln}" serve --cpu --port 0 --threads 2 --base-directory "$base" 2>"$base/log" &
+server=$!
+trap 'kill $server 2>/dev/null; wait $server 2>/dev/null; rm -rf "$base"' EXIT
+url=""
+for _ in $(seq 300); do
+    url="$(grep -o 'http://127.0.0.1:[0-9]*' "$base/log" | head -n 1 || true)"
+    [ -n "$url" ] && break
+    sleep 0.1
+done
+[ -n "$url" ] || { cat "$base/log"; exit 1; }
+
+cd "$work"
+"$work/venv/bin/schemathesis" run "$url/openapi.json" \
+    --checks not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance \
+    --phases examples,coverage,fuzzing --max-examples "${EXAMPLES:-15}" --seed 1 --workers 2 --warnings off \
+    --exclude-path /ws "$@"
