@@ -12,7 +12,7 @@ use crate::tensor::HostTensor;
 
 /// Mean and standard deviation of the pictures that CLIP was trained on, a channel each.
 const MEAN: [f32; 3] = [0.481_454_66, 0.457_827_5, 0.408_210_73];
-const STD: [f32; 3] = [0.268_629_54, 0.261_302_58, 0.275_777_1];
+const STD: [f32; 3] = [0.268_629_54, 0.261_302_6, 0.275_777_1];
 
 /// What travels on a `CLIP_VISION` link.
 pub struct VisionHandle(Arc<ModelFile>);

@@ -169,7 +169,7 @@ fn tables<'a>(file: &'a WeightsFile, key: &str) -> Vec<&'a str> {
     let inverted = || names.iter().find(|name| name.starts_with("string_to_param."));
     match inverted().or_else(|| named(key)).or_else(|| named("emb_params")) {
         Some(table) => vec![table],
-        None if names.iter().all(|name| is_item(name)) => names,
+        None if names.iter().all(is_item) => names,
         None => names.into_iter().take(1).collect(),
     }
 }

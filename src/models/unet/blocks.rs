@@ -152,7 +152,7 @@ impl SpatialTransformer {
         out: &mut Vec<Tensor>,
     ) -> Result<(), ModelError> {
         for block in &self.blocks {
-            let kv = |x| Ok::<_, ModelError>(ops.linear(&Linear::new(x, block.kv.get()?))?);
+            let kv = |x| ops.linear(&Linear::new(x, block.kv.get()?));
             match context {
                 [both] => out.push(kv(both)?),
                 _ => {
@@ -196,7 +196,7 @@ impl SpatialTransformer {
         if let Some(hooks) = scope.hooks
             && let Some([keys, values]) = hooks::sources(hooks.list, ops, &normed)?
         {
-            let project = |x| Ok::<_, ModelError>(ops.linear(&Linear::new(x, block.qkv.get()?))?);
+            let project = |x| ops.linear(&Linear::new(x, block.qkv.get()?));
             qkv = hooks::spliced(ops, &[&qkv, &project(&keys)?, &project(&values)?])?;
         }
         let attention = SelfAttention { normed: &normed, qkv: &qkv, heads };
