@@ -176,6 +176,9 @@ fn finished(engine: &Engine, prompt: Json) -> Result<Json, Failed> {
     Err("the prompt does not end".into())
 }
 
+/// Writes the file of an adapter.
+type Writer = fn(&Path);
+
 /// Writes the models and pictures that a prompt names below `base`.
 fn provide(prompt: &Json, base: &Path) -> Result<(), Failed> {
     let mut wanted = BTreeSet::new();
@@ -210,7 +213,7 @@ fn provide(prompt: &Json, base: &Path) -> Result<(), Failed> {
         let name = name.ok_or_else(|| format!("{file} is not tiny-NAME.safetensors"))?;
         tiny::write(name, &path, DType::F16).ok_or_else(|| format!("no tiny model {name}"))??;
     }
-    let adapters: [(&str, fn(&Path)); 5] = [
+    let adapters: [(&str, Writer); 5] = [
         ("loras/tiny-lora", adapter_files::lora),
         ("loras/tiny-loha", adapter_files::loha),
         ("controlnet/tiny-controlnet", |path| adapter_files::control_net(path, None)),
