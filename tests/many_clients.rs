@@ -28,8 +28,9 @@ const MAX_P99: Duration = Duration::from_millis(5);
 const REQUESTS: usize = 1000;
 /// Largest delay of a job by the idle sockets.
 const MAX_DELAY: f64 = 0.02;
-/// Jobs with and without sockets each, taking turns; the quickest of each counts.
-const TURNS: usize = 5;
+/// Jobs with and without sockets each, taking turns; the quickest of each counts. Two such minima come closer to each
+/// other the longer it takes, and a delay that is real stays: so noise gets more turns, up to a limit.
+const TURNS: std::ops::RangeInclusive<usize> = 5..=20;
 /// With more of the machine in other hands a latency says nothing about the server.
 const MAX_OTHERS: f64 = 0.05;
 
@@ -172,29 +173,35 @@ fn idle_sockets_do_not_delay_a_job() {
     run_job(&server, 0);
     let (mut without, mut with) = (Vec::new(), Vec::new());
     let (mut busy, mut all, mut own) = (0.0, 0.0, 0.0);
-    for turn in 0..TURNS {
+    let least = |costs: &[Cost], of: fn(&Cost) -> f64| costs.iter().map(of).fold(f64::INFINITY, f64::min);
+    let [mut wall, mut processor, mut compute] = [0.0; 3];
+    for turn in 1..=*TURNS.end() {
         for has_sockets in [turn % 2 == 0, turn % 2 == 1] {
             let count = if has_sockets { SOCKETS } else { 0 };
             let mut sockets: Vec<_> = (0..count).map(|_| connect(&server)).collect();
             sockets.iter_mut().for_each(|socket| assert_eq!(next(socket)["type"], "status"));
             let before = (machine_seconds(), processor_seconds("self"));
-            let cost = run_job(&server, 1 + 2 * turn + usize::from(has_sockets));
+            let cost = run_job(&server, 2 * turn + usize::from(has_sockets));
             let now = machine_seconds();
             busy += now.0 - before.0.0 - cost.processor;
             all += now.1 - before.0.1;
             own += processor_seconds("self") - before.1;
             if has_sockets { &mut with } else { &mut without }.push(cost);
         }
+        let delay = |of: fn(&Cost) -> f64| least(&with, of) / least(&without, of) - 1.0;
+        [wall, processor, compute] = [delay(|c| c.wall), delay(|c| c.processor), delay(|c| c.compute)];
+        if turn >= *TURNS.start() && wall.max(processor).max(compute) < MAX_DELAY {
+            break;
+        }
     }
-    let least = |costs: &[Cost], of: fn(&Cost) -> f64| costs.iter().map(of).fold(f64::INFINITY, f64::min);
-    let delay = |of: fn(&Cost) -> f64| least(&with, of) / least(&without, of) - 1.0;
-    let (wall, processor, compute) = (delay(|c| c.wall), delay(|c| c.processor), delay(|c| c.compute));
     let share = (busy - own) / all;
-    // what sockets cost is time of the threads that serve them: this much tells even on a busy machine
-    let serving = least(&with, |c| c.processor - c.compute) / least(&without, |c| c.processor);
+    // what sockets cost is more time of the threads that serve them: this much tells even on a busy machine
+    let serving = |costs: &[Cost]| least(costs, |c| c.processor - c.compute);
+    let serving = (serving(&with) - serving(&without)) / least(&without, |c| c.processor);
     eprintln!(
-        "{SOCKETS} idle sockets: a job of {:.2} s takes {:+.2} % wall time, {:+.2} % processor time, {:+.2} % of its \
-         compute threads; {:.2} % go to the sockets' threads; others {:.0} %",
+        "{SOCKETS} idle sockets, {} turns: a job of {:.2} s takes {:+.2} % wall time, {:+.2} % processor time, {:+.2} % of its \
+         compute threads; {:+.2} % go to the sockets' threads; others {:.0} %",
+        with.len(),
         least(&without, |c| c.wall),
         wall * 100.0,
         processor * 100.0,
@@ -202,7 +209,7 @@ fn idle_sockets_do_not_delay_a_job() {
         serving * 100.0,
         share * 100.0
     );
-    assert!(serving < MAX_DELAY, "the sockets' threads take {:.2} % of the job's time", serving * 100.0);
+    assert!(serving < MAX_DELAY, "the sockets' threads take {:.2} % of the job's time more", serving * 100.0);
     if share > MAX_OTHERS {
         eprintln!("skipped: the times, as others used the machine meanwhile");
         return;
