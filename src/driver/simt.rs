@@ -12,6 +12,7 @@
 
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::mem::ManuallyDrop;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -111,7 +112,9 @@ struct Api {
     last_error: unsafe extern "C" fn() -> *const c_char,
     bank_conflicts: unsafe extern "C" fn() -> u64,
     tensor_map: unsafe extern "C" fn(*mut c_void, *const MapDesc) -> c_int,
-    _library: libloading::Library,
+    /// Never unloaded: its signal handler, its fibers and their stacks outlive a driver, and the next one uses them again.
+    /// Loaded anew for every driver they would pile up until the process may map no more memory.
+    _library: ManuallyDrop<libloading::Library>,
 }
 
 /// `simt_map_desc` of `kernels/simt/simt.h`.
@@ -185,7 +188,7 @@ impl SimtDriver {
                 last_error: *library.get(b"simt_last_error").map_err(fail)?,
                 bank_conflicts: *library.get(b"simt_last_bank_conflicts").map_err(fail)?,
                 tensor_map: *library.get(b"simt_tensor_map").map_err(fail)?,
-                _library: library,
+                _library: ManuallyDrop::new(library),
             }
         };
         let info = DeviceInfo {

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # schemathesis over /openapi.json of a real kiln process (KILN_BIN, default target/release/kiln): requests made from the
 # document, valid and not, must get no server error, no status, type or body that the document doesn't name.
-# Installs into target/openapi.
+# Installs into target/openapi. One worker: with two, CPython 3.11's parser fails now and then inside the tool.
 #   run.sh [schemathesis options]     such as --include-path /queue
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -31,5 +31,5 @@ done
 cd "$work"
 "$work/venv/bin/schemathesis" run "$url/openapi.json" \
     --checks not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance \
-    --phases examples,coverage,fuzzing --max-examples "${EXAMPLES:-15}" --seed 1 --workers 2 --warnings off \
+    --phases examples,coverage,fuzzing --max-examples "${EXAMPLES:-10}" --seed 1 --workers 1 --warnings off \
     --exclude-path /ws "$@"
