@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Published clients of ComfyUI against a real kiln process (KILN_BIN, default target/release/kiln): four from PyPI, two
-# from npm, one from crates.io; and the documents' own curl and JavaScript. Each program of this folder runs a workflow through one client and writes the pictures
-# it got; check.py looks at them. Installs into target/clients. One line a client; fails if one fails.
+# from npm, one from crates.io; and the documents' own curl and JavaScript. Each program of this folder runs a workflow
+# through one client and writes the pictures it got; check.py looks at them. Installs into target/clients. One line a
+# client; fails if one fails.
 #   run.sh [name part]     only the clients whose name holds the text
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -31,17 +32,7 @@ cp js/*.mjs "$work/" # node looks for packages beside the program
     cargo build --quiet --release --manifest-path rust/Cargo.toml --target-dir "$work/rust"
 )
 
-base="$(mktemp -d)"
-"${KILN_BIN:-$here/../../target/release/kiln}" serve --cpu --port 0 --threads 2 --base-directory "$base" 2>"$base/log" &
-server=$!
-trap 'kill $server 2>/dev/null; wait $server 2>/dev/null; rm -rf "$base"' EXIT
-url=""
-for _ in $(seq 300); do
-    url="$(grep -o 'http://127.0.0.1:[0-9]*' "$base/log" | head -n 1 || true)"
-    [ -n "$url" ] && break
-    sleep 0.1
-done
-[ -n "$url" ] || { cat "$base/log"; exit 1; }
+source "$here/../serve.sh"
 
 passed=0 failed=0
 try() { # name, command

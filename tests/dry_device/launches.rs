@@ -1,30 +1,20 @@
 //! Launches of a step: each costs its start, so their number is a bar of its own.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use kiln::models::text::TextKind;
 use kiln::models::unet::UnetInput;
-use kiln::models::{ModelSource, ModelStore};
 use kiln::tensor::HostTensor;
-use kiln::weights::OpenOptions;
-use kiln::weights::synth::Manifest;
 
-use crate::driver::DryDriver;
-use crate::{encode, hollow_checkpoint, placement};
+use crate::{Opened, encode, opened};
 
 /// Most launches of one forward pass of the UNet.
 const MOST: usize = 350;
 
 #[test]
 fn a_forward_pass_of_sd15_takes_few_launches() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("sd15.safetensors");
-    hollow_checkpoint(&Manifest::built_in("sd15").unwrap(), &path);
-    let driver = Arc::new(DryDriver::open());
-    let store = ModelStore::new(placement(&driver), OpenOptions::default());
-    let file = store.file(ModelSource::File(path));
-    let conds = [encode(&file, TextKind::Sd1), encode(&file, TextKind::Sd1)];
+    let Opened { driver, file, .. } = &opened("sd15");
+    let conds = [encode(file, TextKind::Sd1), encode(file, TextKind::Sd1)];
     let unet = file.unet().unwrap();
     let context = unet.context(&conds).unwrap();
     let x = HostTensor::zeros(&[2, 4, 64, 64]);

@@ -13,10 +13,11 @@ use std::sync::Arc;
 
 use driver::DryDriver;
 use kiln::backend::cuda::{CudaBackend, Element, Gpu, Shared};
-use kiln::models::ModelFile;
 use kiln::models::clip::{ClipToken, WeightedToken};
 use kiln::models::text::{self, TextKind, TextPart};
+use kiln::models::{ModelFile, ModelSource, ModelStore};
 use kiln::tensor::{HostTensor, Placement};
+use kiln::weights::OpenOptions;
 use kiln::weights::synth::Manifest;
 
 /// Backends as `kiln serve` opens them on a GPU.
@@ -25,6 +26,25 @@ fn placement(driver: &Arc<DryDriver>) -> Placement {
     let backend = |element| Arc::new(CudaBackend::new(shared.clone(), element));
     let (f16, bf16) = (backend(Element::F16), backend(Element::BF16));
     Placement { diffusion: f16.clone(), text: f16, vae: bf16 }
+}
+
+/// A checkpoint on a device of its own.
+struct Opened {
+    driver: Arc<DryDriver>,
+    store: ModelStore,
+    file: Arc<ModelFile>,
+    _folder: tempfile::TempDir,
+}
+
+/// Opens a hollow checkpoint of a built-in manifest.
+fn opened(manifest: &str) -> Opened {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("hollow.safetensors");
+    hollow_checkpoint(&Manifest::built_in(manifest).unwrap(), &path);
+    let driver = Arc::new(DryDriver::open());
+    let store = ModelStore::new(placement(&driver), OpenOptions::default());
+    let file = store.file(ModelSource::File(path));
+    Opened { driver, store, file, _folder: folder }
 }
 
 /// A file of f16 zeros with the manifest's names and shapes; it has holes instead of data.

@@ -1,31 +1,18 @@
 //! Device memory of SDXL at 1024², by the runtime's own accounting.
 
-use std::sync::Arc;
-
 use kiln::models::text::TextKind;
 use kiln::models::unet::UnetInput;
-use kiln::models::{ModelSource, ModelStore};
 use kiln::tensor::HostTensor;
-use kiln::weights::OpenOptions;
-use kiln::weights::synth::Manifest;
 
-use crate::driver::DryDriver;
-use crate::{encode, hollow_checkpoint, placement};
+use crate::{Opened, encode, opened};
 
 /// What SDXL at 1024² may take.
 const LIMIT_BYTES: u64 = 9_000_000_000;
 
 #[test]
 fn sdxl_at_1024_pixels_fits_into_nine_gigabytes() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("sdxl.safetensors");
-    hollow_checkpoint(&Manifest::built_in("sdxl-base").unwrap(), &path);
-
-    let driver = Arc::new(DryDriver::open());
-    let store = ModelStore::new(placement(&driver), OpenOptions::default());
-    let file = store.file(ModelSource::File(path));
-
-    let conds = [encode(&file, TextKind::Sdxl), encode(&file, TextKind::Sdxl)];
+    let Opened { driver, store, file, .. } = &opened("sdxl-base");
+    let conds = [encode(file, TextKind::Sdxl), encode(file, TextKind::Sdxl)];
     let text_bytes = driver.used_and_peak().0;
     let unet = file.unet().unwrap();
     let context = unet.context(&conds).unwrap();

@@ -16,17 +16,7 @@ if ! cmp -s requirements.txt "$work/requirements.txt"; then
     cp requirements.txt "$work/"
 fi
 
-base="$(mktemp -d)"
-"${KILN_BIN:-$here/../../target/release/kiln}" serve --cpu --port 0 --threads 2 --base-directory "$base" 2>"$base/log" &
-server=$!
-trap 'kill $server 2>/dev/null; wait $server 2>/dev/null; rm -rf "$base"' EXIT
-url=""
-for _ in $(seq 300); do
-    url="$(grep -o 'http://127.0.0.1:[0-9]*' "$base/log" | head -n 1 || true)"
-    [ -n "$url" ] && break
-    sleep 0.1
-done
-[ -n "$url" ] || { cat "$base/log"; exit 1; }
+source "$here/../serve.sh"
 
 cd "$work"
 "$work/venv/bin/schemathesis" run "$url/openapi.json" \

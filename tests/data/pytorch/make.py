@@ -1,5 +1,8 @@
 """Makes the PyTorch files of this folder: `python make.py`, with torch 2.15 (any version since 1.6 gives the same contents)."""
 
+import io
+import pickletools
+import struct
 import sys
 import types
 from collections import OrderedDict
@@ -61,6 +64,19 @@ def rrdb():
     return state
 
 
+def without_source(path):
+    """Takes the source code out that the old form keeps beside a module: its path and its text, in the fourth pickle."""
+    data = open(path, "rb").read()
+    stream = io.BytesIO(data)
+    ops = [list(pickletools.genops(stream)) for _ in range(4)][3]
+    texts = [(at, argument) for op, argument, at in ops if op.name == "BINUNICODE"]
+    found = next(i for i, (_, text) in enumerate(texts) if text.endswith("container.py"))
+    for (at, text), short in reversed(list(zip(texts[found:], ["container.py", "class ParameterDict: ..."]))):
+        end = at + 5 + len(text.encode())
+        data = data[:at] + b"X" + struct.pack("<I", len(short)) + short.encode() + data[end:]
+    open(path, "wb").write(data)
+
+
 def old_names(state):
     """The same under the names of the first ESRGAN files."""
     places = {"conv_first": "model.0", "conv_body": "model.1.sub.1", "conv_up1": "model.3", "conv_up2": "model.6",
@@ -107,6 +123,7 @@ def main():
                  "sd_checkpoint": None, "sd_checkpoint_name": None}
     torch.save(inversion, "word.pt")
     torch.save(inversion | {"string_to_param": torch.nn.ParameterDict({"*": torch.nn.Parameter(word)})}, "word-old.pt", **old)
+    without_source("word-old.pt")
     torch.save({"<word>": word[0]}, "word.bin")
     state = rrdb()
     torch.save({"params_ema": state, "params": OrderedDict((k, v * 0) for k, v in state.items())}, "esrgan.pth")
