@@ -4,13 +4,15 @@
 //! bits of sums, and a value on the edge of two levels may fall either way).
 //! bf16: 35 dB PSNR; bf16 keeps 8 bits of a value, so single pixels move by more.
 
+mod local;
+
 use std::path::{Path, PathBuf};
 
 use kiln::cli::client::Client;
 use kiln::cli::device::DeviceArgs;
-use kiln::cli::local::LocalServer;
-use kiln::cli::setup::RuntimeArgs;
 use serde_json::{Value as Json, json};
+
+use local::{on_cpu, with_server};
 
 struct Job {
     positive: String,
@@ -116,26 +118,10 @@ fn psnr(a: &[u8], b: &[u8]) -> f64 {
     10.0 * (255.0f64.powi(2) / (sum / a.len() as f64).max(1e-12)).log10()
 }
 
-/// On the CPU even where there is a GPU: the bounds are those of f32 and CPU bf16.
-fn on_cpu(device: DeviceArgs) -> RuntimeArgs {
-    RuntimeArgs { device: DeviceArgs { cpu: true, ..device }, ..RuntimeArgs::default() }
-}
-
-fn with_server<T>(args: RuntimeArgs, run: impl AsyncFnOnce(&Client) -> T) -> T {
-    let folder = tempfile::tempdir().unwrap();
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-    runtime.block_on(async {
-        let server = LocalServer::start(&args, folder.path()).await.unwrap();
-        let client = Client::new(server.address());
-        let result = run(&client).await;
-        server.stop().await;
-        result
-    })
-}
-
 #[test]
 fn samples_equal_the_reference_pictures() {
-    with_server(on_cpu(DeviceArgs::default()), async |client| {
+    let folder = tempfile::tempdir().unwrap();
+    with_server(&on_cpu(DeviceArgs::default()), folder.path(), async |client| {
         for (name, job) in samples() {
             assert_same_picture(&name, &draw(client, &job).await);
         }
@@ -144,7 +130,8 @@ fn samples_equal_the_reference_pictures() {
 
 #[test]
 fn the_documents_workflow_equals_the_reference_at_both_sizes() {
-    with_server(on_cpu(DeviceArgs::default()), async |client| {
+    let folder = tempfile::tempdir().unwrap();
+    with_server(&on_cpu(DeviceArgs::default()), folder.path(), async |client| {
         for size in [128, 512] {
             let ours = draw(client, &Job::document(size)).await;
             assert_same_picture(&format!("document-{size}.png"), &ours);
@@ -155,7 +142,8 @@ fn the_documents_workflow_equals_the_reference_at_both_sizes() {
 #[test]
 fn bf16_pictures_are_close() {
     let args = on_cpu(DeviceArgs { cpu_bf16: true, ..DeviceArgs::default() });
-    with_server(args, async |client| {
+    let folder = tempfile::tempdir().unwrap();
+    with_server(&args, folder.path(), async |client| {
         let mut jobs = samples();
         jobs.push(("document-128.png".into(), Job::document(128)));
         jobs.push(("document-512.png".into(), Job::document(512)));
