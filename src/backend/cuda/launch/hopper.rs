@@ -286,7 +286,7 @@ pub(super) fn epilogue_in_vectors(epilogue: &Epilogue, columns: usize) -> bool {
 /// What a kernel does with a tile's sums: `Finish` in `hopper_tile.cuh`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Finish {
-    /// Bias and residual.
+    /// Bias, leaky relu, scale and residual.
     Plain,
     /// Bias and the bias of the sample.
     Time,
@@ -301,9 +301,11 @@ impl Finish {
     pub fn of(epilogue: &Epilogue, cut: Cut, has_time: bool) -> Self {
         let Epilogue { act, geglu, out_f32, scale, .. } = *epilogue;
         let (residual, time) = (epilogue.residual.is_some(), epilogue.time_bias.is_some());
+        let is_plain = matches!(act, Act::None | Act::LeakyRelu);
         match (geglu, residual, time) {
-            _ if cut.splits > 1 || act != Act::None || out_f32 || scale != 1.0 => Self::Any,
-            (false, _, false) => Self::Plain,
+            _ if cut.splits > 1 || out_f32 => Self::Any,
+            (false, _, false) if is_plain => Self::Plain,
+            _ if act != Act::None || scale != 1.0 => Self::Any,
             (true, false, false) if !has_time => Self::Geglu,
             (false, false, true) if has_time => Self::Time,
             _ => Self::Any,
