@@ -168,11 +168,11 @@ pub fn cuts(gpu: &Gpu, layer: &Layer, element: Element) -> Result<Vec<Cut>, Cuda
         _ if !gpu.is_hopper() => Vec::new(),
         LayerOp::Gemm(extents) => {
             let op = gemm_of(extents, element, &mut nothing)?;
-            if gemm_sm90::supports(&op) { gemm_sm90::cuts_of(&op, gpu.room()?) } else { Vec::new() }
+            if gemm_sm90::supports(&op) { gemm_sm90::cuts_of(&op, gpu.room()) } else { Vec::new() }
         }
         LayerOp::Conv(extents) => {
             let op = conv_of(extents, element, &mut nothing)?;
-            if conv_sm90::supports(&op) { conv_sm90::cuts_of(&op, gpu.room()?) } else { Vec::new() }
+            if conv_sm90::supports(&op) { conv_sm90::cuts_of(&op, gpu.room()) } else { Vec::new() }
         }
         _ => Vec::new(),
     })
