@@ -46,6 +46,19 @@ fn hot_kernels_do_not_spill() {
     assert!(wrong.is_empty(), "kernels on the hot list spill or use local memory:\n{}", wrong.join("\n"));
 }
 
+/// The producer's warpgroup gives registers to the two others (`setmaxnreg`): 56 + 2·224 in products, 24 + 2·240 in attention.
+/// The request is granted only if a block begins with as many: 168 a thread.
+#[test]
+fn registers_that_change_hands_are_there() {
+    let Some(all) = resources() else { return };
+    let modules = ["gemm_sm90", "conv_sm90", "attention_sm90"];
+    let kernels: Vec<_> = all.iter().filter(|r| modules.contains(&r.module.as_str())).collect();
+    for Resources { name, registers, .. } in &kernels {
+        assert_eq!(*registers, 168, "{name} begins with {registers} registers a thread");
+    }
+    eprintln!("{} kernels", kernels.len());
+}
+
 #[test]
 fn every_module_was_compiled_and_reported() {
     let Some(all) = resources() else { return };

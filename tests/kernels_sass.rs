@@ -2,9 +2,10 @@
 //!
 //! A kernel file that says `// targets: sm_90a` exists for what only Hopper
 //! has: the asynchronous tensor cores (`HGMMA`) and the bulk tensor copy
-//! (`UTMALDG`), or clusters of blocks (`UCGABAR`). And as kernels are launched
-//! while their predecessor still runs, every single one must wait for it
-//! (`ACQBULK`). Whether that is in the machine code is read with nvdisasm (on
+//! (`UTMALDG`), clusters of blocks (`UCGABAR`) and registers that change hands
+//! (`USETMAXREG`). And as kernels are launched while their predecessor still
+//! runs, every single one must wait for it (`ACQBULK`), and none may load what
+//! that writes through the cache for constants (`LDG…CONSTANT`). Whether that is in the machine code is read with nvdisasm (on
 //! PyPI: nvidia-cuda-nvdisasm); without it, or without nvcc at build time, the
 //! test says so and skips. That kernels for other targets wait is read in their
 //! sources.
@@ -20,7 +21,8 @@ fn needed(module: &str) -> &'static [&'static str] {
     match module {
         "ceiling_sm90" => &["HGMMA"],
         "groupnorm_sm90" => &["UCGABAR"],
-        _ => &["HGMMA", "UTMALDG"],
+        "attention_sm90" => &["HGMMA", "UTMALDG", "USETMAXREG"],
+        _ => &["HGMMA", "UTMALDG", "UTMALDG.2D.MULTICAST", "UCGABAR", "USETMAXREG"],
     }
 }
 
@@ -31,6 +33,10 @@ fn missing(module: &str, sass: &str) -> Vec<String> {
     let kernels = sass.split("\t.section\t.text.").skip(1);
     let eager = kernels.filter(|kernel| !kernel.contains("ACQBULK"));
     missing.extend(eager.map(|k| format!("no ACQBULK in {}", k.split([',', '"']).next().unwrap_or("?"))));
+    let stale = sass.lines().filter(|line| line.contains("LDG.") && line.contains(".CONSTANT")).count();
+    if stale > 0 {
+        missing.push(format!("{stale} loads as of constants"));
+    }
     missing
 }
 
@@ -74,8 +80,11 @@ fn hopper_kernels_use_hopper_instructions() {
 #[test]
 fn a_text_without_the_instruction_is_noticed() {
     let waits = "\t.section\t.text.one,\"ax\"\nACQBULK\n";
-    assert_eq!(missing("gemm_sm90", &format!("{waits}HGMMA.64x128x16.F32 R24")), ["no UTMALDG"]);
-    assert!(missing("gemm_sm90", &format!("{waits}UTMALDG.2D [UR8]\nHGMMA.64x64x16.F32")).is_empty());
+    let good = format!("{waits}UTMALDG.2D.MULTICAST [UR8]\nHGMMA.64x64x16.F32\nUCGABAR_ARV\nUSETMAXREG");
+    assert!(missing("gemm_sm90", &good).is_empty());
+    assert_eq!(missing("gemm_sm90", &good.replace("HGMMA", "HMMA")), ["no HGMMA"]);
+    assert_eq!(missing("gemm_sm90", &good.replace(".MULTICAST", "")), ["no UTMALDG.2D.MULTICAST"]);
+    assert_eq!(missing("gemm_sm90", &format!("{good}\nLDG.E.64.CONSTANT R2")), ["1 loads as of constants"]);
     let eager = format!("{waits}UCGABAR_ARV\n\t.section\t.text.two,\"ax\"\nEXIT\n");
     assert_eq!(missing("groupnorm_sm90", &eager), ["no ACQBULK in two"]);
 }
@@ -90,6 +99,10 @@ fn every_kernel_waits_for_its_predecessor() {
             let text = fs::read_to_string(file.path()).unwrap();
             if file.path().extension().is_none_or(|ending| ending != "cu") {
                 continue;
+            }
+            // Loads that only memory which nobody writes allows, and the promise that makes the compiler choose them.
+            for word in ["__ldg", "__restrict__"] {
+                assert!(!text.contains(word), "{}: {word}", file.path().display());
             }
             for kernel in text.split("__global__").skip(1) {
                 let body = kernel.split_once('{').map_or("", |(_, body)| body);

@@ -114,13 +114,4 @@ template <class T, int N, hopper::Finish F> PTX void conv(const ConvSm90Args& ar
         conv<T, N, hopper::Finish::F>(args, &x, &x2, &w);                                                                         \
     }                                                                                                                             \
     SIMT_KERNEL(name)
-#define CONV_SM90_WIDTH(T, N, suffix)                     \
-    CONV_SM90(T, N, kPlain, conv_sm90_128x##N##_##suffix) \
-    CONV_SM90(T, N, kTime, conv_sm90_128x##N##_time_##suffix) \
-    CONV_SM90(T, N, kAny, conv_sm90_128x##N##_any_##suffix)
-#define CONV_SM90_ALL(T, suffix)    \
-    CONV_SM90_WIDTH(T, 128, suffix) \
-    CONV_SM90_WIDTH(T, 160, suffix) \
-    CONV_SM90_WIDTH(T, 256, suffix)
-CONV_SM90_ALL(__half, f16)
-CONV_SM90_ALL(__nv_bfloat16, bf16)
+HOPPER_KERNELS(CONV_SM90, conv_sm90, kTime, time)

@@ -47,13 +47,4 @@ template <class T, int N, hopper::Finish F> PTX void gemm(const GemmSm90Args& ar
         gemm<T, N, hopper::Finish::F>(args, &x, &x2, &w);                                                                         \
     }                                                                                                                             \
     SIMT_KERNEL(name)
-#define GEMM_SM90_WIDTH(T, N, suffix)                     \
-    GEMM_SM90(T, N, kPlain, gemm_sm90_128x##N##_##suffix) \
-    GEMM_SM90(T, N, kGeglu, gemm_sm90_128x##N##_geglu_##suffix) \
-    GEMM_SM90(T, N, kAny, gemm_sm90_128x##N##_any_##suffix)
-#define GEMM_SM90_ALL(T, suffix)    \
-    GEMM_SM90_WIDTH(T, 128, suffix) \
-    GEMM_SM90_WIDTH(T, 160, suffix) \
-    GEMM_SM90_WIDTH(T, 256, suffix)
-GEMM_SM90_ALL(__half, f16)
-GEMM_SM90_ALL(__nv_bfloat16, bf16)
+HOPPER_KERNELS(GEMM_SM90, gemm_sm90, kGeglu, geglu)

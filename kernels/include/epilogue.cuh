@@ -1,5 +1,5 @@
-// epilogue.cuh: what happens to a product before it is stored. Every tensor-core kernel and the split-K reduction
-// end here, eight columns of one row at a time:
+// epilogue.cuh: what happens to a product before it is stored. The tensor-core kernels of sm_80 end here, their split-K
+// reduction (split_k.cu) and those of sm_90a that take any epilogue, eight columns of one row at a time:
 //   out = act(product + bias + time_bias) * scale + residual
 //   out = (value + bias) * gelu(gate + bias) * scale + residual        (kEpilogueGeglu)
 // Everything before the last rounding is float. The twin of EpilogueArgs is launch/epilogue.rs.

@@ -27,7 +27,7 @@
 struct HopperTiles {  // how the product is cut up; the twin is launch/hopper.rs
     int32_t steps;    // of kK, over all of K
     int32_t tiles_m, tiles_n;
-    int32_t band;     // rows of clusters that are walked together, column by column, so that their operands stay in the L2 cache
+    int32_t band;     // rows of pairs that are walked together, column by column, so that their operands stay in the L2 cache
     int32_t splits;   // parts of K; 1: none
     int32_t pair;     // 1 or 2: blocks side by side in a cluster, for tiles above each other, of which the last may be behind the product
     int32_t constant_b;  // nobody writes B any more: it may be loaded while the kernel before this one still runs
@@ -78,7 +78,7 @@ template <class S> PTX void start_ring(S& s, const HopperTiles& t) {
         fence_mbarrier_init();
     }
     __syncwarp();  // the barrier of a cluster is for whole warps
-    if (t.pair > 1) cluster_sync();
+    if (t.pair > 1) cluster_sync_begin();
     else __syncthreads();
 }
 
@@ -157,6 +157,7 @@ template <class T, int N> PTX void multiply(Smem<T, N>& s, const Unit& unit, int
         at.template advance<S>();
     }
     wgmma_wait<0>();
+    wgmma_pin(acc);
     give_back(&s.empty[before], pair, lane);
 }
 
@@ -165,23 +166,27 @@ template <class T, int N> PTX void multiply(Smem<T, N>& s, const Unit& unit, int
 // would be 200 KB of straight-line code, and fetching instructions would take several times as long as executing them
 // (measured: 12 us a tile). The rest goes through kAny, whose last step is a loop.
 enum class Finish {
-    kPlain,  // bias, residual
+    kPlain,  // bias, leaky relu, scale, residual
     kTime,   // bias, bias of the sample
     kGeglu,  // value times gate, with their bias
     kAny,    // any epilogue; one tile a block, and the blocks of a cluster may have a part of K each and add their sums up
 };
 
-// Writes a tile: rows(r) is the row of the product that row r of the tile holds, or -1. A residual is loaded many vectors at a
-// time and before the stores: it may lie where out lies, so the compiler cannot move loads ahead of stores itself.
+// Writes a tile: rows(r) is the row of the product that row r of the tile holds, or -1. What is added is loaded many vectors at
+// a time and before the stores: it may lie where out lies, so the compiler cannot move loads ahead of stores itself. (__ldg
+// would let it, but is for memory that nobody writes as long as this kernel runs, and the kernel before still may.)
 template <class T, int N, Finish F, class Rows> PTX void write_tile(const EpilogueArgs& e, const Unit& unit, const float (&acc)[N / 2], const Rows& rows) {
     const int quad = threadIdx.x % 4, warp_row = (threadIdx.x - 128) / 32 * 16 + threadIdx.x % 32 / 4;
     const int row[2] = {rows(warp_row), rows(warp_row + 8)};
     constexpr bool kGeglu = F == Finish::kGeglu;
     constexpr int kOut = kGeglu ? N / 2 : N, kBlocks = kOut / 8, kGroups = (kBlocks + 3) / 4;  // columns of out; in eights; in groups of four eights
-    constexpr int kAhead = kGroups > 5 ? 4 : kGroups;                                          // groups whose residual is loaded together, as registers allow
+    // Groups whose residual, and whose bias, are loaded together, as registers allow.
+    constexpr int kAhead = kGroups > 5 ? 4 : kGroups, kBiasAhead = N > 160 ? 2 : kAhead;
     const int column0 = unit.tile_n * kOut, left = (kGeglu ? e.columns / 2 : e.columns) - column0;
     const int vectors_left = left - 8 * quad, pairs_left = left - 2 * quad;
     const float* bias = e.bias + unit.tile_n * N + 2 * quad;
+    const bool is_shaped = F == Finish::kPlain && (e.act != kActNone || e.scale != 1.0f);
+    const float below = e.act == kActLeakyRelu ? 0.2f * e.scale : e.scale;  // the factor of what is negative
     T* out[2];
     const T *residual[2], *time_bias[2];
 #pragma unroll
@@ -194,6 +199,8 @@ template <class T, int N, Finish F, class Rows> PTX void write_tile(const Epilog
 #pragma unroll
     for (int first = 0; first < kGroups; first += kAhead) {
         uint4 add[2][kAhead];
+        float2 value_bias[kBiasAhead][4], gate_bias[kBiasAhead][4];
+        uint32_t time[2][kBiasAhead][4];
         if (F == Finish::kPlain && e.residual) {
 #pragma unroll
             for (int h = 0; h < 2; h++)
@@ -205,14 +212,23 @@ template <class T, int N, Finish F, class Rows> PTX void write_tile(const Epilog
         }
 #pragma unroll
         for (int g = first; g < first + kAhead; g++) {
-            float2 value_bias[4], gate_bias[4];
+            const int ahead = (g - first) % kBiasAhead;
+            if (ahead == 0) {
 #pragma unroll
-            for (int b = 0; b < 4; b++) {
-                value_bias[b] = gate_bias[b] = make_float2(0.0f, 0.0f);
-                if (!e.bias || 8 * (4 * g + b) >= pairs_left) continue;
-                const float* from = bias + 8 * (4 * g + b) * (kGeglu ? 2 : 1);
-                value_bias[b] = __ldg(reinterpret_cast<const float2*>(from));
-                if constexpr (kGeglu) gate_bias[b] = __ldg(reinterpret_cast<const float2*>(from + 8));
+                for (int i = 0; i < kBiasAhead * 4; i++) {
+                    const int column = 8 * (4 * g + i);
+                    float2 &value = value_bias[i / 4][i % 4], &gate = gate_bias[i / 4][i % 4];
+                    value = gate = make_float2(0.0f, 0.0f);
+                    if (e.bias && column < pairs_left) {
+                        const float2* from = reinterpret_cast<const float2*>(bias + column * (kGeglu ? 2 : 1));
+                        value = from[0];
+                        if constexpr (kGeglu) gate = from[4];
+                    }
+                    if constexpr (F == Finish::kTime) {
+#pragma unroll
+                        for (int h = 0; h < 2; h++) time[h][i / 4][i % 4] = column < pairs_left ? *reinterpret_cast<const uint32_t*>(time_bias[h] + column) : 0;
+                    }
+                }
             }
 #pragma unroll
             for (int h = 0; h < 2; h++) {
@@ -220,19 +236,25 @@ template <class T, int N, Finish F, class Rows> PTX void write_tile(const Epilog
 #pragma unroll
                 for (int b = 0; b < 4; b++) {
                     const int block = 4 * g + b;
-                    sums[b] = value_bias[b];
+                    sums[b] = value_bias[ahead][b];
                     if (block >= kBlocks) continue;
                     const int at = 4 * block * (kGeglu ? 2 : 1) + 2 * h;
                     sums[b].x += acc[at], sums[b].y += acc[at + 1];
                     if constexpr (kGeglu) {
-                        sums[b].x *= gelu_fast(acc[at + 4] + gate_bias[b].x);
-                        sums[b].y *= gelu_fast(acc[at + 5] + gate_bias[b].y);
+                        sums[b].x *= gelu_fast(acc[at + 4] + gate_bias[ahead][b].x);
+                        sums[b].y *= gelu_fast(acc[at + 5] + gate_bias[ahead][b].y);
                     }
                     if constexpr (F == Finish::kTime) {
-                        if (8 * block >= pairs_left) continue;
-                        float x, y;  // nobody writes it while this kernel runs
-                        unpack2<T>(x, y, __ldg(reinterpret_cast<const uint32_t*>(time_bias[h] + 8 * block)));
+                        float x, y;
+                        unpack2<T>(x, y, time[h][ahead][b]);
                         sums[b].x += x, sums[b].y += y;
+                    }
+                }
+                if (is_shaped) {
+#pragma unroll
+                    for (int b = 0; b < 4; b++) {
+                        sums[b].x *= sums[b].x < 0.0f ? below : e.scale;
+                        sums[b].y *= sums[b].y < 0.0f ? below : e.scale;
                     }
                 }
                 if (F == Finish::kPlain && e.residual) {
@@ -355,7 +377,21 @@ PTX void run(const EpilogueArgs& e, const HopperTiles& t, Load& load, const RowO
         }
         __syncwarp();
     }
-    if (kOnce || t.pair > 1) cluster_sync();  // a neighbour may still read or write here
+    // A neighbour may still read, write or signal here. Release: arrivals at its barriers are on their way until it has them.
+    if (kOnce || t.pair > 1) cluster_sync();
 }
 
 }  // namespace hopper
+
+// KERNEL(type, columns, finish, name) for every kernel of a family; Own is what it has beside the ways to finish of all.
+#define HOPPER_WIDTH(KERNEL, family, Own, own, T, N, suffix) \
+    KERNEL(T, N, kPlain, family##_128x##N##_##suffix)        \
+    KERNEL(T, N, Own, family##_128x##N##_##own##_##suffix)   \
+    KERNEL(T, N, kAny, family##_128x##N##_any_##suffix)
+#define HOPPER_TYPE(KERNEL, family, Own, own, T, suffix)     \
+    HOPPER_WIDTH(KERNEL, family, Own, own, T, 128, suffix)   \
+    HOPPER_WIDTH(KERNEL, family, Own, own, T, 160, suffix)   \
+    HOPPER_WIDTH(KERNEL, family, Own, own, T, 256, suffix)
+#define HOPPER_KERNELS(KERNEL, family, Own, own)             \
+    HOPPER_TYPE(KERNEL, family, Own, own, __half, f16)       \
+    HOPPER_TYPE(KERNEL, family, Own, own, __nv_bfloat16, bf16)

@@ -35,6 +35,21 @@ template <int N> PTX void wgmma_wait(SIMT_LOC1) {
 #endif
 }
 
+// Keeps the compiler from moving uses of registers across an asynchronous instruction or its wait: the assembly of
+// those does not name the registers.
+template <int N> PTX void wgmma_pin(float (&d)[N]) {
+#ifdef __CUDACC__
+#pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
+#endif
+}
+template <int N> PTX void wgmma_pin(uint32_t (&a)[N][4]) {
+#ifdef __CUDACC__
+#pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("" : "+r"(a[i][0]), "+r"(a[i][1]), "+r"(a[i][2]), "+r"(a[i][3])::"memory");
+#endif
+}
+
 // "wgmma.mma_async", both operands in shared memory: d (+)= a * b with a 64x16 and b 16xN, both K-major. Thread t of the
 // warpgroup holds in d[i] row 16*(t/32) + t%32/4 + 8*(i/2%2), column 8*(i/4) + 2*(t%4) + i%2.
 template <class T, int N> PTX void wgmma_m64k16(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate SIMT_LOC);

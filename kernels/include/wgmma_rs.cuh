@@ -20,21 +20,6 @@ PTX uint64_t wgmma_b128_descriptor(const void* panel, uint32_t leading, uint32_t
 // The descriptor of what lies `bytes` further on; shared addresses have 18 bits, so nothing carries out of the field.
 PTX uint64_t wgmma_b128_advance(uint64_t descriptor, uint32_t bytes) { return descriptor + (bytes >> 4); }
 
-// Keeps the compiler from moving uses of registers across an asynchronous instruction or its wait: the assembly of
-// those does not name the registers.
-template <int N> PTX void wgmma_pin(float (&d)[N]) {
-#ifdef __CUDACC__
-#pragma unroll
-    for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
-#endif
-}
-template <int N> PTX void wgmma_pin(uint32_t (&a)[N][4]) {
-#ifdef __CUDACC__
-#pragma unroll
-    for (int i = 0; i < N; i++) asm volatile("" : "+r"(a[i][0]), "+r"(a[i][1]), "+r"(a[i][2]), "+r"(a[i][3])::"memory");
-#endif
-}
-
 // Work that x, never negative, depends on stays before the wait that follows in the source. Without a dependence the
 // assembler moves waits up as far as it can, here above the exponentials that a product in flight should hide.
 PTX void wgmma_wait_later(float x) {

@@ -195,6 +195,11 @@ MBarrier& mbarrier(uint64_t* bar, Loc at) {
 }
 // What `p` is in the shared memory of another block of the cluster ("mapa").
 template <class T> T* in_block(Block& b, T* p) { return reinterpret_cast<T*>(b.smem + (reinterpret_cast<const uint8_t*>(p) - block().smem)); }
+void count_tx(MBarrier& m, int64_t bytes, Loc at) {
+    constexpr int64_t kMost = (1 << 20) - 1;
+    m.tx += bytes;
+    if (m.tx > kMost || m.tx < -kMost) fault(at, "mbarrier: a tx-count of %ld bytes, at most %ld are possible", long(m.tx), long(kMost));
+}
 void settle(MBarrier& m) {
     if (m.pending || m.tx) return;
     m.phase++;
@@ -220,15 +225,13 @@ void fence_mbarrier_init() {
 void mbarrier_arrive(uint64_t* bar, unsigned tx_bytes, Loc at) {
     MBarrier& m = mbarrier(bar, at);
     check::release(m.clock);
-    m.tx += tx_bytes;
+    count_tx(m, tx_bytes, at);
     if (!m.pending--) fault(at, "mbarrier: more than the expected %u arrivals in one phase", m.count);
     settle(m);
 }
 void mbarrier_arrive_at(uint64_t* bar, unsigned rank, Loc at) {
     smem_at(simt::smem_u32(bar, at), 8, at);
-    if (rank >= block().cluster.size()) fault(at, "mbarrier: rank %u in a cluster of %zu blocks", rank, block().cluster.size());
-    Block& target = *block().cluster[rank];
-    if (!target.live) fault(at, "mbarrier: the block of rank %u has exited", rank);
+    Block& target = neighbour(rank, "mbarrier", at);
     MBarrier& m = mbarrier_of(target, in_block(target, bar), at);
     check::release(m.clock);
     if (!m.pending--) fault(at, "mbarrier: more than the expected %u arrivals in one phase", m.count);
@@ -236,21 +239,24 @@ void mbarrier_arrive_at(uint64_t* bar, unsigned rank, Loc at) {
 }
 const float* cluster_load(const float* p, unsigned floats, unsigned rank, Loc at) {
     smem_at(simt::smem_u32(p, at), 4 * floats, at);
-    if (rank >= block().cluster.size()) fault(at, "ld.shared::cluster: rank %u in a cluster of %zu blocks", rank, block().cluster.size());
-    Block& target = *block().cluster[rank];
-    if (!target.live) fault(at, "ld.shared::cluster: the block of rank %u has exited", rank);
-    const float* there = in_block(target, p);
+    const float* there = in_block(neighbour(rank, "ld.shared::cluster", at), p);
     if (check::on) check::access(there, 4 * floats, check::Read, check::site(at));
     return there;
 }
 void mbarrier_wait(uint64_t* bar, unsigned parity, Loc at) {
     MBarrier& m = mbarrier(bar, at);
-    if ((m.phase & 1) == (parity & 1)) {  // the phase of this parity is the current, incomplete one
+    const bool current = (m.phase & 1) == (parity & 1);  // the phase of this parity is the incomplete one, or the one before it
+    const int64_t awaited = int64_t(m.phase) - !current;
+    if (current) {
         m.waiting.push_back(me());
         suspend("mbarrier.wait", at, (uint64_t)bar | (parity & 1));
-        return;
-    }
-    check::acquire(me(), m.clock);
+    } else check::acquire(me(), m.clock);
+    // Stricter than the ISA, which knows parities only: whoever waits for one phase sees every phase, each before the next is over.
+    if (m.phase - awaited != 1) fault(at, "mbarrier: phase %ld is over as well before a thread that waits for phase %ld has gone on", long(m.phase) - 1, long(awaited));
+    m.seen.resize(block().threads, INT64_MIN);
+    int64_t& seen = m.seen[me()->linear];
+    if (seen != INT64_MIN && awaited > seen + 1) fault(at, "mbarrier: a wait sees phase %ld, this thread's last one saw phase %ld: parities hide the phases between", long(awaited), long(seen));
+    seen = awaited;
 }
 void fence_proxy_async() {
     if (!check::on) return;
@@ -321,16 +327,17 @@ void issue(Filling& f, unsigned ranks, Loc at) {
     for (Block* target : block().cluster)
         if (ranks >> target->rank & 1) targets.push_back(target);
     for (Block* target : targets) {
-        if (!target->live) fault(at, "cp.async.bulk.tensor: the block of rank %u has exited", target->rank);
+        neighbour(target->rank, "cp.async.bulk.tensor", at);
         if (!mbarrier_of(*target, in_block(*target, bar), at).fenced) fault(at, "cp.async.bulk.tensor: its mbarrier was not made visible by fence.mbarrier_init");
         for (auto [place, from] : f.bulk.chunks) {
-            if (check::on) check::access(target->smem + place, 16, check::Issue, check::site(at));
+            if (check::on) check::access(target->smem + place, 16, check::BulkIssue, check::site(at));
             memset(target->smem + place, kPoison, 16);
         }
     }
     check::release(f.bulk.clock);
     for (Block* target : targets) {
         f.bulk.bar = in_block(*target, bar), f.bulk.target = target;
+        f.bulk.phase = mbarrier_of(*target, f.bulk.bar, at).phase;
         target->bulk.push_back(f.bulk);
     }
 }
@@ -389,7 +396,11 @@ void simt::deliver(Bulk& b) {
     }
     MBarrier& m = ptx::mbarrier_of(*b.target, b.bar, b.at);
     if (check::on) check::join(m.clock, b.clock);
-    m.tx -= 16 * b.chunks.size();
+    // The phase that the copy belongs to waits for its bytes, if somebody has said how many to expect.
+    if (m.phase != b.phase)
+        fault(b.at, "cp.async.bulk.tensor: bytes that were asked for in phase %u of their mbarrier in the block of rank %u land in phase %u: it did not expect them", b.phase,
+              b.target->rank, m.phase);
+    ptx::count_tx(m, -int64_t(16 * b.chunks.size()), b.at);
     ptx::settle(m);
 }
 

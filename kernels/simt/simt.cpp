@@ -2,6 +2,7 @@
 #include "runtime.hpp"
 #include "simt.h"
 
+#include <errno.h>
 #include <signal.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -13,6 +14,7 @@
 #include <cstdlib>
 #include <memory>
 #include <mutex>
+#include <stdexcept>
 #include <thread>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -27,6 +29,7 @@ constexpr size_t kStack = 128 << 10, kPage = 4096;
 std::mutex lock;
 Kernel* kernels = nullptr;
 std::atomic<uint32_t> block_serial{1};
+std::atomic<uint32_t> chain_serial{1};  // kernels before it are done before the next one begins
 thread_local std::string last_error;
 thread_local uint64_t last_conflicts;
 
@@ -159,6 +162,8 @@ void fiber_main() {
     Fiber* f = me();
     f->block->launch->kernel->run(f->block->launch->params);
     if (!f->open.empty() || !f->groups.empty()) fault({}, "exits with cp.async copies that it never waited for");
+    if (f->block->live == 1 && !f->block->bulk.empty())
+        fault(f->block->bulk[0].at, "the last thread exits while bulk copies into the block's shared memory are in flight");
     f->done = true;
     f->block->live--;
     switch_to(f, pick(*f->block));
@@ -173,6 +178,21 @@ void push_all(Block& b, std::vector<Fiber*>& list) {  // so that the first of th
 }  // namespace
 
 void resume(Fiber* f) { f->block->ready.push_back(f); }
+
+namespace {
+[[noreturn]] void no_memory(const char* call, size_t bytes) {
+    throw std::runtime_error("no memory for the SIMT layer: " + std::string(call) + " of " + std::to_string(bytes) + " bytes: " + strerror(errno));
+}
+void protect(void* p, size_t bytes, int protection) {
+    if (mprotect(p, bytes, protection)) no_memory("mprotect", bytes);
+}
+}  // namespace
+
+void* map_memory(size_t bytes, bool usable) {
+    void* p = mmap(nullptr, bytes, usable ? PROT_READ | PROT_WRITE : PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED) no_memory("mmap", bytes);
+    return p;
+}
 
 void suspend(const char* op, Loc at, uint64_t detail) {
     Fiber* f = me();
@@ -225,9 +245,27 @@ Barrier& arrive(int id, int threads, Loc at) {
 }
 }  // namespace
 
-void barrier_arrive(int id, int threads, Loc at) { arrive(id, threads, at); }
+// ".aligned": all threads of a warp execute the same instruction.
+static void meet_warp(const char* op, Loc at) {
+    warp_collective(op, ~0u, &at, [](void* const* args, unsigned mask) {
+        const Loc* first = nullptr;
+        for (int l = 0; l < 32; l++) {
+            if (!(mask >> l & 1)) continue;
+            const Loc* here = static_cast<const Loc*>(args[l]);
+            if (!first) first = here;
+            if (here->line != first->line || strcmp(here->file, first->file))
+                fault(*here, "divergent warp: other lanes are at the barrier of %s:%d", first->file, first->line);
+        }
+    }, at);
+}
+
+void barrier_arrive(int id, int threads, Loc at) {
+    if (id) meet_warp("barrier.arrive.aligned", at);
+    arrive(id, threads, at);
+}
 
 void barrier_sync(int id, int threads, Loc at) {
+    if (id) meet_warp("barrier.sync.aligned", at);
     Barrier& r = arrive(id, threads, at);
     if (r.arrived) {
         r.waiting.push_back(me());
@@ -237,8 +275,11 @@ void barrier_sync(int id, int threads, Loc at) {
 
 unsigned cluster_rank() { return block().rank; }
 
+void grid_wait() { me()->grid_waited = true; }
+
 void cluster_sync(Loc at) {
     Block& b = block();
+    meet_warp("barrier.cluster.aligned", at);
     Barrier& r = lead(b).cluster_barrier;
     r.arrived++;
     check::release(r.clock);
@@ -247,12 +288,22 @@ void cluster_sync(Loc at) {
         return suspend("barrier.cluster", at);
     }
     r.arrived = 0;
+    lead(b).meetings++;
     for (Fiber* f : r.waiting) {
         check::acquire(f, r.clock);
         resume(f);
     }
     r.waiting.clear();
     check::acquire(me(), r.clock);
+}
+
+Block& neighbour(unsigned rank, const char* op, Loc at) {
+    Block& b = block();
+    if (rank >= b.cluster.size()) fault(at, "%s: rank %u in a cluster of %zu blocks", op, rank, b.cluster.size());
+    Block& target = *b.cluster[rank];
+    if (&target != &b && !lead(b).meetings) fault(at, "%s: no barrier.cluster before it, so the block of rank %u may not have begun", op, rank);
+    if (!target.live) fault(at, "%s: the block of rank %u has exited", op, rank);
+    return target;
 }
 
 static void release_others(Block& b, unsigned first, unsigned mask, Fiber* except) {
@@ -444,8 +495,8 @@ std::unique_ptr<Block> take_worker(std::vector<std::unique_ptr<Block>>& pool) {
     if (pool.empty()) {
         auto b = std::make_unique<Block>();
         size_t window = kSmemOffset + ((kSmemMax + kPage - 1) & ~(kPage - 1)) + 2 * kPage;
-        b->smem = static_cast<uint8_t*>(mmap(nullptr, 1 << 20, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-        mprotect(b->smem, window - kPage, PROT_READ | PROT_WRITE);
+        b->smem = static_cast<uint8_t*>(map_memory(1 << 20, false));
+        protect(b->smem, window - kPage, PROT_READ | PROT_WRITE);
         b->main.block = b.get();
         b->cluster = {b.get()};
         return b;
@@ -459,13 +510,13 @@ void prepare(Block& b, const Launch& launch) {
     b.launch = &launch;
     b.threads = launch.block.x * launch.block.y * launch.block.z;
     while (b.fibers.size() < (size_t)b.threads) {
-        auto* f = new Fiber();
+        auto f = std::make_unique<Fiber>();
         f->block = &b;
         f->linear = b.fibers.size();
         f->warp = f->linear / 32, f->lane = f->linear % 32;
-        f->stack = static_cast<uint8_t*>(mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-        mprotect(f->stack, kPage, PROT_NONE);
-        b.fibers.push_back(f);
+        f->stack = static_cast<uint8_t*>(map_memory(kStack, true));
+        protect(f->stack, kPage, PROT_NONE);
+        b.fibers.push_back(f.release());
     }
     for (int i = 0; i < b.threads; i++) {
         Fiber& f = *b.fibers[i];
@@ -478,7 +529,7 @@ void prepare(Block& b, const Launch& launch) {
 void begin_block(Block& b, unsigned index, uint32_t serial) {
     const Launch& l = *b.launch;
     b.serial = serial;
-    b.cluster_barrier = Barrier{};
+    b.cluster_barrier = Barrier{}, b.meetings = 0;
     b.rng = (l.seed * 0x9e3779b97f4a7c15ull) ^ (index + 1) * 0xbf58476d1ce4e5b9ull;
     b.live = b.threads;
     b.ready.clear(), b.bulk.clear(), b.mbarriers.clear();
@@ -490,7 +541,7 @@ void begin_block(Block& b, unsigned index, uint32_t serial) {
     for (int i = 0; i < b.threads; i++) {
         Fiber* f = b.fibers[i];
         f->bid = {index % l.grid.x, index / l.grid.x % l.grid.y, index / (l.grid.x * l.grid.y)};
-        f->done = false;
+        f->done = f->grid_waited = false;
         f->open.clear(), f->groups.clear();
         // Tops of stacks are staggered so that a warp's hot frames do not all fall into the same cache sets.
         f->sp = first_frame(f->stack + kStack - f->lane * 320 - 64, fiber_main);
@@ -507,8 +558,6 @@ void run_cluster(Block& first, unsigned index) {  // index: of the first block
     Block& start = first.launch->order == Order::Reverse ? *first.cluster.back() : first;
     switch_to(&first.main, pick(start));
     self = outer;
-    for (Block* b : first.cluster)
-        if (first.error.empty() && !b->bulk.empty()) first.error = std::string("kernel ") + b->launch->kernel->name + ": exits with bulk copies in flight";
 }
 }  // namespace
 }  // namespace simt
@@ -529,15 +578,22 @@ uint64_t simt_last_bank_conflicts() { return last_conflicts; }
 
 uint64_t simt_alloc(size_t size) {
     std::lock_guard<std::mutex> hold(lock);
-    if (!arena) arena = static_cast<uint8_t*>(mmap(nullptr, kArena, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)), arena_used = kPage;
-    size_t room = (size + kPage - 1) & ~(kPage - 1);
-    uint8_t* page = arena + arena_used;
-    mprotect(page, room, PROT_READ | PROT_WRITE);
-    arena_used += room + kPage;
-    uint8_t* base = page + room - ((size + 15) & ~size_t(15));
-    memset(page, kPoison, room);
-    allocations[base] = {base, size, check::on ? check::shadow_alloc(size) : nullptr};
-    return reinterpret_cast<uint64_t>(base);
+    try {
+        if (!arena) arena = static_cast<uint8_t*>(map_memory(kArena, false)), arena_used = kPage;
+        size_t room = (size + kPage - 1) & ~(kPage - 1);
+        if (room > kArena - kPage - arena_used) throw std::runtime_error("no memory for the SIMT layer: " + std::to_string(size) + " bytes do not fit its arena");
+        uint8_t* page = arena + arena_used;
+        void* shadow = check::on ? check::shadow_alloc(size) : nullptr;
+        protect(page, room, PROT_READ | PROT_WRITE);
+        arena_used += room + kPage;
+        uint8_t* base = page + room - ((size + 15) & ~size_t(15));
+        memset(page, kPoison, room);
+        allocations[base] = {base, size, shadow};
+        return reinterpret_cast<uint64_t>(base);
+    } catch (const std::exception& error) {
+        last_error = error.what();
+        return 0;
+    }
 }
 int simt_free(uint64_t p) {
     std::lock_guard<std::mutex> hold(lock);
@@ -545,9 +601,9 @@ int simt_free(uint64_t p) {
     if (it == allocations.end()) return 1;
     uint8_t* page = reinterpret_cast<uint8_t*>(p & ~(kPage - 1));
     size_t room = (it->second.size + (p & (kPage - 1)) + kPage - 1) & ~(kPage - 1);
-    madvise(page, room, MADV_DONTNEED);
-    mprotect(page, room, PROT_NONE);
     allocations.erase(it);
+    if (madvise(page, room, MADV_DONTNEED) || mprotect(page, room, PROT_NONE))
+        return last_error = "freed device memory stays accessible: " + std::string(strerror(errno)), 1;
     block_serial++;  // forget cached look-ups
     return 0;
 }
@@ -564,6 +620,7 @@ int simt_memcpy(uint64_t dst, uint64_t src, size_t n) {  // host or device addre
     if (check::on && n)
         if (const Allocation* a = find_allocation(reinterpret_cast<void*>(dst))) check::host_write(*a, reinterpret_cast<void*>(dst), n);
     memmove(reinterpret_cast<void*>(dst), reinterpret_cast<void*>(src), n);
+    simt_drain();
     return 0;
 }
 int simt_memset(uint64_t dst, int value, size_t n) {
@@ -571,8 +628,10 @@ int simt_memset(uint64_t dst, int value, size_t n) {
     if (check::on && n)
         if (const Allocation* a = find_allocation(reinterpret_cast<void*>(dst))) check::host_write(*a, reinterpret_cast<void*>(dst), n);
     memset(reinterpret_cast<void*>(dst), value, n);
+    simt_drain();
     return 0;
 }
+void simt_drain() { chain_serial = block_serial.load(); }
 
 int simt_launch(const void* f, const uint32_t* geometry, uint32_t smem, void** params, const simt_schedule* schedule) {
     const uint32_t gx = geometry[0], gy = geometry[1], gz = geometry[2], bx = geometry[3], by = geometry[4], bz = geometry[5];
@@ -586,7 +645,7 @@ int simt_launch(const void* f, const uint32_t* geometry, uint32_t smem, void** p
     static std::vector<std::unique_ptr<Block>> pool;
     const uint32_t size = geometry[6];
     Launch launch{static_cast<const Kernel*>(f), {gx, gy, gz}, {bx, by, bz}, size, smem, params, block_serial,
-                  Order(schedule->order), schedule->seed | 1};
+                  std::min<uint32_t>(chain_serial, block_serial), Order(schedule->order), schedule->seed | 1};
     const uint64_t blocks = uint64_t(gx) * gy * gz, threads = uint64_t(bx) * by * bz;
     last_error.clear();
     if (!size || size > 8 || geometry[7] * geometry[8] != 1 || gx % size)
@@ -603,23 +662,29 @@ int simt_launch(const void* f, const uint32_t* geometry, uint32_t smem, void** p
         sigaltstack(&ss, &old);  // the caller's own may be too small for a report
         std::vector<std::unique_ptr<Block>> members;
         std::vector<Block*> cluster;
-        for (uint32_t i = 0; i < size; i++) members.push_back(take_worker(pool)), cluster.push_back(members.back().get());
-        for (uint32_t i = 0; i < size; i++) {
-            Block& b = *members[i];
-            b.cluster = cluster, b.rank = i;
-            prepare(b, launch);
-            b.error.clear();
-            b.bank_conflicts = 0;
+        std::string error;
+        try {
+            for (uint32_t i = 0; i < size; i++) members.push_back(take_worker(pool)), cluster.push_back(members.back().get());
+            for (uint32_t i = 0; i < size; i++) {
+                Block& b = *members[i];
+                b.cluster = cluster, b.rank = i;
+                prepare(b, launch);
+                b.error.clear();
+                b.bank_conflicts = 0;
+            }
+            Block& first = *members[0];
+            for (uint32_t i; !failed && (i = next++) < clusters;) {
+                run_cluster(first, size * (launch.order == Order::Reverse ? clusters - 1 - i : i));
+                error = first.error;
+                if (!error.empty()) failed = true;
+            }
+        } catch (const std::exception& what) {
+            error = what.what();
+            failed = true;
         }
-        Block& first = *members[0];
-        for (uint32_t i; !failed && (i = next++) < clusters;) {
-            run_cluster(first, size * (launch.order == Order::Reverse ? clusters - 1 - i : i));
-            if (!first.error.empty()) failed = true;
-        }
-        std::string error = first.error;
         sigaltstack(&old, nullptr);
         std::lock_guard<std::mutex> hold(lock);
-        for (auto& b : members) {
+        for (auto& b : members) {  // one that lacks memory for all its threads asks for it again
             conflicts += b->bank_conflicts;
             b->cluster = {b.get()};
             pool.push_back(std::move(b));

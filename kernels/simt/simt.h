@@ -9,10 +9,11 @@ extern "C" {
 const void* simt_get_function(const char* name);  // null if there is no such kernel
 int simt_param_count(const void* function);
 uint32_t simt_param_size(const void* function, int i);
-uint64_t simt_alloc(size_t bytes);  // filled with 0xff: NaN as half, bfloat16 or float
+uint64_t simt_alloc(size_t bytes);  // filled with 0xff: NaN as half, bfloat16 or float; 0 and simt_last_error() if there is no memory
 int simt_free(uint64_t address);
 int simt_memcpy(uint64_t dst, uint64_t src, size_t bytes);  // either may be a host address; 1 if out of an allocation
 int simt_memset(uint64_t dst, int value, size_t bytes);
+void simt_drain(void);  // kernels launched from here on begin when those before are done; so they do after a copy or a fill
 typedef struct {
     uint32_t order;  // in which ready threads run: 0 forward, 1 reverse, 2 random by seed
     uint32_t workers;  // OS threads for the blocks

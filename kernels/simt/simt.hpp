@@ -85,6 +85,7 @@ void warpgroup_collective(const char* op, void* arg, Act act, Loc at);
 void barrier_sync(int id, int threads, Loc at);  // threads 0: the whole block
 void barrier_arrive(int id, int threads, Loc at);
 void cluster_sync(Loc at);  // all threads of the cluster
+void grid_wait();           // griddepcontrol.wait
 unsigned cluster_rank();
 void warp_fence(unsigned mask, Loc at);  // __syncwarp
 
@@ -144,7 +145,6 @@ unsigned vote(const char* op, unsigned mask, bool predicate, Loc at);  // the ba
 inline void __syncthreads(SIMT_LOC1) { simt::barrier_sync(0, 0, at); }
 inline void __syncwarp(unsigned mask = ~0u SIMT_LOC) { simt::warp_fence(mask, at); }
 inline void __threadfence() {}
-template <class T> T __ldg(const T* p) { return *p; }
 // Source lane per PTX shfl.sync: segments of `width` lanes; an out-of-segment source yields the own value.
 template <class T> T __shfl_sync(unsigned mask, T v, int src, int width = 32 SIMT_LOC) {
     unsigned l = simt::self->lane;

@@ -108,6 +108,7 @@ struct Api {
     free: unsafe extern "C" fn(u64) -> c_int,
     memcpy: unsafe extern "C" fn(u64, u64, usize) -> c_int,
     memset: unsafe extern "C" fn(u64, c_int, usize) -> c_int,
+    drain: unsafe extern "C" fn(),
     launch: LaunchFn,
     last_error: unsafe extern "C" fn() -> *const c_char,
     bank_conflicts: unsafe extern "C" fn() -> u64,
@@ -184,6 +185,7 @@ impl SimtDriver {
                 free: *library.get(b"simt_free").map_err(fail)?,
                 memcpy: *library.get(b"simt_memcpy").map_err(fail)?,
                 memset: *library.get(b"simt_memset").map_err(fail)?,
+                drain: *library.get(b"simt_drain").map_err(fail)?,
                 launch: *library.get(b"simt_launch").map_err(fail)?,
                 last_error: *library.get(b"simt_last_error").map_err(fail)?,
                 bank_conflicts: *library.get(b"simt_last_bank_conflicts").map_err(fail)?,
@@ -265,6 +267,12 @@ impl SimtDriver {
         }
     }
 
+    /// Kernels from here on begin when those before are over: launches do not overlap across this.
+    fn drain(&self) {
+        // SAFETY: no preconditions.
+        unsafe { (self.api.drain)() }
+    }
+
     fn name(&self, function: Function) -> String {
         self.state().names.get(&function.0).cloned().unwrap_or_default()
     }
@@ -343,6 +351,9 @@ impl Driver for SimtDriver {
         }
         // SAFETY: no preconditions; the limit above keeps the size within the layer's reserve.
         let ptr = unsafe { (self.api.alloc)(bytes) };
+        if ptr == 0 {
+            return Err(self.last_error());
+        }
         state.sizes.insert(ptr, bytes);
         state.in_use += bytes as u64;
         self.instruments.allocated(bytes);
@@ -430,6 +441,7 @@ impl Driver for SimtDriver {
 
     fn synchronize(&self, _stream: Stream) -> Result<(), DriverError> {
         self.instruments.synced();
+        self.drain();
         Ok(())
     }
 
@@ -501,7 +513,10 @@ impl Driver for SimtDriver {
             });
         };
         self.instruments.graph_launched();
-        calls.iter().try_for_each(|call| self.run(call))
+        self.drain();
+        let run = calls.iter().try_for_each(|call| self.run(call));
+        self.drain();
+        run
     }
 
     fn destroy_graph(&self, graph: Graph) -> Result<(), DriverError> {

@@ -24,7 +24,8 @@
 
 #define API extern "C" __attribute__((visibility("default"))) int
 enum { kOk = 0, kInvalidValue = 1, kOutOfMemory = 2, kNoDevice = 100, kInvalidDevice = 101, kInvalidImage = 200, kInvalidContext = 201,
-       kInvalidHandle = 400, kNotFound = 500, kNotReady = 600, kLaunchFailed = 719, kNotPermitted = 800, kStreamCapture = 901 };
+       kInvalidHandle = 400, kNotFound = 500, kNotReady = 600, kLaunchFailed = 719, kNotPermitted = 800, kStreamCapture = 901,
+       kInvalidClusterSize = 912 };
 
 namespace {
 struct Layer {
@@ -180,6 +181,7 @@ API cuMemAllocFromPoolAsync(uint64_t* ptr, size_t bytes, void* pool, void* strea
     if (!bytes || static_cast<Stream*>(stream)->is_capturing) return kInvalidValue;
     if (used + bytes > memory) return kOutOfMemory;
     *ptr = layer.alloc(bytes);
+    if (!*ptr) return kOutOfMemory;
     allocations[*ptr] = bytes;
     used += bytes;
     if (used > reserved) reserved = used;
@@ -248,9 +250,13 @@ API cuOccupancyMaxActiveClusters(int* count, void* function, const Config* confi
     ENTER;
     auto* f = static_cast<Function*>(function);
     if (!f->is_loaded || int(config->shared) > f->dynamic_shared) return kInvalidValue;
-    *count = 1;  // of any size: the simulated device is small
+    unsigned size = 0;
     for (unsigned i = 0; i < config->count; i++)
-        if (config->attributes[i].id == 4 && config->attributes[i].cluster.x > 8) *count = 0;
+        if (config->attributes[i].id == 4) size = config->attributes[i].cluster.x;
+    // "The cluster size must be specified in config, else the function will return an error."
+    if (!size || config->grid[0] % size) return kInvalidValue;
+    if (size > 8) return kInvalidClusterSize;
+    *count = size == 1 ? 8 : 1;  // the simulated device is small
     return kOk;
 }
 API cuLaunchKernelEx(const Config* config, void* function, void** params, void**) {

@@ -346,6 +346,13 @@ fn child_launches() {
     );
     driver.instruments().set_tracing(false);
 
+    // Clusters of any size can be counted, of one block too; what the device does not have counts as none.
+    let count = |cluster: u32| {
+        let launch = Launch::new(function, [cluster, 1, 1], [32, 1, 1], stream);
+        driver.clusters(&Launch { cluster: [cluster, 1, 1], overlaps: true, ..launch }).unwrap()
+    };
+    assert_eq!((count(1), count(2), count(8), count(9)), (8, 1, 1, 0));
+
     // A struct of 32 bytes, all zero: no elements, so the kernel touches nothing.
     let params: &[&[u8]] = &[&[0; 32]];
     let clustered = Launch {

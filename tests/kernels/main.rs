@@ -5,6 +5,7 @@ mod bank_conflicts;
 mod checks;
 mod pipeline;
 mod planted;
+mod recorded;
 
 use std::path::{Path, PathBuf};
 

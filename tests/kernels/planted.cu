@@ -129,6 +129,140 @@ KERNEL(wgmma_no_wait, const float* x, float* y) {
     if (threadIdx.x < 64) y[threadIdx.x] = d[0];
     wgmma_wait<0>();
 }
+KERNEL(bulk_copy_over_stores, const __grid_constant__ TensorMap map, float* y) {  // no fence.proxy.async between
+    auto& s = dynamic_smem<Tile>();
+    for (int i = threadIdx.x; i < 64 * 64; i += 64) s.a[i] = __float2half_rn(1);
+    if (threadIdx.x == 0) {
+        mbarrier_init(&s.bar, 1);
+        fence_mbarrier_init();
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        mbarrier_arrive_expect_tx(&s.bar, sizeof s.a);
+        tma_load_2d(s.a, &map, 0, 0, &s.bar);
+    }
+    mbarrier_wait(&s.bar, 0);
+    y[threadIdx.x] = __half2float(s.a[threadIdx.x]);
+}
+KERNEL(leaves_copies_behind, const __grid_constant__ TensorMap map, float* y) {
+    auto& s = dynamic_smem<Tile>();
+    if (threadIdx.x == 0) {
+        mbarrier_init(&s.bar, 1);
+        fence_mbarrier_init();
+        mbarrier_arrive_expect_tx(&s.bar, sizeof s.a);
+        tma_load_2d(s.a, &map, 0, 0, &s.bar);
+    }
+    y[threadIdx.x] = 1;
+}
+KERNEL(mbarrier_runs_ahead, const float* x, float* y) {  // nobody tells the arriving thread that the waiting one has gone on
+    auto& s = dynamic_smem<Tile>();
+    if (threadIdx.x == 0) mbarrier_init(&s.bar, 1);
+    __syncthreads();
+    if (threadIdx.x == 0) mbarrier_wait(&s.bar, 0);
+    if (threadIdx.x == 32)
+        for (int i = 0; i < 3; i++) mbarrier_arrive(&s.bar);
+    y[threadIdx.x] = x[threadIdx.x];
+}
+KERNEL(mbarrier_phase_missed, const float* x, float* y) {  // waits for parity 0 twice: for phases 0 and 2
+    auto& s = dynamic_smem<Tile>();
+    if (threadIdx.x == 0) mbarrier_init(&s.bar, 1);
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        mbarrier_arrive(&s.bar);
+        mbarrier_wait(&s.bar, 0);
+        mbarrier_arrive(&s.bar);
+        mbarrier_arrive(&s.bar);
+        mbarrier_wait(&s.bar, 0);
+    }
+    y[threadIdx.x] = x[threadIdx.x];
+}
+KERNEL(divergent_named_barrier, const float* x, float* y) {
+    if (threadIdx.x % 32 < 16) named_barrier_sync(1, 64);
+    else named_barrier_sync(1, 64);
+    y[threadIdx.x] = x[threadIdx.x];
+}
+
+// ---- clusters of two blocks -------------------------------------------------------------------------------------------------
+KERNEL(divergent_cluster_sync, const float* x, float* y) {
+    if (threadIdx.x % 32 < 16) cluster_sync();
+    else cluster_sync();
+    y[threadIdx.x] = x[threadIdx.x];
+}
+KERNEL(neighbour_not_begun, const float* x, float* y) {
+    auto& s = dynamic_smem<Floats>();
+    s.v[threadIdx.x] = x[threadIdx.x];
+    __syncthreads();
+    const float v = cluster_load(&s.v[threadIdx.x], cluster_rank() ^ 1);
+    cluster_sync();
+    if (cluster_rank() == 0) y[threadIdx.x] = v;
+}
+KERNEL(neighbour_gone, const float* x, float* y) {  // no cluster_sync behind the read
+    auto& s = dynamic_smem<Floats>();
+    s.v[threadIdx.x] = x[threadIdx.x];
+    cluster_sync();
+    const float v = cluster_load(&s.v[threadIdx.x], cluster_rank() ^ 1);
+    if (cluster_rank() == 0) y[threadIdx.x] = v;
+}
+KERNEL(neighbour_not_signalled, const float* x, float* y) {  // a remote arrival before the barrier is known to be there
+    auto& s = dynamic_smem<Tile>();
+    if (threadIdx.x == 0) mbarrier_init(&s.bar, 1);
+    __syncthreads();
+    if (threadIdx.x == 0) mbarrier_arrive_at(&s.bar, cluster_rank() ^ 1);
+    mbarrier_wait(&s.bar, 0);
+    cluster_sync();
+    if (cluster_rank() == 0) y[threadIdx.x] = x[threadIdx.x];
+}
+PTX void begin_multicast(Tile& s) {
+    if (threadIdx.x == 0) {
+        mbarrier_init(&s.bar, 1);
+        fence_mbarrier_init();
+    }
+    __syncwarp();
+    cluster_sync();
+}
+KERNEL(multicast_not_expected, const __grid_constant__ TensorMap map, float* y) {  // the neighbour arrives without expecting bytes
+    auto& s = dynamic_smem<Tile>();
+    begin_multicast(s);
+    if (threadIdx.x == 0) {
+        if (cluster_rank() == 0) {
+            mbarrier_arrive_expect_tx(&s.bar, sizeof s.a);
+            tma_load_2d_multicast(s.a, &map, 0, 0, &s.bar, 3);
+        } else mbarrier_arrive(&s.bar);
+    }
+    mbarrier_wait(&s.bar, 0);
+    __syncwarp();
+    cluster_sync();
+    if (cluster_rank() == 0) y[threadIdx.x] = __half2float(s.a[threadIdx.x]);
+}
+KERNEL(multicast_half_expected, const __grid_constant__ TensorMap map, float* y) {  // each brings one, but expects only its own
+    auto& s = dynamic_smem<Tile>();
+    begin_multicast(s);
+    if (threadIdx.x == 0) {
+        mbarrier_arrive_expect_tx(&s.bar, sizeof s.a);
+        tma_load_2d_multicast(cluster_rank() ? s.b : s.a, &map, 0, 0, &s.bar, 3);
+    }
+    mbarrier_wait(&s.bar, 0);
+    __syncwarp();
+    cluster_sync();
+    if (cluster_rank() == 0) y[threadIdx.x] = __half2float(s.a[threadIdx.x]) + __half2float(s.b[threadIdx.x]);
+}
+
+// ---- after a kernel that writes x -------------------------------------------------------------------------------------------
+KERNEL(copies, const float* x, float* y) {
+    begin_kernel();
+    y[threadIdx.x] = x[threadIdx.x];
+}
+KERNEL(copies_too_early, const float* x, float* y) {  // the kernel before may still write x, and read y
+    const float v = x[threadIdx.x];
+    begin_kernel();
+    y[threadIdx.x] = v;
+}
+KERNEL(writes_too_early, const float* x, float* y) {
+    next_kernel_may_start();
+    y[threadIdx.x] = threadIdx.x;
+    wait_for_previous_kernel();
+}
+
 KERNEL(stack_overflow, const float* x, float* y) {
     volatile char big[1 << 18];
     for (int i = (1 << 18) - 1; i >= 0; i -= 512) big[i] = 1;

@@ -12,6 +12,8 @@ struct Bug {
     kernel: &'static str,
     threads: u32,
     blocks: u32,
+    /// Blocks of a cluster.
+    cluster: u32,
     shared: u32,
     /// Where it is simple to say what is right: `y[i] = x[i ^ partner]`.
     partner: usize,
@@ -28,6 +30,7 @@ const fn bug(kernel: &'static str, says: &'static str) -> Bug {
         kernel,
         threads: 64,
         blocks: 1,
+        cluster: 1,
         shared: 4096,
         partner: 0,
         says,
@@ -38,6 +41,11 @@ const fn bug(kernel: &'static str, says: &'static str) -> Bug {
 
 const fn tile_bug(kernel: &'static str, says: &'static str) -> Bug {
     Bug { shared: 17408, ..bug(kernel, says) }
+}
+
+/// In a cluster of two blocks.
+const fn pair_bug(kernel: &'static str, says: &'static str) -> Bug {
+    Bug { blocks: 2, cluster: 2, ..tile_bug(kernel, says) }
 }
 
 const BUGS: &[Bug] = &[
@@ -63,6 +71,17 @@ const BUGS: &[Bug] = &[
     Bug { takes_map: true, ..tile_bug("mbarrier_wrong_parity", "") },
     Bug { threads: 128, only_checked: true, ..tile_bug("wgmma_no_proxy_fence", "fence.proxy.async") },
     Bug { threads: 128, ..tile_bug("wgmma_no_wait", "") },
+    Bug { takes_map: true, only_checked: true, ..tile_bug("bulk_copy_over_stores", "fence.proxy.async") },
+    Bug { takes_map: true, ..tile_bug("leaves_copies_behind", "in flight") },
+    tile_bug("mbarrier_runs_ahead", "before a thread that waits"),
+    tile_bug("mbarrier_phase_missed", "parities hide"),
+    bug("divergent_named_barrier", "divergent warp"),
+    pair_bug("divergent_cluster_sync", "divergent warp"),
+    pair_bug("neighbour_not_begun", "may not have begun"),
+    pair_bug("neighbour_gone", "has exited"),
+    pair_bug("neighbour_not_signalled", "may not have begun"),
+    Bug { takes_map: true, ..pair_bug("multicast_not_expected", "in flight") },
+    Bug { takes_map: true, ..pair_bug("multicast_half_expected", "did not expect") },
     bug("stack_overflow", "stack overflow"),
 ];
 
@@ -118,6 +137,7 @@ fn run(driver: &SimtDriver, bug: &Bug) -> Option<String> {
     let function = driver.function("planted", bug.kernel).unwrap();
     let launch = Launch {
         shared: bug.shared,
+        cluster: [bug.cluster, 1, 1],
         ..Launch::new(function, [bug.blocks, 1, 1], [bug.threads, 1, 1], stream)
     };
     match driver.launch(&launch, &[&first, bytemuck::bytes_of(&dy)]) {
@@ -158,12 +178,85 @@ fn finds_all(variant: SimtVariant) {
 }
 
 #[test]
-fn the_fast_build_finds_all_but_three_planted_bugs() {
-    assert_eq!(BUGS.iter().filter(|bug| bug.only_checked).count(), 3);
+fn the_fast_build_finds_all_but_four_planted_bugs() {
+    assert_eq!(BUGS.iter().filter(|bug| bug.only_checked).count(), 4);
     finds_all(SimtVariant::Fast);
 }
 
 #[test]
 fn the_checked_build_finds_every_planted_bug() {
     finds_all(SimtVariant::Checked);
+}
+
+/// Launches overlap: what one kernel writes the next may touch only once it has waited.
+#[test]
+fn a_kernel_that_does_not_wait_for_the_one_before_is_found() {
+    let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let driver = open(SimtVariant::Checked);
+    let stream = driver.create_stream().unwrap();
+    let [x, y, z] = [0; 3].map(|_| driver.alloc(256, stream).unwrap());
+    let run = |kernel: &str, from: DevicePtr, to: DevicePtr| {
+        let function = driver.function("planted", kernel).unwrap();
+        let launch = Launch { overlaps: true, ..Launch::new(function, [1; 3], [64, 1, 1], stream) };
+        driver.launch(&launch, &[bytemuck::bytes_of(&from), bytemuck::bytes_of(&to)])
+    };
+    let fill = || driver.upload(x, &f32s(&[1.0; 64]), stream).unwrap();
+    let race = |result: Result<(), DriverError>, what: &str| match result {
+        Err(DriverError::Kernel(message)) => assert!(message.contains(what), "{message}"),
+        other => panic!("{other:?}"),
+    };
+    fill();
+    run("copies", x, y).unwrap();
+    run("copies", y, z).unwrap();
+    race(run("copies_too_early", y, z), "read after unordered write");
+    race(run("writes_too_early", x, y), "race: write after unordered");
+    // Nor is the kernel before the last one over: it may wait as well, in the last one's place.
+    fill();
+    run("copies", x, y).unwrap();
+    run("copies", x, z).unwrap();
+    race(run("copies_too_early", y, z), "read after unordered write");
+    // A copy between two kernels waits for the first, and the second for it; a graph begins when all before it is done.
+    run("copies", x, y).unwrap();
+    fill();
+    run("copies_too_early", y, z).unwrap();
+    driver.begin_capture(stream).unwrap();
+    run("copies_too_early", z, y).unwrap();
+    let graph = driver.end_capture(stream).unwrap();
+    run("copies", x, z).unwrap();
+    driver.launch_graph(graph, stream).unwrap();
+    run("copies", x, z).unwrap();
+    driver.synchronize(stream).unwrap();
+    run("writes_too_early", x, z).unwrap();
+}
+
+/// Memory that the system does not give is an error that says so.
+#[test]
+fn memory_that_cannot_be_had_is_an_error() {
+    let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let library = crate::library(SimtVariant::Fast);
+    let options = SimtOptions { memory: 1 << 50, ..SimtOptions::default() };
+    let driver = SimtDriver::open(&library, options).unwrap();
+    let stream = driver.create_stream().unwrap();
+    let error = driver.alloc(1 << 45, stream).unwrap_err().to_string();
+    assert!(error.contains("no memory for the SIMT layer"), "{error}");
+    let fine = driver.alloc(1 << 10, stream).unwrap();
+    driver.free(fine, stream).unwrap();
+    // Less address space than the layer reserves, in a process of its own.
+    let test = std::env::current_exe().unwrap();
+    let child = std::process::Command::new("sh")
+        .args(["-c", "ulimit -v 33554432 && exec \"$0\" --ignored --exact planted::child_with_little_memory"])
+        .arg(test)
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&child.stdout);
+    assert!(child.status.success() && said.contains("1 passed"), "{said}");
+}
+
+#[test]
+#[ignore = "a child of memory_that_cannot_be_had_is_an_error"]
+fn child_with_little_memory() {
+    let driver = SimtDriver::open(&crate::library(SimtVariant::Fast), SimtOptions::default()).unwrap();
+    let stream = driver.create_stream().unwrap();
+    let error = driver.alloc(16, stream).unwrap_err().to_string();
+    assert!(error.contains("no memory for the SIMT layer: mmap"), "{error}");
 }

@@ -68,7 +68,14 @@ impl Shared {
     }
 
     /// Memory for a weight, or for its stored form while it is packed.
+    ///
+    /// Not during a capture: recorded products fetch weights while the kernels before them still run
+    /// (`w_is_constant`), so none of those may be the one that packs a weight.
     pub(super) fn lend_weight(&self, bytes: usize) -> Result<buffer::DeviceBuffer, TensorError> {
+        if self.gpu.is_capturing() {
+            let reason = "a weight was first asked for while its model's work was captured";
+            return Err(TensorError::Device(reason.into()));
+        }
         self.weights.lend(bytes)
     }
 

@@ -142,12 +142,8 @@ impl Gpu {
     }
 
     /// Room on the device for tiles of products; asked of the driver once.
-    pub(super) fn room(&self) -> Result<&hopper::Room, CudaError> {
-        if let Some(room) = self.room.get() {
-            return Ok(room);
-        }
-        let room = hopper::Room::measure(self)?;
-        Ok(self.room.get_or_init(|| room))
+    pub(super) fn room(&self) -> &hopper::Room {
+        self.room.get_or_init(|| hopper::Room::measure(self))
     }
 
     /// Whom to ask when the device is full.

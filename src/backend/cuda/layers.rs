@@ -162,16 +162,17 @@ fn layer_op(op: &str, dims: &str, extents: [usize; 3]) -> Result<Option<LayerOp>
 
 /// The ways to cut `layer` into tiles on this device, the launcher's choice first; none where there is no choice.
 pub fn cuts(gpu: &Gpu, layer: &Layer, element: Element) -> Result<Vec<Cut>, CudaError> {
+    // No memory: only extents and alignment count, and nothing is launched. Null would mean an operand that is absent.
     let mut nothing = |_: usize| Ok(DevicePtr(1 << 20));
     Ok(match layer.op {
         _ if !gpu.is_hopper() => Vec::new(),
         LayerOp::Gemm(extents) => {
             let op = gemm_of(extents, element, &mut nothing)?;
-            if gemm_sm90::supports(&op) { gemm_sm90::cuts_of(&op, gpu.room()?) } else { Vec::new() }
+            if gemm_sm90::supports(&op) { gemm_sm90::cuts_of(&op, gpu.room()) } else { Vec::new() }
         }
         LayerOp::Conv(extents) => {
             let op = conv_of(extents, element, &mut nothing)?;
-            if conv_sm90::supports(&op) { conv_sm90::cuts_of(&op, gpu.room()?) } else { Vec::new() }
+            if conv_sm90::supports(&op) { conv_sm90::cuts_of(&op, gpu.room()) } else { Vec::new() }
         }
         _ => Vec::new(),
     })

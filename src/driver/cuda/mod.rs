@@ -178,9 +178,7 @@ impl CudaDriver {
     ) -> CUlaunchConfig {
         let mut count = 0;
         if launch.cluster != [1, 1, 1] {
-            attributes[count].id = CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
-            let [x, y, z] = launch.cluster;
-            attributes[count].value.clusterDim = sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x, y, z };
+            attributes[count] = cluster_attribute(launch.cluster);
             count += 1;
         }
         if launch.overlaps && self.info.capability.major >= 9 {
@@ -231,6 +229,14 @@ const NO_ATTRIBUTE: CUlaunchAttribute = CUlaunchAttribute {
     pad: [0; 4],
     value: CUlaunchAttributeValue { pad: [0; 64] },
 };
+
+/// The size of a launch's clusters.
+fn cluster_attribute([x, y, z]: [u32; 3]) -> CUlaunchAttribute {
+    let mut attribute = NO_ATTRIBUTE;
+    attribute.id = CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+    attribute.value.clusterDim = sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x, y, z };
+    attribute
+}
 
 /// A pool that keeps freed memory until it is trimmed.
 fn create_pool(ordinal: usize) -> Result<usize, DriverError> {
@@ -590,10 +596,20 @@ impl Driver for CudaDriver {
         let kernel = self.loader.kernel(launch.function)?;
         let queue = self.enter(launch.stream)?;
         let mut attributes = [NO_ATTRIBUTE; 2];
-        let config = self.launch_config(launch, queue, &mut attributes);
+        // "The cluster size must be specified in config": also that of a launch without clusters.
+        let one = (launch.cluster == [1, 1, 1]).then_some(cluster_attribute([1, 1, 1]));
+        let mut config = self.launch_config(&Launch { overlaps: false, ..*launch }, queue, &mut attributes);
+        if let Some(one) = &one {
+            (config.attrs, config.numAttrs) = (std::ptr::from_ref(one).cast_mut(), 1);
+        }
         let mut count = 0;
-        // SAFETY: `count` is written; the function is alive.
-        unsafe { cu!(cuOccupancyMaxActiveClusters(&mut count, kernel.raw as sys::CUfunction, &config)) }?;
+        // SAFETY: `count` is written; the function is alive; attributes are only read.
+        let asked =
+            unsafe { sys::cuOccupancyMaxActiveClusters(&mut count, kernel.raw as sys::CUfunction, &config) };
+        if asked == CUresult::CUDA_ERROR_INVALID_CLUSTER_SIZE {
+            return Ok(0);
+        }
+        check("cuOccupancyMaxActiveClusters", asked)?;
         Ok(usize::try_from(count).unwrap_or(0))
     }
 

@@ -60,6 +60,8 @@ const fn lopsided(shape: Shape) -> Shape {
 
 const TIME: Finish = Finish { time_rows: 1, ..Finish::BIAS };
 const SILU: Finish = Finish { act: Act::Silu, ..Finish::BIAS };
+/// As in enlargers of pictures.
+const LEAKY: Finish = Finish { act: Act::LeakyRelu, ..Finish::BIAS };
 
 /// Small ones: every way to find the pixels, sizes that no box divides, concatenation, strides, doubling.
 const SMALL: &[(Shape, Finish)] = &[
@@ -70,6 +72,8 @@ const SMALL: &[(Shape, Finish)] = &[
     (square(5, [4, 4], 128, 128), Finish::BIAS),
     (square(9, [4, 4], 128, 64), TIME),
     (square(1, [32, 32], 16, 64), Finish::RESIDUAL),
+    (square(1, [48, 40], 16, 64), LEAKY),
+    (doubled(square(1, [14, 9], 64, 64)), LEAKY),
     (square(1, [2, 128], 64, 64), Finish::BIAS),
     (square(1, [3, 256], 8, 64), Finish::BIAS),
     (square(2, [12, 12], 64, 64), TIME),

@@ -177,6 +177,8 @@ pub(super) fn cases() -> Vec<Case> {
             (Shape(130, 512, 192, 0), Finish::GEGLU),
             (Shape(300, 640, 104, 72), Finish::RESIDUAL),
             (Shape(77, 320, 768, 0), Finish::BIAS),
+            (Shape(140, 320, 128, 0), Finish { act: Act::Relu, ..Finish::BIAS }),
+            (Shape(300, 160, 72, 0), Finish { act: Act::LeakyRelu, ..Finish::RESIDUAL }),
             (Shape(128, 1280, 1280, 0), Finish::RESIDUAL),
             (Shape(128, 320, 2048, 0), Finish::GEGLU),
         ] {

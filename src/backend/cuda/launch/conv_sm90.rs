@@ -145,7 +145,7 @@ pub fn conv(gpu: &Gpu, op: &Conv) -> Result<(), CudaError> {
         return gemm_sm90::gemm(gpu, &op);
     }
     let pixels = choose_pixels(op);
-    conv_by(gpu, op, pixels, best_cut(&product(op, pixels), gpu.room()?))
+    conv_by(gpu, op, pixels, best_cut(&product(op, pixels), gpu.room()))
 }
 
 /// Queues a convolution, cut up as the caller says.
@@ -158,7 +158,7 @@ pub fn conv_by(gpu: &Gpu, op: &Conv, pixels: Pixels, cut: Cut) -> Result<(), Cud
         return Err(CudaError::Unsupported { op: OP, reason: format!("not for the sm_90a kernels: {op:?}") });
     }
     let finish = Finish::of(&op.epilogue, cut, true);
-    let plan = Plan::new(&product(op, pixels), cut, finish, gpu.room()?)?;
+    let plan = Plan::new(&product(op, pixels), cut, finish, gpu.room())?;
     let map_x = pixel_map(gpu, op, op.x, op.c1, pixels)?;
     let map_x2 = match op.x2 {
         Some(x2) => pixel_map(gpu, op, x2, op.c2, pixels)?,

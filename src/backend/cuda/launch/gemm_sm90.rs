@@ -55,7 +55,7 @@ pub fn cuts_of(op: &Gemm, room: &Room) -> Vec<Cut> {
 
 /// Queues a linear layer.
 pub fn gemm(gpu: &Gpu, op: &Gemm) -> Result<(), CudaError> {
-    gemm_by(gpu, op, best_cut(&product(op), gpu.room()?))
+    gemm_by(gpu, op, best_cut(&product(op), gpu.room()))
 }
 
 /// Queues a linear layer, cut up as the caller says.
@@ -64,7 +64,7 @@ pub fn gemm_by(gpu: &Gpu, op: &Gemm, cut: Cut) -> Result<(), CudaError> {
         return Err(CudaError::Unsupported { op: OP, reason: format!("not for the sm_90a kernels: {op:?}") });
     }
     let finish = Finish::of(&op.epilogue, cut, false);
-    let plan = Plan::new(&product(op), cut, finish, gpu.room()?)?;
+    let plan = Plan::new(&product(op), cut, finish, gpu.room())?;
     let map_x = matrix_map(gpu, op.x, [op.m, op.k1], ROWS, op.element)?;
     let map_x2 = match op.x2 {
         Some(x2) => matrix_map(gpu, x2, [op.m, op.k2], ROWS, op.element)?,

@@ -65,23 +65,28 @@ pub struct Cut {
     pub pair: usize,
 }
 
-/// How many clusters of one to eight blocks of a product kernel run at a time, by their number of blocks.
+/// How many clusters of one to eight blocks of a product kernel run at a time, by their number of blocks; 0 where the device
+/// has no such clusters.
 #[derive(Clone, Copy, Debug)]
 pub struct Room([usize; MOST_IN_CLUSTER + 1]);
 
 impl Room {
-    /// Asks the driver.
-    pub fn measure(gpu: &Gpu) -> Result<Self, CudaError> {
+    /// Asks the driver, but for single blocks: one takes a multiprocessor for itself, whatever the driver says of clusters.
+    pub fn measure(gpu: &Gpu) -> Self {
         let mut room = [0; MOST_IN_CLUSTER + 1];
+        room[1] = gpu.multiprocessors().max(1);
         let kernel = Kernel { module: "gemm_sm90", name: "gemm_sm90_128x160_any_f16" };
-        for (blocks, count) in room.iter_mut().enumerate().skip(1) {
+        for (blocks, count) in room.iter_mut().enumerate().skip(2) {
             let cluster = blocks as u32;
             let geometry =
                 Geometry { grid: [cluster, 1, 1], threads: THREADS, shared: shared_bytes(160), cluster };
-            // One after the other at least: a launch that does not fit at all is the driver's to refuse.
-            *count = gpu.clusters(&kernel, &geometry)?.max(1);
+            *count = gpu.clusters(&kernel, &geometry).unwrap_or_else(|error| {
+                tracing::warn!(%error, blocks, "clusters cannot be counted: products do without");
+                0
+            });
         }
-        Ok(Self(room))
+        tracing::debug!(?room, "clusters that run at a time");
+        Self(room)
     }
 
     /// Clusters of this many blocks.
@@ -135,11 +140,12 @@ impl Plan {
             || !(1..=steps).contains(&cut.splits)
             || !(1..=MOST_IN_PAIR).contains(&cut.pair)
             || cut.cluster() > MOST_IN_CLUSTER
+            || room.clusters(cut.cluster()) == 0
             || (cut.splits > 1 && finish != Finish::Any)
         {
             let reason = format!(
                 "{cut:?} of {product:?}, then {finish:?}: widths {WIDTHS:?}, 1 to {steps} splits (more than 1 with \
-                 any epilogue only), a pair of 1 or 2, clusters of at most {MOST_IN_CLUSTER}"
+                 any epilogue only), a pair of 1 or 2, clusters of at most {MOST_IN_CLUSTER} that fit ({room:?})"
             );
             return Err(CudaError::Unsupported { op: "sm_90a product", reason });
         }
@@ -201,15 +207,16 @@ pub(super) fn ranked_cuts(product: &Product, room: &Room) -> Vec<Cut> {
     all
 }
 
-/// All ways to cut up a product that can make sense.
+/// All ways to cut up a product that can make sense and fit the device.
 pub(super) fn cuts(product: &Product, room: &Room) -> impl Iterator<Item = Cut> {
-    let pairs = if product.tiles_m > 1 && room.clusters(1) > 1 { MOST_IN_PAIR } else { 1 };
-    let most = (product.steps / LEAST_STEPS).max(1);
-    WIDTHS.into_iter().flat_map(move |width| {
+    let pairs = if product.tiles_m > 1 { MOST_IN_PAIR } else { 1 };
+    let (most, room) = ((product.steps / LEAST_STEPS).max(1), *room);
+    let all = WIDTHS.into_iter().flat_map(move |width| {
         (1..=pairs).flat_map(move |pair| {
             (1..=most.min(MOST_IN_CLUSTER / pair)).map(move |splits| Cut { width, splits, pair })
         })
-    })
+    });
+    all.filter(move |cut| room.clusters(cut.cluster()) > 0)
 }
 
 /// Estimate of the time that a product takes.
@@ -282,7 +289,7 @@ pub(super) fn epilogue_in_vectors(epilogue: &Epilogue, columns: usize) -> bool {
 /// What a kernel does with a tile's sums: `Finish` in `hopper_tile.cuh`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Finish {
-    /// Bias and residual.
+    /// Bias, leaky relu, scale and residual.
     Plain,
     /// Bias and the bias of the sample.
     Time,
@@ -297,9 +304,11 @@ impl Finish {
     pub fn of(epilogue: &Epilogue, cut: Cut, has_time: bool) -> Self {
         let Epilogue { act, geglu, out_f32, scale, .. } = *epilogue;
         let (residual, time) = (epilogue.residual.is_some(), epilogue.time_bias.is_some());
+        let is_plain = matches!(act, Act::None | Act::LeakyRelu);
         match (geglu, residual, time) {
-            _ if cut.splits > 1 || act != Act::None || out_f32 || scale != 1.0 => Self::Any,
-            (false, _, false) => Self::Plain,
+            _ if cut.splits > 1 || out_f32 => Self::Any,
+            (false, _, false) if is_plain => Self::Plain,
+            _ if act != Act::None || scale != 1.0 => Self::Any,
             (true, false, false) if !has_time => Self::Geglu,
             (false, false, true) if has_time => Self::Time,
             _ => Self::Any,
@@ -350,6 +359,26 @@ mod tests {
         let crowded = Room([0, 132, 66, 20, 16, 12, 8, 8, 8]);
         let (roomy, crowded) = (best_cut(&product, &H200), best_cut(&product, &crowded));
         assert!(roomy.splits > 1 && crowded != roomy, "{roomy} and {crowded}");
+    }
+
+    #[test]
+    fn clusters_that_the_device_does_not_have_are_not_chosen() {
+        // Powers of two alone, as on a device that refuses the others; and a slice of a device too small for eight.
+        for room in [
+            Room([0, 132, 66, 0, 32, 0, 0, 0, 16]),
+            Room([0, 7, 3, 2, 1, 0, 0, 0, 0]),
+            Room([0, 1, 0, 0, 0, 0, 0, 0, 0]),
+        ] {
+            for tiles_m in [1, 2, 4, 16] {
+                let product = Product { tiles_m, columns: 1280, steps: 180, is_right_constant: true };
+                let all: Vec<Cut> = cuts(&product, &room).collect();
+                assert!(!all.is_empty() && all.iter().all(|cut| room.clusters(cut.cluster()) > 0), "{all:?}");
+                assert!(Plan::new(&product, best_cut(&product, &room), Finish::Any, &room).is_ok());
+            }
+            let product = Product { tiles_m: 2, columns: 1280, steps: 180, is_right_constant: true };
+            let seven = Cut { width: 160, splits: 7, pair: 1 };
+            assert!(Plan::new(&product, seven, Finish::Any, &room).is_err());
+        }
     }
 
     #[test]
