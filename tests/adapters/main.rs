@@ -4,6 +4,8 @@
 
 mod files;
 mod lora;
+mod pipeline_files;
+mod pipelines;
 mod pytorch;
 mod saved;
 

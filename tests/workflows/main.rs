@@ -2,8 +2,9 @@
 //! `adapters` and `demo`, on the demo model, on the simulated GPU.
 //!
 //! A workflow names models `tiny-NAME.safetensors`: the harness writes the tiny model NAME (`kiln synth --tiny`)
-//! into the folder of the loader that names it. Other names are files of `tests/data/pytorch`. Pictures to load are `zoo.png` and `zoo_masked.png` (a hole in its
-//! alpha channel). On the simulated GPU a picture must be the CPU's but for rounding.
+//! into the folder of the loader that names it; a `model_path` `…/tiny-NAME` is written as a folder of the diffusers
+//! library. Other names are files of `tests/data/pytorch`. Pictures to load are `zoo.png` and `zoo_masked.png` (a
+//! hole in its alpha channel). On the simulated GPU a picture must be the CPU's but for rounding.
 //!
 //! `cargo test --release --test workflows -- FILTER`; with `KILN_TEST_DEVICE=cuda` the GPU of this machine takes the
 //! place of the simulated one.
@@ -11,6 +12,9 @@
 #[path = "../adapters/files.rs"]
 #[allow(dead_code, reason = "made for the adapters' tests")]
 mod adapter_files;
+
+#[path = "../adapters/pipeline_files.rs"]
+mod pipeline_files;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -225,6 +229,14 @@ fn provide(prompt: &Json, base: &Path) -> Result<(), Failed> {
         if prompt.to_string().contains(name) {
             write(&models.join(format!("{file}.safetensors")));
         }
+    }
+    for node in prompt.as_object().into_iter().flat_map(|p| p.values()) {
+        let Some(folder) = node["inputs"]["model_path"].as_str() else { continue };
+        let name = folder.rsplit_once("tiny-").ok_or("a folder that is not tiny-NAME")?.1;
+        std::fs::create_dir_all(&models)?;
+        let whole = models.join("whole.safetensors");
+        tiny::write(name, &whole, DType::F16).ok_or_else(|| format!("no tiny model {name}"))??;
+        pipeline_files::write(&whole, &models.join("diffusers").join(folder));
     }
     // A textual inversion of two tokens for CLIP-L of the tiny models.
     if prompt.to_string().contains("embedding:zoo") {
