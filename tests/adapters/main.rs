@@ -4,6 +4,7 @@
 
 mod files;
 mod lora;
+mod lora_forms;
 mod pipeline_files;
 mod pipelines;
 mod pytorch;
