@@ -8,6 +8,9 @@ use kiln::weights::WeightsFile;
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 
+/// What names of a UNet begin with in a checkpoint.
+pub const UNET: &str = "model.diffusion_model.";
+
 /// Writes the checkpoint as a folder.
 pub fn write(checkpoint: &Path, folder: &Path) {
     let file = WeightsFile::open(checkpoint).unwrap();
@@ -21,8 +24,8 @@ pub fn write(checkpoint: &Path, folder: &Path) {
             }
         };
     const NETWORK: &str = "diffusion_pytorch_model.safetensors";
-    let units = Units::of(&names);
-    part("unet", NETWORK, None, &|name| Some(units.rename(name.strip_prefix("model.diffusion_model.")?)));
+    let units = Units::of(&names, UNET);
+    part("unet", NETWORK, None, &|name| Some(units.rename(name.strip_prefix(UNET)?)));
     part("vae", NETWORK, None, &|name| Some(vae(name.strip_prefix("first_stage_model.")?)));
     for (folder, variant, prefix) in [
         ("text_encoder", "l", "cond_stage_model.transformer."),
@@ -37,7 +40,7 @@ pub fn write(checkpoint: &Path, folder: &Path) {
 }
 
 /// Writes tensors with the texts of `from`: what shapes don't tell about tiny models.
-fn save(from: &WeightsFile, to: &Path, tensors: &[(String, RawTensor<'_>)], extra: Option<(&str, &str)>) {
+pub fn save(from: &WeightsFile, to: &Path, tensors: &[(String, RawTensor<'_>)], extra: Option<(&str, &str)>) {
     std::fs::create_dir_all(to.parent().unwrap()).unwrap();
     let views = tensors.iter().map(|(name, raw)| {
         let dtype = if raw.dtype == DType::F16 { Dtype::F16 } else { Dtype::F32 };
@@ -56,9 +59,9 @@ pub struct Units {
 }
 
 impl Units {
-    /// The blocks of the UNet in a checkpoint.
-    pub fn of(names: &Names) -> Self {
-        let has = |name: String| names.shape(&format!("model.diffusion_model.{name}")).is_some();
+    /// The blocks of the UNet, whole or half, whose names begin with `prefix`.
+    pub fn of(names: &Names, prefix: &str) -> Self {
+        let has = |name: String| names.shape(&format!("{prefix}{name}")).is_some();
         let (mut down, mut up) = (vec![(0, 0, false)], Vec::new());
         let (mut level, mut unit) = (0, 0);
         for block in 1.. {
@@ -161,10 +164,10 @@ fn vae(name: &str) -> String {
         ],
     );
     let parts: Vec<&str> = rest.splitn(4, '.').collect();
-    let inner = match parts.as_slice() {
-        &["down", level, "block", rest] => format!("down_blocks.{level}.resnets.{rest}"),
-        &["down", level, "downsample", rest] => format!("down_blocks.{level}.downsamplers.0.{rest}"),
-        &["up", level, kind, rest] => {
+    let inner = match *parts.as_slice() {
+        ["down", level, "block", rest] => format!("down_blocks.{level}.resnets.{rest}"),
+        ["down", level, "downsample", rest] => format!("down_blocks.{level}.downsamplers.0.{rest}"),
+        ["up", level, kind, rest] => {
             let level = 3 - level.parse::<usize>().unwrap();
             let kind = if kind == "block" { "resnets" } else { "upsamplers.0" };
             format!("up_blocks.{level}.{kind}.{rest}")

@@ -11,10 +11,7 @@
 
 #[path = "../adapters/files.rs"]
 #[allow(dead_code, reason = "made for the adapters' tests")]
-mod adapter_files;
-
-#[path = "../adapters/pipeline_files.rs"]
-mod pipeline_files;
+mod files;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -217,12 +214,20 @@ fn provide(prompt: &Json, base: &Path) -> Result<(), Failed> {
         let name = name.ok_or_else(|| format!("{file} is not tiny-NAME.safetensors"))?;
         tiny::write(name, &path, DType::F16).ok_or_else(|| format!("no tiny model {name}"))??;
     }
-    let adapters: [(&str, Writer); 5] = [
-        ("loras/tiny-lora", adapter_files::lora),
-        ("loras/tiny-loha", adapter_files::loha),
-        ("controlnet/tiny-controlnet", |path| adapter_files::control_net(path, None)),
-        ("upscale_models/tiny-esrgan", adapter_files::esrgan),
-        ("upscale_models/tiny-compact", adapter_files::compact),
+    let adapters: [(&str, Writer); 7] = [
+        ("loras/tiny-lora", files::lora),
+        ("loras/tiny-loha", files::loha),
+        ("controlnet/tiny-controlnet", |path| files::control_files::of_demo(path, None)),
+        ("controlnet/tiny-control-diffusers", |path| {
+            let standard = path.with_extension("whole");
+            files::control_files::of_demo(&standard, None);
+            files::control_files::as_diffusers(&standard, path);
+        }),
+        ("controlnet/tiny-control-lora", |path| {
+            files::control_files::lora(&files::control_files::demo(), path)
+        }),
+        ("upscale_models/tiny-esrgan", files::esrgan),
+        ("upscale_models/tiny-compact", files::compact),
     ];
     for (file, write) in adapters {
         let name = file.rsplit('/').next().unwrap_or(file);
@@ -236,7 +241,7 @@ fn provide(prompt: &Json, base: &Path) -> Result<(), Failed> {
         std::fs::create_dir_all(&models)?;
         let whole = models.join("whole.safetensors");
         tiny::write(name, &whole, DType::F16).ok_or_else(|| format!("no tiny model {name}"))??;
-        pipeline_files::write(&whole, &models.join("diffusers").join(folder));
+        files::pipeline_files::write(&whole, &models.join("diffusers").join(folder));
     }
     // A textual inversion of two tokens for CLIP-L of the tiny models.
     if prompt.to_string().contains("embedding:zoo") {
