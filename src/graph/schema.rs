@@ -162,6 +162,24 @@ impl Input {
         self
     }
 
+    /// Whether an entry of the options object is true.
+    pub fn is_set(&self, option: &str) -> bool {
+        self.options.as_ref().is_some_and(|options| options.get(option) == Some(&Json::Bool(true)))
+    }
+
+    /// What a new widget for it shows: the default, or what is nothing for its type; `None` for links and for
+    /// files, which depend on what is there.
+    pub fn initial(&self) -> Option<Json> {
+        let default = self.options.as_ref().and_then(|options| options.get("default"));
+        default.cloned().or_else(|| match &self.kind {
+            InputKind::Int | InputKind::Float => Some(0.into()),
+            InputKind::String => Some("".into()),
+            InputKind::Boolean => Some(false.into()),
+            InputKind::Combo(ComboSource::Static(list)) => list.first().cloned(),
+            InputKind::Combo(ComboSource::Files(_)) | InputKind::Link(_) => None,
+        })
+    }
+
     /// Writes no options object in `/object_info`.
     pub fn bare(mut self) -> Self {
         self.options = None;

@@ -5,7 +5,7 @@
 //!
 //! | on the page | in the prompt |
 //! | --- | --- |
-//! | widgets (a list in the order of the node's inputs, or an object) | inputs by name; the entry after a seed that says what happens to it is left out |
+//! | widgets (a list in the order of the node's inputs, or an object) | inputs by name; the entry after a seed that says what happens to it is left out; missing ones have their defaults |
 //! | a muted node | nothing, and what it fed gets no link |
 //! | a bypassed node | its consumers take the input that fits the output's type |
 //! | reroutes, primitives | the source, the value |
@@ -19,7 +19,7 @@ use std::collections::{HashMap, HashSet};
 
 use serde_json::{Map, Value as Json, json};
 
-use super::{InputKind, Presence, Schema};
+use super::{Input, InputKind, Presence, Schema};
 
 /// Nodes that only the page knows.
 const NOTES: &[&str] = &["Note", "MarkdownNote"];
@@ -27,6 +27,8 @@ const REROUTE: &str = "Reroute";
 const PRIMITIVE: &str = "PrimitiveNode";
 /// Values of the widget after a seed.
 const SEED_CONTROLS: &[&str] = &["fixed", "increment", "decrement", "randomize"];
+/// Numbers that have such a widget by their name alone.
+const SEEDS: &[&str] = &["seed", "noise_seed"];
 /// The nodes that stand for a subgraph's own inputs and outputs.
 const SUBGRAPH_INPUT: &str = "-10";
 const SUBGRAPH_OUTPUT: &str = "-20";
@@ -258,46 +260,54 @@ fn widget_of(node: &Json, input: &Json) -> Option<Json> {
     list(node, "widgets_values").get(at).filter(|value| !value.is_null()).cloned()
 }
 
-/// The names of a node's widgets, in order.
-fn widget_names<'n>(node: &'n Json, schema: Option<&'n Schema>) -> Vec<&'n str> {
+/// A node's widgets, in order: names, and what the schema says of them.
+fn widget_inputs<'n>(node: &'n Json, schema: Option<&'n Schema>) -> Vec<(&'n str, Option<&'n Input>)> {
     let Some(schema) = schema else {
         let named = list(node, "inputs").iter().filter_map(|i| i.get("widget")?.get("name")?.as_str());
-        return named.collect();
-    };
-    let is_set = |options: &Option<Map<String, Json>>, key: &str| {
-        options.as_ref().is_some_and(|o| o.get(key).is_some_and(|v| v == true))
+        return named.map(|name| (name, None)).collect();
     };
     let of = |presence| {
         let inputs = schema.inputs.iter().filter(move |input| input.presence == presence);
-        inputs.filter(|input| {
-            !matches!(input.kind, InputKind::Link(_)) && !is_set(&input.options, "forceInput")
-        })
+        inputs.filter(|input| !matches!(input.kind, InputKind::Link(_)) && !input.is_set("forceInput"))
     };
-    of(Presence::Required).chain(of(Presence::Optional)).map(|input| input.name).collect()
+    of(Presence::Required).chain(of(Presence::Optional)).map(|input| (input.name, Some(input))).collect()
 }
 
-/// The values of a node's widgets by name.
+/// The values of a node's widgets by name; a widget that the file says nothing of has its default.
 fn widgets(node: &Json, schema: Option<&Schema>) -> Map<String, Json> {
-    let names = widget_names(node, schema);
-    let values = match node.get("widgets_values") {
-        Some(Json::Array(values)) => values,
-        Some(Json::Object(values)) => {
-            let known = |name: &&str| Some(((*name).to_owned(), values.get(*name)?.clone()));
-            return names.iter().filter_map(known).collect();
-        }
-        _ => return Map::new(),
-    };
+    let widgets = widget_inputs(node, schema);
     let mut inputs = Map::new();
-    let mut rest = values.iter().peekable();
-    for name in names {
-        let Some(value) = rest.next() else { break };
-        inputs.insert(name.to_owned(), value.clone());
-        let is_control = |v: &&&Json| v.as_str().is_some_and(|text| SEED_CONTROLS.contains(&text));
-        if value.is_number() && rest.peek().filter(is_control).is_some() {
-            rest.next();
+    match node.get("widgets_values") {
+        Some(Json::Object(values)) => {
+            let known = |(name, _): &(&str, _)| Some(((*name).to_owned(), values.get(*name)?.clone()));
+            inputs.extend(widgets.iter().filter_map(known));
+        }
+        Some(Json::Array(values)) => {
+            let mut rest = values.iter().peekable();
+            for (name, input) in &widgets {
+                let Some(value) = rest.next() else { break };
+                inputs.insert((*name).to_owned(), value.clone());
+                if value.is_number() && rest.peek().is_some_and(|next| is_seed_control(next, *input)) {
+                    rest.next();
+                }
+            }
+        }
+        _ => {}
+    }
+    for (name, input) in widgets {
+        if let Some(default) = input.and_then(Input::initial)
+            && !inputs.contains_key(name)
+        {
+            inputs.insert(name.to_owned(), default);
         }
     }
     inputs
+}
+
+/// Whether a widget's value is what happens to the seed before it; old files say it with a switch.
+fn is_seed_control(value: &Json, input: Option<&Input>) -> bool {
+    let is_seed = || input.is_some_and(|i| SEEDS.contains(&i.name) || i.is_set("control_after_generate"));
+    value.as_str().is_some_and(|text| SEED_CONTROLS.contains(&text)) || value.is_boolean() && is_seed()
 }
 
 /// A workflow as the web page saves it, as a prompt. `schema` gives the schema of a class.

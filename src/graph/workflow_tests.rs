@@ -144,3 +144,21 @@ fn hostile_workflows_end() {
     assert_eq!(prompt["2"]["class_type"], "Gone");
     assert!(!is_ui_workflow(&json!({"nodes": {}, "links": []})) && !is_ui_workflow(&json!([])));
 }
+
+/// Files older than a widget don't have its value, and the oldest say with a switch what happens to a seed.
+#[test]
+fn missing_widgets_have_their_defaults() {
+    let inputs_of = |index: usize, values: Json| {
+        let mut workflow = plain();
+        workflow["nodes"][index]["widgets_values"] = values;
+        let id = workflow["nodes"][index]["id"].to_string();
+        convert(&workflow).unwrap()[id.as_str()]["inputs"].clone()
+    };
+    let sampler = json!({"seed": 42, "steps": 30, "cfg": 7.0, "model": ["2", 0]});
+    assert_eq!(inputs_of(2, json!([42])), sampler);
+    assert_eq!(inputs_of(2, json!([42, true, 20])), sampler, "a switch after a seed");
+    assert_eq!(inputs_of(2, json!([42, false, 20])), sampler);
+    assert_eq!(inputs_of(2, json!({"seed": 42})), sampler);
+    assert_eq!(inputs_of(0, json!(null)), json!({"name": "a"}), "the first of a list");
+    assert_eq!(inputs_of(4, json!([])), json!({"prefix": "", "latent": ["3", 0]}));
+}

@@ -1,8 +1,10 @@
-// ComfyUI's official web pages on kiln: each opens, runs a workflow on the demo model, and shows previews and picture.
+// ComfyUI's official web pages on kiln: each opens, runs a workflow on the demo model, shows previews and picture, and
+// sends a saved workflow as `kiln convert` makes it.
 //
 // KILN_FRONTENDS lists folders of the package's files (the last part but one of each path is its version).
 
 import assert from "node:assert/strict";
+import { execFileSync } from "node:child_process";
 import fs from "node:fs";
 import path from "node:path";
 import { test } from "node:test";
@@ -80,6 +82,18 @@ async function openWorkflow(page) {
   return isSd;
 }
 
+/** A workflow as the page sends it, and as `kiln convert` makes it of the same file: they must be one prompt. */
+async function compareConversions(page) {
+  const file = new URL("workflow.json", import.meta.url).pathname;
+  const theirs = await page.evaluate(async (workflow) => {
+    await window.app.loadGraphData(workflow);
+    return (await window.app.graphToPrompt()).output;
+  }, JSON.parse(fs.readFileSync(file)));
+  const ours = JSON.parse(execFileSync(process.env.KILN_BIN ?? "target/release/kiln", ["convert", file]));
+  assert.deepEqual(ours, JSON.parse(JSON.stringify(theirs)));
+  return Object.keys(ours).length;
+}
+
 /** Counts preview frames (events 1 and 4) on every WebSocket of the page. */
 function countPreviews(page) {
   const seen = { previews: 0 };
@@ -124,7 +138,8 @@ for (const root of FRONTENDS) {
       assert.ok(seen.previews >= 3, `${seen.previews} previews`);
       const unusual = [...failed].filter((f) => !USUAL_ANSWERS.some((usual) => usual.test(f)));
       const words = faults.filter((f) => !USUAL_WORDS.some((usual) => usual.test(f)));
-      console.log(`frontend ${version}: ${isDefault ? "its default workflow" : "our file"}, ${seen.previews} previews, picture ${picture.name}, ` +
+      const nodes = await compareConversions(page);
+      console.log(`frontend ${version}: converts ${nodes} nodes as kiln does, ${isDefault ? "its default workflow" : "our file"}, ${seen.previews} previews, picture ${picture.name}, ` +
         `${unusual.length} unexpected answers, ${words.length} console errors`);
       assert.deepEqual({ unusual, words }, { unusual: [], words: [] });
     } catch (error) {

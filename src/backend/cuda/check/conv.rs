@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::epilogue::{EpilogueCase, Extent, Operands, rows_to_compare, upload_rows};
-use super::{Case, Context, Measured};
+use super::{Case, Context, Measured, wide};
 use crate::backend::cuda::launch::conv::{Choice, Conv, Padding, conv, conv_by};
 use crate::backend::cuda::launch::elementwise::Act;
 use crate::backend::cuda::launch::epilogue::{Epilogue, Rows};
@@ -339,8 +339,7 @@ fn run(cx: &mut Context<'_>, spec: &Spec) -> Result<Measured, CudaError> {
         ..shape
     };
     let rows = rows_to_compare(cx, problem.m, cout, problem.k);
-    let wide = |values: &[f32]| -> Vec<f64> { values.iter().map(|v| f64::from(*v)).collect() };
-    let (x, x2) = (wide(&x), wide(&x2));
+    let (x, x2) = (wide(x), wide(x2));
     let want: Vec<f64> = rows
         .par_iter()
         .flat_map_iter(|row| operands.reference(*row, &reference(spec, *row, out, [&x, &x2], &w)))

@@ -1,6 +1,6 @@
 //! Cases of pictures: resizing, 8 bits, previews, and elements that are only moved.
 
-use super::{Case, CaseFn, Context, Measured};
+use super::{Case, CaseFn, Context, Measured, wide};
 use crate::backend::cuda::launch::copy::{Columns, Concat, Upsample2x, Window, concat, upsample2x, window};
 use crate::backend::cuda::launch::image::{
     Filter, FromRgb8, Preview, Resize, ToRgb8, from_rgb8, preview, resize, to_rgb8,
@@ -19,20 +19,7 @@ pub(super) fn cases() -> Vec<Case> {
 }
 
 fn case(name: String, elements: usize, bytes: usize, tolerance: f64, run: CaseFn) -> Case {
-    Case {
-        family: "image",
-        name,
-        quick: elements < 20_000,
-        needs_gpu: elements > 3_000_000,
-        flops: 0.0,
-        bytes: bytes as f64,
-        tolerance,
-        run,
-    }
-}
-
-fn wide(values: &[f32]) -> Vec<f64> {
-    values.iter().map(|v| f64::from(*v)).collect()
+    Case::of_memory("image", name, elements, bytes, tolerance, run)
 }
 
 /// Samples, source, target, channels.
@@ -232,7 +219,7 @@ fn from_rgb8_case([pixels, channels, width, pitch]: [usize; 4], element: Element
                 *v = element.round(f32::from(*byte) / 255.0 * 2.0 - 1.0);
             }
         }
-        let want = wide(&values);
+        let want = wide(values.iter().copied());
         let dx = cx.upload_bytes(&x)?;
         let gpu = cx.gpu;
         let op = FromRgb8 { x: dx.ptr, out: out.ptr, pixels, channels, width, pitch, element };
@@ -365,7 +352,7 @@ fn concat_case(shape: [usize; 7], element: Element) -> Case {
             rows,
             element,
         };
-        cx.measure(out, element, &wide(&values), || concat(gpu, &op))
+        cx.measure(out, element, &wide(values.iter().copied()), || concat(gpu, &op))
     };
     let name = format!(
         "concat_{} {rows} rows {width_a}/{pitch_a}+{width_b}/{pitch_b} to {skip}/{pitch}",
@@ -405,7 +392,7 @@ fn upsample_case(rows: usize, width: usize, channels: usize, element: Element) -
         let mut want = Vec::with_capacity(4 * read);
         for (y, col) in (0..2 * rows).flat_map(|y| (0..2 * width).map(move |col| (y, col))) {
             let at = (y / 2 * width + col / 2) * channels;
-            want.extend(wide(&x[at..at + channels]));
+            want.extend(wide(x[at..at + channels].iter().copied()));
         }
         let dx = cx.upload(&x, element)?;
         let out = cx.output(4 * read * element.size())?;

@@ -1,6 +1,6 @@
 //! Cases of conversions, transposes and weight packing. Nothing is computed, so results must be exact.
 
-use super::{Case, CaseFn, Context, Measured};
+use super::{Case, CaseFn, Context, Measured, wide};
 use crate::backend::cuda::launch::layout::{
     Convert, PackConv, PackLinear, PackVector, Stored, ToNchw, ToNhwc, convert, pack_conv, pack_linear,
     pack_vector, padded, to_nchw, to_nhwc,
@@ -19,16 +19,7 @@ pub(super) fn cases() -> Vec<Case> {
 }
 
 fn case(name: String, elements: usize, bytes: usize, run: CaseFn) -> Case {
-    Case {
-        family: "layout",
-        name,
-        quick: elements < 20_000,
-        needs_gpu: elements > 3_000_000,
-        flops: 0.0,
-        bytes: bytes as f64,
-        tolerance: 0.0,
-        run,
-    }
+    Case::of_memory("layout", name, elements, bytes, 0.0, run)
 }
 
 /// Random stored elements and their values.
@@ -77,10 +68,6 @@ fn e4m3(byte: u8) -> f32 {
 
 fn e5m2(byte: u8) -> f32 {
     f8(byte, 2, 15)
-}
-
-fn wide(values: impl IntoIterator<Item = f32>) -> Vec<f64> {
-    values.into_iter().map(f64::from).collect()
 }
 
 fn convert_cases() -> Vec<Case> {

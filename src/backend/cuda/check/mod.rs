@@ -61,6 +61,27 @@ pub struct Measured {
 }
 
 impl Case {
+    /// A case of a kernel that only moves memory or nearly so.
+    fn of_memory(
+        family: &'static str,
+        name: String,
+        elements: usize,
+        bytes: usize,
+        tolerance: f64,
+        run: CaseFn,
+    ) -> Self {
+        Self {
+            family,
+            name,
+            quick: elements < 20_000,
+            needs_gpu: elements > 3_000_000,
+            flops: 0.0,
+            bytes: bytes as f64,
+            tolerance,
+            run,
+        }
+    }
+
     /// Whether the device has code for this case: families of sm_90a run on Hopper and under the SIMT layer only.
     pub fn runs_on(&self, gpu: &Gpu) -> bool {
         !self.family.ends_with("_sm90") || gpu.is_hopper() || gpu.driver().device().is_simulated
@@ -84,6 +105,10 @@ pub fn cases() -> Vec<Case> {
     all.extend(gemm_sm90::cases());
     all.extend(conv_sm90::cases());
     all
+}
+
+fn wide(values: impl IntoIterator<Item = f32>) -> Vec<f64> {
+    values.into_iter().map(f64::from).collect()
 }
 
 /// Runs one case.

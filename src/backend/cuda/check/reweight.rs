@@ -1,6 +1,6 @@
 //! Cases of reweighted feature maps, against the CPU's reference, and of tokens in another order.
 
-use super::{Case, CaseFn, Context, Measured};
+use super::{Case, CaseFn, Context, Measured, wide};
 use crate::backend::cuda::launch::copy::{Columns, Swap, swap};
 use crate::backend::cuda::launch::reweight::{ScaleHalf, ScaleLowBand, scale_half, scale_low_band};
 use crate::backend::cuda::{CudaError, Element};
@@ -80,20 +80,7 @@ pub(super) fn cases() -> Vec<Case> {
 }
 
 fn case(name: String, elements: usize, bytes: usize, tolerance: f64, run: CaseFn) -> Case {
-    Case {
-        family: "reweight",
-        name,
-        quick: elements < 20_000,
-        needs_gpu: elements > 1_000_000,
-        flops: 0.0,
-        bytes: bytes as f64,
-        tolerance,
-        run,
-    }
-}
-
-fn wide(values: &[f32]) -> Vec<f64> {
-    values.iter().map(|v| f64::from(*v)).collect()
+    Case::of_memory("reweight", name, elements, bytes, tolerance, run)
 }
 
 fn half_case([n, h, w, c]: [usize; 4], element: Element, is_by_place: bool) -> Case {
@@ -116,7 +103,7 @@ fn half_case([n, h, w, c]: [usize; 4], element: Element, is_by_place: bool) -> C
             factor: 1.4,
             element,
         };
-        cx.measure(out, element, &wide(&want), || scale_half(gpu, &op))
+        cx.measure(out, element, &wide(want.iter().copied()), || scale_half(gpu, &op))
     };
     let how = if is_by_place { "by place" } else { "by 1.4" };
     let name = format!("scale_half_{} {n}x{h}x{w}x{c} {how}", element.suffix());
@@ -136,7 +123,7 @@ fn band_case([n, h, w, c]: [usize; 4], element: Element) -> Case {
         let gpu = cx.gpu;
         let (size, factor) = ([h, w], 0.2);
         let op = ScaleLowBand { x: dx.ptr, out: out.ptr, samples: n, size, channels: c, factor, element };
-        cx.measure(out, element, &wide(&want), || scale_low_band(gpu, &op))
+        cx.measure(out, element, &wide(want.iter().copied()), || scale_low_band(gpu, &op))
     };
     let name = format!("low_band_{} {n}x{h}x{w}x{c}", element.suffix());
     // Sums of a plane in f32: a few roundings of 2^-24 each, relative to values of size 1.
@@ -151,7 +138,7 @@ fn swap_case([samples, rows, columns, run, width, pitch, first]: [usize; 7], ele
         for (block, column) in (0..samples).flat_map(|b| (0..columns).map(move |c| (b, c))) {
             for (row, i) in (0..rows).flat_map(|r| (0..run).map(move |i| (r, i))) {
                 let from = ((block * rows + row) * columns + column) * run + i;
-                want.extend(wide(&x[from * pitch + first..][..width]));
+                want.extend(wide(x[from * pitch + first..][..width].iter().copied()));
             }
         }
         let dx = cx.upload(&x, element)?;

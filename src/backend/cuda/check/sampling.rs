@@ -41,16 +41,7 @@ pub(super) fn cases() -> Vec<Case> {
 }
 
 fn case(name: String, elements: usize, bytes: usize, tolerance: f64, run: CaseFn) -> Case {
-    Case {
-        family: "sampling",
-        name,
-        quick: elements < 20_000,
-        needs_gpu: elements > 3_000_000,
-        flops: 0.0,
-        bytes: bytes as f64,
-        tolerance,
-        run,
-    }
+    Case::of_memory("sampling", name, elements, bytes, tolerance, run)
 }
 
 /// Samples, channels, pixels, pitch of the model's output.
