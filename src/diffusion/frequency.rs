@@ -6,9 +6,9 @@ use crate::tensor::HostTensor;
 /// square of half side `cutoff` around zero by `low`, the others by `high`.
 ///
 /// With zero shifted to the centre `(h/2, w/2)`, the square covers rows
-/// `h/2 − cutoff .. h/2 + cutoff`, hence one more negative frequency. As in the
-/// reference, a start before the first row counts from the end. A plain separable
-/// transform: latents are small, and this runs once a step.
+/// `h/2 − cutoff .. h/2 + cutoff`, hence one more negative frequency; the cutoff is
+/// at most half a side. A plain separable transform: latents are small, and this
+/// runs once a step.
 pub(super) fn scale_bands(x: &HostTensor, low: f32, high: f32, cutoff: usize) -> HostTensor {
     let (h, w) = (x.dim(2), x.dim(3));
     // The low band is separable, so the result is high·x + (low − high)·band(x).
@@ -36,8 +36,8 @@ pub(super) fn scale_bands(x: &HostTensor, low: f32, high: f32, cutoff: usize) ->
 /// the frequencies kept, as real and imaginary part by distance `d`.
 fn band_kernel(n: usize, cutoff: usize) -> Vec<(f64, f64)> {
     let centre = n / 2;
-    let start = if cutoff > centre { (n + centre).saturating_sub(cutoff) } else { centre - cutoff };
-    let kept = start..(centre + cutoff).min(n);
+    let cutoff = cutoff.min(centre);
+    let kept = centre - cutoff..centre + cutoff;
     (0..n)
         .map(|d| {
             let terms = kept.clone().map(|place| {
@@ -80,6 +80,16 @@ mod tests {
         let y = scale_bands(&x, 1.5, 9.0, 1);
         for v in y.data() {
             assert!((v - 3.0).abs() < 1e-5, "{v}");
+        }
+    }
+
+    /// A cutoff past the side leaves no high frequency on an even side.
+    #[test]
+    fn wide_band_is_everything() {
+        let x = HostTensor::from_fn(&[1, 2, 8, 6], |i| (i * i % 17) as f32 - 8.0);
+        let y = scale_bands(&x, 0.5, 9.0, 7);
+        for (x, y) in x.data().iter().zip(y.data()) {
+            assert!((y - 0.5 * x).abs() < 1e-5, "{y} {x}");
         }
     }
 }

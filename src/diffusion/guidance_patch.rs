@@ -10,7 +10,7 @@
 
 use std::sync::Arc;
 
-use super::conditioning::{Conditioning, ResolvedCond, resolve};
+use super::conditioning::{CondEntry, Conditioning, ResolvedCond, resolve};
 use super::guidance::evaluate;
 use super::model::Model;
 use super::schedule::ModelSampling;
@@ -227,8 +227,12 @@ impl GuidancePatch for BuiltinPatch {
             BuiltinPatch::RenormCfg { limit, .. } => Ok(Some(renorm_cfg(preds, ctx.scale as f32, *limit))),
             BuiltinPatch::PerpNeg { empty, negative_scale } => {
                 let size = (ctx.x.dim(2), ctx.x.dim(3));
-                let conds: Vec<ResolvedCond> =
-                    empty.iter().map(|entry| resolve(entry, size, ctx.model.sampling())).collect();
+                // the reference prepares the empty prompt without its share of the run: it counts at every step
+                let conds: Vec<ResolvedCond> = empty
+                    .iter()
+                    .map(|entry| CondEntry { start_percent: None, end_percent: None, ..entry.clone() })
+                    .map(|entry| resolve(&entry, size, ctx.model.sampling()))
+                    .collect();
                 let out = evaluate(ctx.model, &[Some(&conds)], ctx.x, ctx.sigma)?;
                 let scales = (ctx.scale, *negative_scale);
                 let guided =

@@ -19,7 +19,7 @@ pub mod step_cache;
 pub use conditioning::{CondEntry, Conditioning};
 pub use error::DiffusionError;
 pub use guidance::{Guidance, Guider};
-pub use latent::Latent;
+pub use latent::{Latent, LatentFormat};
 pub use model::{DenoiseItem, Model, ModelHandle, RunInputs};
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use super::conditioning::CondEntry;
 use super::guidance_patch::GuidancePatch;
 use super::schedule::ModelSampling;
-use super::{DiffusionError, Latent};
+use super::{DiffusionError, Latent, LatentFormat};
 use crate::tensor::HostTensor;
 
 /// One piece of a model call.
@@ -55,13 +55,8 @@ pub trait Model: Send + Sync {
     /// The model's noise levels.
     fn sampling(&self) -> &ModelSampling;
 
-    /// Factor from a latent on a link to the model's own scale (SD1.x: 0.18215).
-    fn latent_scale(&self) -> f32;
-
-    /// Subtracted from a latent on a link before it is scaled.
-    fn latent_shift(&self) -> f32 {
-        0.0
-    }
+    /// How a latent on a link becomes the model's own.
+    fn latent_format(&self) -> LatentFormat;
 
     /// Channels of the model's latents.
     fn latent_channels(&self) -> usize {
@@ -161,14 +156,12 @@ impl ModelHandle {
 
     /// A latent on a link in the model's scale.
     pub fn latent_in(&self, latent: &HostTensor) -> HostTensor {
-        let (scale, shift) = (self.0.latent_scale(), self.0.latent_shift());
-        latent.map(|v| (v - shift) * scale)
+        self.0.latent_format().to_model(latent)
     }
 
     /// A latent of the model as it goes on a link.
     pub fn latent_out(&self, latent: &HostTensor) -> HostTensor {
-        let (scale, shift) = (self.0.latent_scale(), self.0.latent_shift());
-        latent.map(|v| v / scale + shift)
+        self.0.latent_format().from_model(latent)
     }
 }
 
@@ -187,12 +180,8 @@ impl Model for PatchedModel {
         self.inner.sampling()
     }
 
-    fn latent_scale(&self) -> f32 {
-        self.inner.latent_scale()
-    }
-
-    fn latent_shift(&self) -> f32 {
-        self.inner.latent_shift()
+    fn latent_format(&self) -> LatentFormat {
+        self.inner.latent_format()
     }
 
     fn latent_channels(&self) -> usize {

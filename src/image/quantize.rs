@@ -184,27 +184,24 @@ impl Heap {
 /// Looks up the nearest entry of a palette.
 struct Nearest<'a> {
     palette: &'a [Rgb],
-    exact: HashMap<Rgb, usize>,
     cells: HashMap<Rgb, usize>,
 }
 
 impl<'a> Nearest<'a> {
     fn new(palette: &'a [Rgb]) -> Self {
-        let exact = palette.iter().enumerate().rev().map(|(i, c)| (*c, i)).collect();
-        Self { palette, exact, cells: HashMap::new() }
+        Self { palette, cells: HashMap::new() }
     }
 
-    /// A colour of the palette itself, or the entry nearest to the cell's lower corner, the first among equals.
+    /// The entry nearest to the lower corner of the colour's cell, the first among equals: a colour that the palette
+    /// has may become another one of its cell.
     fn entry(&mut self, colour: Rgb) -> Rgb {
         let palette = self.palette;
-        let found = self.exact.get(&colour).copied().unwrap_or_else(|| {
-            let corner = colour.map(|v| v & !3);
-            *self.cells.entry(corner).or_insert_with(|| {
-                let distance = |c: &Rgb| -> i32 {
-                    c.iter().zip(corner).map(|(a, b)| (i32::from(*a) - i32::from(b)).pow(2)).sum()
-                };
-                (0..palette.len()).min_by_key(|i| distance(&palette[*i])).unwrap_or(0)
-            })
+        let corner = colour.map(|v| v & !3);
+        let found = *self.cells.entry(corner).or_insert_with(|| {
+            let distance = |c: &Rgb| -> i32 {
+                c.iter().zip(corner).map(|(a, b)| (i32::from(*a) - i32::from(b)).pow(2)).sum()
+            };
+            (0..palette.len()).min_by_key(|i| distance(&palette[*i])).unwrap_or(0)
         });
         palette.get(found).copied().unwrap_or(colour)
     }
@@ -257,6 +254,17 @@ mod tests {
         assert_eq!(palette(&pixels, 2), [[137, 4, 3], [10, 0, 0]]);
         assert_eq!(palette(&pixels, 1), [[106, 3, 3]]);
         assert_eq!(palette(&[[7, 8, 9]; 5], 16), [[7, 8, 9]]);
+    }
+
+    /// Values of Pillow 13: the corner decides, also for a colour that the palette has.
+    #[test]
+    fn cells_have_one_colour() {
+        let grey = |v: u8| [v; 3];
+        let palette = [grey(3), grey(0), grey(9)];
+        assert_eq!(
+            map_nearest(&[grey(3), grey(2), grey(0), grey(6), grey(7)], &palette),
+            [0, 0, 0, 3, 3].map(grey)
+        );
     }
 
     /// The mean survives dithering, which plain mapping loses, but for what leaves at the edges.

@@ -73,6 +73,8 @@ pub enum Prediction {
     Epsilon,
     /// The velocity, a mix of noise and image.
     V,
+    /// The clean picture after EDM's skip connection, of latents in Playground 2.5's format.
+    Edm,
 }
 
 /// The noise levels a model was trained on: β linear in √β from `start` to `end`.
@@ -330,7 +332,7 @@ pub fn detect(file: &WeightsFile) -> Result<Checkpoint, DetectError> {
         return Err(DetectError::Family { file: layout.file.clone(), family: row.family });
     }
     let mut found = checkpoint(&layout, row, unet, |name| spread_of(&names.get(file, name)?))?;
-    if found.sampling.continuous.is_some() {
+    if found.sampling.continuous.is_some() && found.sampling.prediction == Prediction::V {
         found.sampling.continuous = Some(edm_range(file, &names));
     }
     Ok(found)
@@ -460,7 +462,10 @@ fn checkpoint(
         prediction,
         beta_schedule,
         has_zero_terminal_snr: prediction == Prediction::V && layout.contains("ztsnr"),
-        continuous: layout.contains(EDM_SIGMA_MAX).then_some(DEFAULT_EDM_RANGE),
+        continuous: match prediction {
+            Prediction::Edm => Some(PLAYGROUND_RANGE),
+            _ => layout.contains(EDM_SIGMA_MAX).then_some(DEFAULT_EDM_RANGE),
+        },
         latent_scale,
         native_width: size("native_width")?,
         native_height: size("native_height")?,
@@ -486,6 +491,7 @@ fn prediction_of(
         Some("eps" | "epsilon") => Ok(Prediction::Epsilon),
         Some("v" | "v_prediction") => Ok(Prediction::V),
         Some(_) => Err(layout.bad_metadata("prediction", "eps or v")),
+        None if PLAYGROUND_MARKS.iter().all(|mark| layout.contains(mark)) => Ok(Prediction::Edm),
         None if layout.contains("v_pred") || layout.contains(EDM_SIGMA_MAX) => Ok(Prediction::V),
         None => {
             let telling = row.v_bias.filter(|_| unet.in_channels == unet.out_channels);
@@ -494,6 +500,10 @@ fn prediction_of(
         }
     }
 }
+
+/// Statistics of the latents that Playground 2.5's files hold.
+const PLAYGROUND_MARKS: [&str; 2] = ["edm_mean", "edm_std"];
+const PLAYGROUND_RANGE: SigmaRange = SigmaRange { sigma_min: 0.002, sigma_max: 80.0 };
 
 /// Marks a model that predicts v over a continuous range of noise levels, and holds the highest.
 const EDM_SIGMA_MAX: &str = "edm_vpred.sigma_max";

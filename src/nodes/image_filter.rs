@@ -63,14 +63,14 @@ impl Node for ImageBlend {
     }
 
     fn execute(&self, _ctx: &mut NodeCtx<'_>, inputs: &Inputs) -> Result<NodeOutput, NodeError> {
-        let (first, [b, h, w, c]) = image(inputs, "image1")?;
+        let (first, [_, h, w, c]) = image(inputs, "image1")?;
         let (second, [_, h2, w2, _]) = image(inputs, "image2")?;
         let mut second = with_channels(&second, c)?;
         if (h, w) != (h2, w2) {
             let to = Resize { width: w, height: h, method: Method::Bicubic, crop: Crop::Center };
             second = resize_images(&second, to)?;
         }
-        let second = shapes::repeat_to(&second, b)?;
+        let (first, second) = shapes::broadcast(&first, &second, "image2")?;
         let (factor, mode) = (inputs.float("blend_factor")?, inputs.string("blend_mode")?);
         let (keep, add) = ((1.0 - factor) as f32, factor as f32);
         blend(mode, 0.0, 0.0).ok_or_else(|| unknown("blend_mode", mode))?;
@@ -158,13 +158,16 @@ impl Node for ImageAddNoise {
 /// `Morphology`.
 pub struct Morphology;
 
-/// The largest (or smallest) value in a `size × size` window around every
+/// The largest (or smallest) value in a square window, `before` to `after` every
 /// pixel; what lies outside the picture does not count. Rows and columns are
 /// independent, so this is two passes.
-fn extreme(x: &[f32], planes: Planes, size: usize, pick: fn(f32, f32) -> f32) -> Vec<f32> {
+fn extreme(
+    x: &[f32],
+    planes: Planes,
+    (before, after): (usize, usize),
+    pick: fn(f32, f32) -> f32,
+) -> Vec<f32> {
     let Planes { h, w, cell, .. } = planes;
-    // Of an even window the larger half lies before the pixel.
-    let (before, after) = (size / 2, size - size / 2 - 1);
     let window = |i: usize, length: usize| i.saturating_sub(before)..(i + after + 1).min(length);
     let mut wide = vec![0.0; x.len()];
     wide.par_chunks_exact_mut(w * cell).zip(x.par_chunks_exact(w * cell)).for_each(|(to, from)| {
@@ -208,8 +211,10 @@ impl Node for Morphology {
         let (x, dims) = image(inputs, "image")?;
         let size = inputs.size("kernel_size")?.max(1);
         let planes = Planes::of_images(dims);
-        let erode = |x: &[f32]| extreme(x, planes, size, f32::min);
-        let dilate = |x: &[f32]| extreme(x, planes, size, f32::max);
+        // An even window's larger half lies before the pixel; dilation mirrors it (kornia 0.9).
+        let (large, small) = (size / 2, size - size / 2 - 1);
+        let erode = |x: &[f32]| extreme(x, planes, (large, small), f32::min);
+        let dilate = |x: &[f32]| extreme(x, planes, (small, large), f32::max);
         let minus = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| a - b).collect::<Vec<f32>>();
         let x = x.data();
         let name = inputs.string("operation")?;

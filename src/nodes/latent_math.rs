@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use super::plane::{self, Paste, Planes};
 use super::shapes::{
-    MAX_SIDE, fit_latent, latent, latent_output, mask_opt, newer_unnamed, repeat_to, tensor, unknown,
+    MAX_SIDE, broadcast, fit_latent, latent, latent_output, mask_opt, newer_unnamed, repeat_to, tensor,
+    unknown,
 };
 use super::{Inputs, Node, NodeCtx, NodeError, NodeOutput, Schema, Value};
 use crate::diffusion::Latent;
@@ -222,26 +223,38 @@ impl Node for LatentBlend {
     fn execute(&self, _ctx: &mut NodeCtx<'_>, inputs: &Inputs) -> Result<NodeOutput, NodeError> {
         let factor = inputs.float("blend_factor")?;
         let (a, b) = (factor as f32, (1.0 - factor) as f32);
-        pairwise(inputs, Method::Bicubic, |x, y| x * a + y * b)
+        let (first, like) = latent(inputs, "samples1")?;
+        let (second, _) = latent(inputs, "samples2")?;
+        same_channels(&second, like)?;
+        let second = fit_latent(&second.samples, like, Method::Bicubic)?;
+        let (samples, second) = broadcast(&first.samples, &second, "samples2")?;
+        latent_output(first.with_samples(samples.zip(&second, |x, y| x * a + y * b)))
     }
 }
 
 /// Combines two latents value by value, the second made to fit the first.
-fn pairwise(inputs: &Inputs, method: Method, f: impl Fn(f32, f32) -> f32) -> Result<NodeOutput, NodeError> {
-    let (first, second) = fitted_pair(inputs, method)?;
+fn pairwise(inputs: &Inputs, f: impl Fn(f32, f32) -> f32) -> Result<NodeOutput, NodeError> {
+    let (first, second) = fitted_pair(inputs)?;
     latent_output(first.with_samples(first.samples.zip(&second, f)))
 }
 
 /// `samples1`, and `samples2` in its shape.
-fn fitted_pair(inputs: &Inputs, method: Method) -> Result<(Arc<Latent>, HostTensor), NodeError> {
+fn fitted_pair(inputs: &Inputs) -> Result<(Arc<Latent>, HostTensor), NodeError> {
     let (first, like) = latent(inputs, "samples1")?;
-    let (second, [_, channels, ..]) = latent(inputs, "samples2")?;
-    if channels != like[1] {
-        let what = format!("has {channels} channels, samples1 {}: they must agree", like[1]);
-        return Err(NodeError::input("samples2", &what));
-    }
-    let fitted = repeat_to(&fit_latent(&second.samples, like, method)?, like[0])?;
+    let (second, _) = latent(inputs, "samples2")?;
+    same_channels(&second, like)?;
+    let fitted = repeat_to(&fit_latent(&second.samples, like, Method::Bilinear)?, like[0])?;
     Ok((first, fitted))
+}
+
+/// Whether `samples2` has as many channels as `samples1`.
+fn same_channels(second: &Latent, like: [usize; 4]) -> Result<(), NodeError> {
+    let channels = second.samples.dim(1);
+    if channels == like[1] {
+        return Ok(());
+    }
+    let what = format!("has {channels} channels, samples1 {}: they must agree", like[1]);
+    Err(NodeError::input("samples2", &what))
 }
 
 fn two_latents(class: &'static str, description: &'static str) -> Schema {
@@ -261,7 +274,7 @@ impl Node for LatentAdd {
     }
 
     fn execute(&self, _ctx: &mut NodeCtx<'_>, inputs: &Inputs) -> Result<NodeOutput, NodeError> {
-        pairwise(inputs, Method::Bilinear, |x, y| x + y)
+        pairwise(inputs, |x, y| x + y)
     }
 }
 
@@ -274,7 +287,7 @@ impl Node for LatentSubtract {
     }
 
     fn execute(&self, _ctx: &mut NodeCtx<'_>, inputs: &Inputs) -> Result<NodeOutput, NodeError> {
-        pairwise(inputs, Method::Bilinear, |x, y| x - y)
+        pairwise(inputs, |x, y| x - y)
     }
 }
 
@@ -334,7 +347,7 @@ impl Node for LatentInterpolate {
     }
 
     fn execute(&self, _ctx: &mut NodeCtx<'_>, inputs: &Inputs) -> Result<NodeOutput, NodeError> {
-        let (first, second) = fitted_pair(inputs, Method::Bilinear)?;
+        let (first, second) = fitted_pair(inputs)?;
         let ratio = inputs.float("ratio")?;
         let (a, b) = (ratio as f32, (1.0 - ratio) as f32);
         let (m1, m2) = (lengths(&first.samples), lengths(&second));
@@ -345,12 +358,13 @@ impl Node for LatentInterpolate {
     }
 }
 
-/// The axis of `[B, C, h, w]` that a combo value names, with `-` stripped.
+/// The axis of `[B, C, h, w]` that a combo value names, with `-` stripped. The axis before the rows is time in a
+/// video's latent; here it is the channels.
 fn axis(name: &str) -> Result<usize, NodeError> {
     match name.trim_start_matches('-') {
         "x" => Ok(3),
         "y" => Ok(2),
-        "t" => Err(NodeError::input("dim", "is t, but this latent has no time axis; use x or y")),
+        "t" => Ok(1),
         other => Err(unknown("dim", other)),
     }
 }
@@ -413,9 +427,9 @@ impl Node for LatentCut {
         let amount = inputs.size("amount")?.min(length - start);
         let mut shape = dims;
         shape[axis] = amount;
-        let (mut at, mut size) = ([0, 0], [dims[2], dims[3]]);
-        (at[axis - 2], size[axis - 2]) = (start, amount);
-        let data = Planes::of_latents(dims).crop(x.samples.data(), at, size);
+        let inner: usize = dims[axis + 1..].iter().product();
+        let slices = x.samples.data().chunks_exact(length * inner);
+        let data = slices.flat_map(|slice| &slice[start * inner..][..amount * inner]).copied().collect();
         latent_output(x.with_samples(tensor(&shape, data)?))
     }
 }

@@ -6,8 +6,8 @@
 
 use std::sync::Arc;
 
-use crate::diffusion::DenoiseItem;
 use crate::diffusion::inpaint::resize_mask;
+use crate::diffusion::{DenoiseItem, LatentFormat};
 use crate::image::resample::{self, Crop, Method, Resize};
 use crate::models::ModelError;
 use crate::models::detect::{Family, UnetConfig};
@@ -49,12 +49,12 @@ impl Beside {
         }
     }
 
-    /// The further channels `[B, C, h, w]` for one item, if there are any. `scale` is the factor to the model's
-    /// own scale.
+    /// The further channels `[B, C, h, w]` for one item, if there are any. `format` makes a picture's latent
+    /// the model's own.
     pub(super) fn channels(
         self,
         item: &DenoiseItem<'_>,
-        scale: f32,
+        format: LatentFormat,
     ) -> Result<Option<HostTensor>, ModelError> {
         let full = [item.x.dim(0), item.x.dim(1), item.full_size.0, item.full_size.1];
         let given = item.cond.extra.get::<Arc<HostTensor>>(CONCAT_LATENT);
@@ -70,7 +70,7 @@ impl Beside {
                 match mask.or_else(|| item.run.mask.clone()) {
                     Some(mask) => {
                         let picture = match (given, &item.run.latent) {
-                            (Some(picture), _) => fitted(&picture.map(|v| v * scale), full)?,
+                            (Some(picture), _) => fitted(&format.to_model(&picture), full)?,
                             (None, Some(start)) => fitted(start, full)?,
                             (None, None) => grey(full),
                         };

@@ -116,7 +116,7 @@ fn the_number_of_channels_tells_what_lies_beside_the_latents() {
 #[test]
 fn an_inpainting_model_without_a_picture_sees_grey_under_a_full_mask() {
     let setup = Setup::new(2, 3, 3);
-    let seen = Beside::MaskAndPicture.channels(&setup.whole(), 0.5).unwrap().unwrap();
+    let seen = Beside::MaskAndPicture.channels(&setup.whole(), LatentFormat::Scaled(0.5)).unwrap().unwrap();
     assert_eq!(seen.shape(), [2, 5, 3, 3]);
     let first_of = |channel: usize| seen.row(1)[channel * 9];
     assert_eq!([0, 1, 2, 3, 4].map(first_of), [1.0, 0.8223, -0.6876, 0.6364, 0.1380]);
@@ -128,7 +128,7 @@ fn an_inpainting_model_sees_the_conditioning_s_mask_rounded_and_picture_scaled()
     let mask = HostTensor::new(&[1, 1, 2, 2], vec![0.2, 0.6, 1.0, 0.0]).unwrap();
     setup.cond.extra.insert(CONCAT_MASK, Arc::new(mask));
     setup.cond.extra.insert(CONCAT_LATENT, Arc::new(HostTensor::full(&[1, 4, 2, 2], 3.0)));
-    let seen = Beside::MaskAndPicture.channels(&setup.whole(), 0.5).unwrap().unwrap();
+    let seen = Beside::MaskAndPicture.channels(&setup.whole(), LatentFormat::Scaled(0.5)).unwrap().unwrap();
     for sample in 0..2 {
         assert_eq!(seen.row(sample)[..4], [0.0, 1.0, 1.0, 0.0]);
         assert!(seen.row(sample)[4..].iter().all(|v| *v == 1.5));
@@ -143,7 +143,7 @@ fn an_inpainting_model_falls_back_to_the_run_s_mask_and_latent() {
     let planes = (0..16).map(|i| if i < 4 { i as f32 / 3.0 } else { 9.0 }).collect();
     setup.run.mask = HostTensor::new(&[1, 4, 2, 2], planes).map(Arc::new);
     setup.run.latent = Some(Arc::new(HostTensor::full(&[1, 4, 2, 2], 3.0)));
-    let seen = Beside::MaskAndPicture.channels(&setup.whole(), 0.5).unwrap().unwrap();
+    let seen = Beside::MaskAndPicture.channels(&setup.whole(), LatentFormat::Scaled(0.5)).unwrap().unwrap();
     assert_eq!(seen.row(0)[..4], [0.0, 0.0, 1.0, 1.0]);
     assert!(seen.row(0)[4..].iter().all(|v| *v == 3.0));
 }
@@ -151,10 +151,10 @@ fn an_inpainting_model_falls_back_to_the_run_s_mask_and_latent() {
 #[test]
 fn an_edit_model_sees_the_picture_unscaled_or_zeros() {
     let mut setup = Setup::new(1, 2, 2);
-    let none = Beside::Picture.channels(&setup.whole(), 0.5).unwrap().unwrap();
+    let none = Beside::Picture.channels(&setup.whole(), LatentFormat::Scaled(0.5)).unwrap().unwrap();
     assert_eq!((none.shape(), none.is_zero()), (&[1, 4, 2, 2][..], true));
     setup.cond.extra.insert(CONCAT_LATENT, Arc::new(HostTensor::full(&[1, 4, 4, 4], 3.0)));
-    let seen = Beside::Picture.channels(&setup.whole(), 0.5).unwrap().unwrap();
+    let seen = Beside::Picture.channels(&setup.whole(), LatentFormat::Scaled(0.5)).unwrap().unwrap();
     assert!(seen.shape() == [1, 4, 2, 2] && seen.data().iter().all(|v| *v == 3.0));
 }
 
@@ -164,7 +164,8 @@ fn a_part_of_the_latents_sees_that_part_of_the_picture() {
     let mut setup = Setup::new(1, 2, 1);
     let planes = HostTensor::from_fn(&[1, 4, 3, 4], |i| i as f32);
     setup.cond.extra.insert(CONCAT_LATENT, Arc::new(planes));
-    let seen = Beside::Picture.channels(&setup.item((3, 4), (1, 2)), 1.0).unwrap().unwrap();
+    let seen =
+        Beside::Picture.channels(&setup.item((3, 4), (1, 2)), LatentFormat::Scaled(1.0)).unwrap().unwrap();
     assert_eq!(seen.data(), [6.0, 10.0, 18.0, 22.0, 30.0, 34.0, 42.0, 46.0]);
 }
 
@@ -182,6 +183,6 @@ fn samples_are_spread_over_a_batch() {
 fn a_picture_with_other_channels_is_a_clear_error() {
     let mut setup = Setup::new(1, 2, 2);
     setup.cond.extra.insert(CONCAT_LATENT, Arc::new(HostTensor::full(&[1, 16, 2, 2], 3.0)));
-    let error = Beside::Picture.channels(&setup.whole(), 1.0).unwrap_err().to_string();
+    let error = Beside::Picture.channels(&setup.whole(), LatentFormat::Scaled(1.0)).unwrap_err().to_string();
     assert!(error.contains("picture beside the latents must be 4, found 16"), "{error}");
 }

@@ -6,8 +6,8 @@ use super::pure::PureNode;
 use super::sd_model::SdModel;
 use super::shapes::{MAX_SIDE, unknown};
 use super::{Inputs, Node, NodeError, Schema, Value};
-use crate::diffusion::ModelHandle;
 use crate::diffusion::schedule::{ModelSampling, Prediction};
+use crate::diffusion::{LatentFormat, ModelHandle};
 use crate::graph::Input;
 
 /// Training steps that a consistency model keeps.
@@ -88,11 +88,10 @@ fn sigma(name: &'static str, default: f64) -> Input {
 
 fn sigma_range(inputs: &Inputs) -> Result<(f64, f64), NodeError> {
     let (low, high) = (inputs.float("sigma_min")?, inputs.float("sigma_max")?);
-    if low > 0.0 && low < high {
-        return Ok((low, high));
+    match [("sigma_min", low), ("sigma_max", high)].iter().find(|(_, sigma)| *sigma <= 0.0) {
+        Some((name, sigma)) => Err(NodeError::input(name, &format!("is {sigma}: it must be above 0"))),
+        None => Ok((low, high)),
     }
-    let what = format!("is {low}: it must be above 0 and below sigma_max ({high})");
-    Err(NodeError::input("sigma_min", &what))
 }
 
 fn continuous_edm_schema() -> Schema {
@@ -106,17 +105,22 @@ fn continuous_edm_schema() -> Schema {
 
 fn continuous_edm(inputs: &Inputs) -> Result<Vec<Value>, NodeError> {
     let (low, high) = sigma_range(inputs)?;
-    let (prediction, data) = match inputs.string("sampling")? {
-        "v_prediction" => (Prediction::V, 1.0),
-        "edm" => (Prediction::Edm, 0.5),
-        "eps" => (Prediction::Eps, 1.0),
-        family @ ("edm_playground_v2.5" | "cosmos_rflow") => {
-            let what = format!("'{family}' belongs to a model family that is not supported here");
-            return Err(NodeError::input("sampling", &what));
+    let edm = |prediction, data| ModelSampling::continuous_edm(prediction, low, high, data);
+    let sampling = match inputs.string("sampling")? {
+        "v_prediction" => edm(Prediction::V, 1.0),
+        "edm" => edm(Prediction::Edm, ModelSampling::EDM_DATA),
+        "edm_playground_v2.5" => {
+            let model = inputs.object::<ModelHandle>("model")?;
+            let changed = SdModel::of(&model)?
+                .with_sampling(edm(Prediction::Edm, ModelSampling::EDM_DATA))
+                .with_latent_format(LatentFormat::Playground25);
+            return Ok(vec![Value::object("MODEL", model.with_network(Arc::new(changed)))]);
         }
+        "eps" => edm(Prediction::Eps, 1.0),
+        "cosmos_rflow" => ModelSampling::continuous_flow(low, high),
         other => return Err(unknown("sampling", other)),
     };
-    with_sampling(inputs, ModelSampling::continuous_edm(prediction, low, high, data))
+    with_sampling(inputs, sampling)
 }
 
 fn continuous_v_schema() -> Schema {
@@ -139,7 +143,7 @@ fn flow_schema(class: &'static str, shift: f64) -> Schema {
 }
 
 fn flow(inputs: &Inputs, multiplier: f32) -> Result<Vec<Value>, NodeError> {
-    with_sampling(inputs, ModelSampling::flow(inputs.float("shift")? as f32, multiplier))
+    with_sampling(inputs, ModelSampling::flow(inputs.float("shift")?, multiplier))
 }
 
 fn flux_schema() -> Schema {
@@ -162,5 +166,5 @@ fn flux(inputs: &Inputs) -> Result<Vec<Value>, NodeError> {
     let slope = (most - base) / (MANY - FEW);
     let patches = inputs.size("width")? as f64 * inputs.size("height")? as f64 / (8 * 8 * 2 * 2) as f64;
     let shift = patches * slope + (base - slope * FEW);
-    with_sampling(inputs, ModelSampling::exponential_flow(shift as f32))
+    with_sampling(inputs, ModelSampling::exponential_flow(shift))
 }

@@ -232,6 +232,7 @@ fn texts(ctx: &NodeCtx<'_>, model: &SdModel) -> Result<Vec<(String, String)>, No
     let predicts = match model.file().sampling()?.prediction {
         Prediction::Epsilon => "epsilon",
         Prediction::V => "v",
+        Prediction::Edm => "edm",
     };
     let mut texts = vec![("modelspec.predict_key".to_owned(), predicts.to_owned())];
     texts.extend(metadata(ctx));

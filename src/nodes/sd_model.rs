@@ -10,7 +10,7 @@ use super::{NodeError, control, unclip};
 use crate::diffusion::model::tokens_batch;
 use crate::diffusion::preview::{self, Latent2Rgb};
 use crate::diffusion::schedule::{Betas, ModelSampling, Prediction};
-use crate::diffusion::{CondEntry, DenoiseItem, DiffusionError, Model, ModelHandle};
+use crate::diffusion::{CondEntry, DenoiseItem, DiffusionError, LatentFormat, Model, ModelHandle};
 use crate::models::controlnet::ControlInput;
 use crate::models::detect::{Family, UnetConfig};
 use crate::models::patch::{Patch, Patches};
@@ -30,7 +30,7 @@ pub struct SdModel {
     patches: Patches,
     family: Family,
     sampling: ModelSampling,
-    latent_scale: f32,
+    latent_format: LatentFormat,
     channels: usize,
     hooks: Vec<Arc<dyn UnetHook>>,
     /// Stands before the network in one run.
@@ -56,15 +56,25 @@ impl SdModel {
         let prediction = match config.prediction {
             detect::Prediction::Epsilon => Prediction::Eps,
             detect::Prediction::V => Prediction::V,
+            detect::Prediction::Edm => Prediction::Edm,
         };
         let sampling = match config.continuous {
-            Some(range) => ModelSampling::continuous_edm(prediction, range.sigma_min, range.sigma_max, 1.0),
+            Some(range) => {
+                let data = if prediction == Prediction::Edm { ModelSampling::EDM_DATA } else { 1.0 };
+                ModelSampling::continuous_edm(prediction, range.sigma_min, range.sigma_max, data)
+            }
             None => ModelSampling::discrete(prediction, betas(&config)),
         };
         let channels = file.unet()?.config().out_channels;
         let family = file.family()?;
-        let (latent_scale, patches) = (config.latent_scale as f32, Patches::default());
-        Ok(Self { file, patches, family, sampling, latent_scale, channels, hooks: Vec::new(), cache: None })
+        let latent_format = match config.prediction {
+            detect::Prediction::Edm => LatentFormat::Playground25,
+            detect::Prediction::Epsilon | detect::Prediction::V => {
+                LatentFormat::Scaled(config.latent_scale as f32)
+            }
+        };
+        let (hooks, patches) = (Vec::new(), Patches::default());
+        Ok(Self { file, patches, family, sampling, latent_format, channels, hooks, cache: None })
     }
 
     /// The model on a `MODEL` link, below its guidance patches.
@@ -101,6 +111,11 @@ impl SdModel {
         Self { sampling, ..self.clone() }
     }
 
+    /// The same model on other latents.
+    pub fn with_latent_format(&self, latent_format: LatentFormat) -> Self {
+        Self { latent_format, ..self.clone() }
+    }
+
     /// The patches that the network's weights are under.
     pub fn patches(&self) -> &Patches {
         &self.patches
@@ -121,7 +136,7 @@ impl SdModel {
         let mut input = self.sampling.calculate_input(sigma, &x);
         let kind = Beside::of(unet.config());
         if kind != Beside::Nothing {
-            let more = items.iter().map(|item| kind.channels(item, self.latent_scale));
+            let more = items.iter().map(|item| kind.channels(item, self.latent_format));
             let more = more.collect::<Result<Option<Vec<_>>, _>>()?.unwrap_or_default();
             input = beside(&input, &stacked(more.iter())?);
         }
@@ -230,8 +245,8 @@ impl Model for SdModel {
         &self.sampling
     }
 
-    fn latent_scale(&self) -> f32 {
-        self.latent_scale
+    fn latent_format(&self) -> LatentFormat {
+        self.latent_format
     }
 
     fn can_batch(&self, a: &CondEntry, b: &CondEntry) -> bool {

@@ -167,6 +167,23 @@ pub(super) fn repeat_to(x: &HostTensor, count: usize) -> Result<HostTensor, Node
     tensor(&shape, data)
 }
 
+/// Two batches of one length: one alone is repeated, other lengths must agree. `name` is the second's input.
+pub(super) fn broadcast(
+    a: &HostTensor,
+    b: &HostTensor,
+    name: &'static str,
+) -> Result<(HostTensor, HostTensor), NodeError> {
+    let count = match (a.dim(0), b.dim(0)) {
+        (1, n) | (n, 1) => n,
+        (n, m) if n == m => n,
+        (n, m) => {
+            let what = format!("holds {m}, the first input {n}: there must be as many, or one of them alone");
+            return Err(NodeError::input(name, &what));
+        }
+    };
+    Ok((repeat_to(a, count)?, repeat_to(b, count)?))
+}
+
 /// The whole batch `times` over.
 pub(super) fn repeat_batch(x: &HostTensor, times: usize) -> Result<HostTensor, NodeError> {
     repeat_to(x, x.dim(0).saturating_mul(times))

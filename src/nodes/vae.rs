@@ -265,6 +265,11 @@ impl Node for VaeEncodeTiled {
         let vae = inputs.object::<VaeHandle>("vae")?.open()?;
         let pixels = crop_to_multiple(&pixels, vae.downscale())?;
         let tiling = Tiling { tile: inputs.size("tile_size")?, overlap: inputs.size("overlap")? };
+        let narrowest = tiling.tile / 2;
+        if tiling.overlap >= narrowest && pixels.dim(1).max(pixels.dim(2)) > narrowest {
+            let what = format!("is {}: it must be below half the tile_size, {narrowest}", tiling.overlap);
+            return Err(NodeError::input("overlap", &what));
+        }
         let samples = encode(ctx, &*vae, &pixels, Some(tiling))?;
         Ok(NodeOutput::one(Value::object("LATENT", Latent::new(samples))))
     }

@@ -25,7 +25,7 @@ use kiln::diffusion::sample::{Observer, SampleRequest, Step, sample};
 use kiln::diffusion::samplers::Sampler;
 use kiln::diffusion::schedule::{ModelSampling, ksampler_sigmas};
 use kiln::diffusion::{
-    Conditioning, DenoiseItem, DiffusionError, Guidance, Guider, Latent, Model, ModelHandle,
+    Conditioning, DenoiseItem, DiffusionError, Guidance, Guider, Latent, LatentFormat, Model, ModelHandle,
 };
 use kiln::nodes::Value;
 use kiln::tensor::HostTensor;
@@ -78,8 +78,8 @@ impl Model for Told {
         self.inner.0.sampling()
     }
 
-    fn latent_scale(&self) -> f32 {
-        self.inner.0.latent_scale()
+    fn latent_format(&self) -> LatentFormat {
+        self.inner.0.latent_format()
     }
 
     fn network(&self) -> &dyn Any {

@@ -15,7 +15,7 @@ use serde_json::{Map, Value as Json};
 
 use super::model::{DenoiseItem, Model, ModelHandle};
 use super::schedule::{Betas, ModelSampling, Prediction};
-use super::{CondEntry, DiffusionError};
+use super::{CondEntry, DiffusionError, LatentFormat};
 use crate::tensor::HostTensor;
 
 /// One golden group: cases and tensors.
@@ -104,8 +104,8 @@ impl Model for Toy {
         &self.sampling
     }
 
-    fn latent_scale(&self) -> f32 {
-        0.18215
+    fn latent_format(&self) -> LatentFormat {
+        LatentFormat::Scaled(0.18215)
     }
 }
 

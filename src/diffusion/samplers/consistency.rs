@@ -73,8 +73,9 @@ pub struct LcmUpscaleOptions {
     pub steps: Option<usize>,
     /// The interpolation.
     pub resizer: Resizer,
-    /// Whether the reference's interpolation leaves its result in NHWC memory
-    /// order. Noise is then drawn in that order, one value at a time.
+    /// Whether the reference's interpolation leaves the result of more than one
+    /// sample in NHWC memory order. Noise is then drawn in that order, one value
+    /// at a time.
     pub is_channels_last: bool,
 }
 
@@ -101,7 +102,7 @@ pub(super) fn lcm_upscale(
             x = (opt.resizer.0)(&x, side(height), side(width))?;
         }
         if to > 0.0 {
-            let noise = if opt.is_channels_last && growths > 0 {
+            let noise = if opt.is_channels_last && growths > 0 && x.dim(0) > 1 {
                 channels_last_noise(&mut generator, &x)
             } else {
                 generator.randn(x.shape())

@@ -25,7 +25,8 @@ pub(super) fn two_s(
         run.report(i, &x, &denoised)?;
         let step = space.ancestral(from, to, opt.eta);
         if step.down == 0.0 {
-            x = denoised;
+            // all that the step to `to` leaves is noise, if anything
+            x = if to > 0.0 { run.renoise(denoised, &step, opt, from, to)? } else { denoised };
             continue;
         }
         let mid = if space == super::SnrSpace::Flow && from == 1.0 {
@@ -52,17 +53,17 @@ pub(super) fn two_s_cfg_pp(
         let (denoised, uncond) = run.predict(&x, from)?;
         run.report(i, &x, &denoised)?;
         let (down, up) = super::snr::split_variance(from, to, opt.eta);
-        if down == 0.0 {
-            x = denoised;
-            continue;
-        }
-        let mid = (from * down).sqrt();
-        let k = mid / from;
-        // k·(x + denoised − uncond) + (1 − k)·denoised
-        let x2 = lincomb(&[(k, &x), (1.0, &denoised), (-k, &uncond)]);
-        let (denoised_2, uncond_2) = run.predict(&x2, mid)?;
-        let k = down / from;
-        x = lincomb(&[(k, &x), (k, &denoised), (-k, &uncond_2), (1.0 - k, &denoised_2)]);
+        x = if down == 0.0 {
+            denoised
+        } else {
+            let mid = (from * down).sqrt();
+            let k = mid / from;
+            // k·(x + denoised − uncond) + (1 − k)·denoised
+            let x2 = lincomb(&[(k, &x), (1.0, &denoised), (-k, &uncond)]);
+            let (denoised_2, uncond_2) = run.predict(&x2, mid)?;
+            let k = down / from;
+            lincomb(&[(k, &x), (k, &denoised), (-k, &uncond_2), (1.0 - k, &denoised_2)])
+        };
         if to > 0.0 {
             let noise = run.noise_like(&x, from, to)?;
             x = lincomb(&[(1.0, &x), (opt.s_noise * up, &noise)]);

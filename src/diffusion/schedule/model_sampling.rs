@@ -45,6 +45,8 @@ pub enum Prediction {
     Edm,
     /// The velocity of a rectified flow from the picture to noise.
     Flow,
+    /// The same, between levels that are noise over picture rather than the share of noise.
+    FlowRatio,
     /// The noise, with the consistency model's boundary condition.
     Lcm,
     /// The clean picture, from an input that is not scaled.
@@ -78,13 +80,15 @@ enum Axis {
     /// is in it (1, except for distilled models).
     Discrete { log_sigmas: Vec<f32>, stride: usize },
     /// Rectified flow: sigma is the share of noise, shifted time.
-    Flow { shift: f32, multiplier: f32 },
+    Flow { shift: f64, multiplier: f32 },
     /// Rectified flow with an exponential shift; the timestep is sigma itself.
-    ExponentialFlow { mu: f32 },
+    ExponentialFlow { mu: f64 },
     /// EDM: the timestep is a quarter of log sigma.
     LogSigma,
     /// Continuous v-prediction: the timestep is the mixing angle over pi/2.
     Angle,
+    /// The timestep is the share of noise, sigma / (sigma + 1).
+    Share,
 }
 
 /// A model's noise levels and output convention.
@@ -98,6 +102,9 @@ pub struct ModelSampling {
 }
 
 impl ModelSampling {
+    /// Standard deviation of the data in EDM's skip connection.
+    pub const EDM_DATA: f32 = 0.5;
+
     /// A model trained on discrete steps (Stable Diffusion and relatives).
     pub fn discrete(prediction: Prediction, betas: Betas) -> Self {
         let (log_sigmas, sigmas) = rounded_tables(&discrete_sigmas(betas));
@@ -118,7 +125,7 @@ impl ModelSampling {
 
     /// Rectified flow (SD3, AuraFlow): sigma = shift·t / (1 + (shift - 1)·t)
     /// for t = 1/1000 … 1; the network is told sigma·`multiplier`.
-    pub fn flow(shift: f32, multiplier: f32) -> Self {
+    pub fn flow(shift: f64, multiplier: f32) -> Self {
         let sigmas =
             (1..=1000).map(|i| time_shift(shift, i as f32 / 1000.0 * multiplier / multiplier)).collect();
         Self { prediction: Prediction::Flow, axis: Axis::Flow { shift, multiplier }, sigmas, sigma_data: 1.0 }
@@ -126,14 +133,21 @@ impl ModelSampling {
 
     /// Rectified flow with Flux's exponential shift:
     /// sigma = e^mu / (e^mu + 1/t - 1) for t = 1/10000 … 1.
-    pub fn exponential_flow(mu: f32) -> Self {
+    pub fn exponential_flow(mu: f64) -> Self {
         let sigmas = (1..=10_000).map(|i| exponential_time_shift(mu, i as f32 / 10_000.0)).collect();
         Self { prediction: Prediction::Flow, axis: Axis::ExponentialFlow { mu }, sigmas, sigma_data: 1.0 }
     }
 
-    /// A continuous range of sigmas, spaced evenly in their logarithm (EDM).
+    /// A continuous range of sigmas, spaced evenly in their logarithm (EDM). The ends may be the wrong way round:
+    /// schedules that follow the table then rise.
     pub fn continuous_edm(prediction: Prediction, sigma_min: f64, sigma_max: f64, sigma_data: f32) -> Self {
         Self { prediction, axis: Axis::LogSigma, sigmas: log_spaced(sigma_min, sigma_max), sigma_data }
+    }
+
+    /// Rectified flow told in a continuous range of sigmas, noise over picture (Cosmos).
+    pub fn continuous_flow(sigma_min: f64, sigma_max: f64) -> Self {
+        let (prediction, sigmas) = (Prediction::FlowRatio, log_spaced(sigma_min, sigma_max));
+        Self { prediction, axis: Axis::Share, sigmas, sigma_data: 1.0 }
     }
 
     /// A continuous range of sigmas whose timestep is the mixing angle.
@@ -178,6 +192,7 @@ impl ModelSampling {
             Axis::ExponentialFlow { .. } => sigma,
             Axis::LogSigma => 0.25 * sigma.ln(),
             Axis::Angle => sigma.atan() / std::f32::consts::FRAC_PI_2,
+            Axis::Share => sigma / (sigma + 1.0),
         }
     }
 
@@ -193,6 +208,10 @@ impl ModelSampling {
             Axis::ExponentialFlow { mu } => exponential_time_shift(*mu, timestep),
             Axis::LogSigma => (timestep / 0.25).exp(),
             Axis::Angle => (timestep * std::f32::consts::FRAC_PI_2).tan(),
+            Axis::Share => {
+                let max = self.sigma_max();
+                if timestep >= max / (max + 1.0) { max } else { timestep / (1.0 - timestep) }
+            }
         }
     }
 
@@ -214,14 +233,17 @@ impl ModelSampling {
                 f64::from(self.sigma((left * last as f64) as f32))
             }
             Axis::Flow { shift, .. } => {
-                let shift = f64::from(*shift);
-                if shift == 1.0 { left } else { shift * left / (1.0 + (shift - 1.0) * left) }
+                if *shift == 1.0 {
+                    left
+                } else {
+                    shift * left / (1.0 + (shift - 1.0) * left)
+                }
             }
             Axis::ExponentialFlow { mu } => {
-                let weight = f64::from(*mu).exp();
+                let weight = mu.exp();
                 weight / (weight + 1.0 / left - 1.0)
             }
-            Axis::LogSigma | Axis::Angle => {
+            Axis::LogSigma | Axis::Angle | Axis::Share => {
                 let (low, high) = (f64::from(self.sigma_min()).ln(), f64::from(self.sigma_max()).ln());
                 (low + (high - low) * left).exp()
             }
@@ -244,6 +266,10 @@ impl ModelSampling {
     pub fn calculate_input(&self, sigma: f32, x: &HostTensor) -> HostTensor {
         match self.prediction {
             Prediction::Flow | Prediction::ImageToImage => x.clone(),
+            Prediction::FlowRatio => {
+                let share = sigma / (sigma + 1.0);
+                x.map(|v| v * (1.0 - share))
+            }
             _ => {
                 let scale = (sigma * sigma + self.sigma_data * self.sigma_data).sqrt();
                 x.map(|v| v / scale)
@@ -257,6 +283,10 @@ impl ModelSampling {
         let total = sigma * sigma + data * data;
         match self.prediction {
             Prediction::Eps | Prediction::Flow => x.zip(output, |x, out| x - out * sigma),
+            Prediction::FlowRatio => {
+                let share = sigma / (sigma + 1.0);
+                x.zip(output, |x, out| x * (1.0 - share) - out * share)
+            }
             Prediction::V => {
                 let root = total.sqrt();
                 x.zip(output, |x, out| x * (data * data) / total - out * sigma * data / root)
@@ -291,7 +321,8 @@ impl ModelSampling {
         if self.is_flow() {
             return noise.zip(latent, |n, l| sigma * n + (1.0 - sigma) * l);
         }
-        let scale = if is_max_denoise { (1.0 + sigma * sigma).sqrt() } else { sigma };
+        let keeps_variance = is_max_denoise && self.prediction != Prediction::FlowRatio;
+        let scale = if keeps_variance { (1.0 + sigma * sigma).sqrt() } else { sigma };
         noise.zip(latent, |n, l| n * scale + l)
     }
 
@@ -350,13 +381,15 @@ fn log_spaced(sigma_min: f64, sigma_max: f64) -> Vec<f32> {
     super::linspace(ends.0, ends.1, 1000).into_iter().map(f32::exp).collect()
 }
 
-fn time_shift(shift: f32, t: f32) -> f32 {
-    if shift == 1.0 { t } else { shift * t / (1.0 + (shift - 1.0) * t) }
+/// Both factors are rounded from f64: near 1 a last bit of sigma is much of what is left.
+fn time_shift(shift: f64, t: f32) -> f32 {
+    if shift == 1.0 { t } else { shift as f32 * t / (1.0 + (shift - 1.0) as f32 * t) }
 }
 
-fn exponential_time_shift(mu: f32, t: f32) -> f32 {
-    let weight = f64::from(mu).exp() as f32;
-    weight / (weight + (1.0 / t - 1.0))
+/// A number over a tensor is the number times the reciprocal, in the reference.
+fn exponential_time_shift(mu: f64, t: f32) -> f32 {
+    let weight = mu.exp() as f32;
+    (weight + (1.0 / t - 1.0)).recip() * weight
 }
 
 /// Index of the entry nearest to `value`, the first of equals.

@@ -247,7 +247,7 @@ fn flow_axis() {
     assert_eq!((flow.percent_to_sigma(0.0), flow.percent_to_sigma(1.0)), (1.0, 0.0));
     assert!((flow.percent_to_sigma(0.5) - 0.75).abs() < 1e-15);
 
-    let flux = ModelSampling::exponential_flow(3f32.ln());
+    let flux = ModelSampling::exponential_flow(3f64.ln());
     assert_eq!((flux.sigmas().len(), flux.sigma_max(), flux.timestep(0.4)), (10_000, 1.0, 0.4));
     assert_close(&[flux.sigma(0.5)], &[0.75], LAST_BITS, &"e^mu = 3");
     assert!((flux.percent_to_sigma(0.5) - 0.75).abs() < 1e-6);

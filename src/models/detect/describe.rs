@@ -174,6 +174,7 @@ fn write_checkpoint(f: &mut fmt::Formatter<'_>, checkpoint: &Checkpoint) -> fmt:
     let predicts = match sampling.prediction {
         Prediction::Epsilon => "noise (eps)",
         Prediction::V => "velocity (v)",
+        Prediction::Edm => "the clean picture (EDM, Playground 2.5)",
     };
     let betas = &sampling.beta_schedule;
     writeln!(

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use kiln::diffusion::schedule::{Betas, ModelSampling, Prediction};
-use kiln::diffusion::{CondEntry, DenoiseItem, DiffusionError, Model, ModelHandle};
+use kiln::diffusion::{CondEntry, DenoiseItem, DiffusionError, LatentFormat, Model, ModelHandle};
 use kiln::tensor::HostTensor;
 use serde_json::Value as Json;
 
@@ -39,8 +39,8 @@ impl Model for Toy {
         &self.sampling
     }
 
-    fn latent_scale(&self) -> f32 {
-        0.18215
+    fn latent_format(&self) -> LatentFormat {
+        LatentFormat::Scaled(0.18215)
     }
 }
 
