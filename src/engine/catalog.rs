@@ -52,10 +52,12 @@ impl FileLists for Catalog {
         match list {
             FileList::Models { folder, extra } => {
                 let mut names = self.services.folders.list_models(folder);
-                names.extend(extra.iter().cloned());
+                let more: Vec<String> = extra.iter().filter(|name| !names.contains(name)).cloned().collect();
+                names.extend(more);
                 names
             }
             FileList::Vaes => crate::nodes::tiny_vae::vae_names(&self.services.folders),
+            FileList::Pipelines => self.services.folders.pipelines(),
             FileList::InputImages => self.services.folders.input_images(),
             FileList::InputLatents => self.services.folders.input_latents(),
         }

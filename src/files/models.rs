@@ -14,6 +14,9 @@ pub const DEMO_CHECKPOINT: &str = "demo-sd.safetensors";
 /// The checkpoint inside the binary.
 pub static DEMO_BYTES: &[u8] = include_bytes!("../../assets/demo-sd.safetensors");
 
+/// The file that makes a folder a pipeline of the diffusers library.
+const PIPELINE: &str = "model_index.json";
+
 /// Extensions of model files, as in ComfyUI.
 const MODEL_EXTENSIONS: &[&str] = &["ckpt", "pt", "pt2", "bin", "pth", "safetensors", "pkl", "sft"];
 
@@ -190,6 +193,31 @@ impl Folders {
             return Ok(ModelPath::Embedded { name: DEMO_CHECKPOINT, bytes: DEMO_BYTES });
         }
         Err(PathError::NotFound { name: name.to_owned(), folder: folder.to_owned() })
+    }
+
+    /// Folders of pipelines of the diffusers library, by relative name, sorted: those with a [`PIPELINE`] file.
+    pub fn pipelines(&self) -> Vec<String> {
+        let roots = self.model_folder("diffusers").map(|folder| folder.roots.as_slice()).unwrap_or_default();
+        let files = roots.iter().flat_map(|root| listing::files_below(root).into_keys());
+        let mut names: Vec<String> = files
+            .filter_map(|name| Some(name.strip_suffix(PIPELINE)?.strip_suffix('/')?.to_owned()))
+            .collect();
+        names.sort_unstable();
+        names.dedup();
+        names
+    }
+
+    /// The folder of the pipeline of that name: the first root that has it.
+    ///
+    /// # Errors
+    /// [`PathError`] for a bad name or a missing folder.
+    pub fn pipeline(&self, name: &str) -> Result<PathBuf, PathError> {
+        let parts = names::file(name, "models")?;
+        let roots = self.model_folder("diffusers").map(|folder| folder.roots.as_slice()).unwrap_or_default();
+        let mut below =
+            roots.iter().map(|root| parts.iter().fold(root.clone(), |path, part| path.join(part)));
+        let missing = || PathError::NotFound { name: name.to_owned(), folder: "diffusers".to_owned() };
+        below.find(|path| path.is_dir()).ok_or_else(missing)
     }
 
     /// The file of a textual-inversion embedding; the extension may be left out.

@@ -23,6 +23,8 @@ pub enum FileList {
     },
     /// VAE files, and the names of the tiny autoencoders whose files are there.
     Vaes,
+    /// Folders that hold a pipeline of the diffusers library.
+    Pipelines,
     /// Pictures in the input folder.
     InputImages,
     /// `*.latent` files in the input folder.

@@ -352,7 +352,8 @@ pub fn control_prefix(file: &WeightsFile) -> &'static str {
 /// # Errors
 /// If there is none, it is of a family that is not supported, or incomplete.
 pub fn detect_control_net(file: &WeightsFile) -> Result<UnetConfig, DetectError> {
-    let layout = Layout::as_stored(file);
+    let names = Names::of(file);
+    let layout = Layout::of(file, &names);
     let prefix = CONTROL_PREFIXES
         .into_iter()
         .find(|prefix| layout.contains(&format!("{prefix}zero_convs.0.0.weight")))

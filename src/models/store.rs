@@ -8,6 +8,7 @@
 use std::any::{Any, TypeId};
 use std::collections::HashMap;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::ModelError;
@@ -119,6 +120,14 @@ fn is_not(file: &WeightsFile, wanted: &str) -> ModelError {
     ModelError::File(format!("{file} is {found}, not {wanted}; {advice}"))
 }
 
+/// The diffusion model that another file's network changes.
+pub struct Base<'a> {
+    /// Its configuration.
+    pub unet: &'a detect::UnetConfig,
+    /// Its tensors, by their names in its file, under its patches.
+    pub source: Arc<dyn WeightSource>,
+}
+
 /// A network that is a file's only one, such as an upscaler.
 pub trait Network: Any + Send + Sync + Sized {
     /// Checks the file's tensors; packs nothing yet.
@@ -184,8 +193,12 @@ enum Content {
     Other,
 }
 
+/// The next opened file's id.
+static NEXT_ID: AtomicU64 = AtomicU64::new(1);
+
 /// What hangs off an opened file.
 struct Opened {
+    id: u64,
     file: Arc<WeightsFile>,
     names: Arc<Names>,
     content: Content,
@@ -291,8 +304,8 @@ impl ModelFile {
         };
         let names = Arc::new(Names::of(&file));
         let (unet, clips, vae) = (OnceLock::new(), Default::default(), OnceLock::new());
-        let others = Others::default();
-        let opened = Arc::new(Opened { file, names, content, unet, clips, vae, others });
+        let (id, others) = (NEXT_ID.fetch_add(1, Ordering::Relaxed), Others::default());
+        let opened = Arc::new(Opened { id, file, names, content, unet, clips, vae, others });
         *slot = Some(opened.clone());
         Ok(opened)
     }
@@ -412,6 +425,18 @@ impl ModelFile {
         Ok(PatchedSource::new(source, patch::clip_names(&config), patches.clone()).values(config.tensors()))
     }
 
+    /// The tensors whose names in the file begin with one of these, as they are, with their element types.
+    pub fn stored_values(&self, prefixes: &[&str]) -> Result<Vec<(String, DType, Values)>, ModelError> {
+        let opened = self.open()?;
+        let (file, names) = (opened.file.clone(), Arc::new(Names::as_stored(&opened.file)));
+        let source: Arc<dyn WeightSource> =
+            Arc::new(FileSource { file, names, precision: Precision::Stored });
+        let infos = opened.file.infos();
+        let wanted = infos.filter(|info| prefixes.iter().any(|prefix| info.name.starts_with(prefix)));
+        let values = wanted.filter_map(|i| Some((i.name.to_owned(), i.dtype, Values::of(&source, i.name)?)));
+        Ok(values.collect())
+    }
+
     /// The layers of the diffusion model and the names under which LoRA files know them.
     pub fn unet_targets(&self) -> Result<Vec<lora::Target>, ModelError> {
         Ok(lora::unet_targets(&self.open()?.checkpoint("diffusion model")?.unet))
@@ -436,9 +461,9 @@ impl ModelFile {
         Ok(PatchedSource::new(source, names, Patches::default()).values(config.tensors()))
     }
 
-    /// Whether the file has a tensor of that name.
+    /// Whether the file has a tensor of that name, in this crate's names.
     pub fn has_tensor(&self, name: &str) -> Result<bool, ModelError> {
-        Ok(self.open()?.file.contains(name))
+        Ok(self.open()?.names.shape(name).is_some())
     }
 
     /// The file's only network, loaded when first asked for.
@@ -461,6 +486,29 @@ impl ModelFile {
         }
         let file = &opened.file;
         let network = Arc::new(T::open(&Opening { file, source, placement: &self.placement })?);
+        opened.others.insert(key, &network);
+        Ok(network)
+    }
+
+    /// The network that the file makes of another file's diffusion model under patches, by `open`.
+    pub fn network_over<T: Any + Send + Sync>(
+        &self,
+        (base, patches): (&ModelFile, &Patches),
+        open: impl FnOnce(&Opening<'_>, &Base<'_>) -> Result<T, ModelError>,
+    ) -> Result<Arc<T>, ModelError> {
+        let (opened, base_opened) = (self.open()?, base.open()?);
+        let key = (TypeId::of::<T>(), 1, [vec![base_opened.id], patches.identity()].concat());
+        if let Some(network) = opened.others.get(&key) {
+            return Ok(network);
+        }
+        opened.file.verify_unchanged()?;
+        base_opened.file.verify_unchanged()?;
+        let unet = &base_opened.checkpoint("diffusion model")?.unet;
+        let source = base_opened.source(base.precision);
+        let source = PatchedSource::new(source, patch::unet_names(unet), patches.clone());
+        let opening =
+            Opening { file: &opened.file, source: opened.source(self.precision), placement: &self.placement };
+        let network = Arc::new(open(&opening, &Base { unet, source: Arc::new(source) })?);
         opened.others.insert(key, &network);
         Ok(network)
     }

@@ -6,7 +6,9 @@ use crate::diffusion::model::tokens_batch;
 use crate::diffusion::schedule::ModelSampling;
 use crate::diffusion::{CondEntry, DenoiseItem};
 use crate::image::resample::{self, Crop, Method, Resize};
-use crate::models::controlnet::{Adapter, AdapterInput, ControlInput, ControlNet, NetInput};
+use crate::models::controlnet::{
+    Adapter, AdapterInput, CONTROL_LORA_MARK, ControlInput, ControlNet, NetInput,
+};
 use crate::models::patch::Patches;
 use crate::models::{ModelError, ModelFile};
 use crate::tensor::HostTensor;
@@ -19,6 +21,9 @@ pub(super) const SHARES_CONTROL: &str = crate::diffusion::guidance::SHARES_CONTR
 pub(super) const CONTROL_TEXT: &str = "cross_attention_controlnet";
 /// Pixels of a net's picture to a latent cell, in each direction.
 const CELL: usize = 8;
+
+/// The model that nets steer: its file, and the patches that it is under.
+pub(super) type Steered<'a> = (&'a ModelFile, &'a Patches);
 
 /// What travels on a `CONTROL_NET` link.
 #[derive(Clone)]
@@ -34,8 +39,28 @@ pub struct ControlHandle {
 }
 
 impl ControlHandle {
-    /// The net, loaded.
-    pub fn net(&self) -> Result<Net, ModelError> {
+    /// Whether the net is a change of the model that is sampled.
+    pub fn is_control_lora(&self) -> Result<bool, ModelError> {
+        self.file.has_tensor(CONTROL_LORA_MARK)
+    }
+
+    /// Checks the file, as far as it can be without a model.
+    pub fn check(&self) -> Result<(), ModelError> {
+        if !self.is_control_lora()? {
+            self.own_net()?;
+        }
+        Ok(())
+    }
+
+    /// The net for a model, loaded.
+    pub fn net(&self, model: Steered<'_>) -> Result<Net, ModelError> {
+        match self.is_control_lora()? {
+            true => Ok(Net::Control(self.file.network_over(model, ControlNet::from_lora)?)),
+            false => self.own_net(),
+        }
+    }
+
+    fn own_net(&self) -> Result<Net, ModelError> {
         if ["zero_convs.0.0.weight", "control_model.zero_convs.0.0.weight"]
             .into_iter()
             .any(|name| self.file.has_tensor(name).unwrap_or(false))
@@ -120,12 +145,16 @@ impl Control {
         sigma <= sampling.percent_to_sigma(start) && sigma >= sampling.percent_to_sigma(end)
     }
 
-    fn input(&self, items: &[DenoiseItem<'_>]) -> Result<Option<ControlInput>, ModelError> {
+    fn input(
+        &self,
+        items: &[DenoiseItem<'_>],
+        model: Steered<'_>,
+    ) -> Result<Option<ControlInput>, ModelError> {
         let Some(first) = items.first() else { return Ok(None) };
         let (each, h, w) = (first.x.dim(0), first.x.dim(2) * CELL, first.x.dim(3) * CELL);
         let shape = [each * items.len(), h, w, items.len()];
         let strength = self.strength;
-        let net = match self.net.net()? {
+        let net = match self.net.net(model)? {
             Net::Control(net) => net,
             Net::Adapter(adapter) => {
                 let unit = adapter.unit();
@@ -178,10 +207,12 @@ pub(super) fn inputs(
     items: &[DenoiseItem<'_>],
     sigma: f32,
     sampling: &ModelSampling,
+    model: Steered<'_>,
 ) -> Result<Vec<ControlInput>, ModelError> {
     let Some(control) = items.first().and_then(|item| attached(item.cond)) else { return Ok(Vec::new()) };
     let active = control.chain().into_iter().filter(|c| c.is_active(sigma, sampling));
-    let inputs: Result<Vec<Option<ControlInput>>, ModelError> = active.map(|c| c.input(items)).collect();
+    let inputs: Result<Vec<Option<ControlInput>>, ModelError> =
+        active.map(|c| c.input(items, model)).collect();
     Ok(inputs?.into_iter().flatten().collect())
 }
 

@@ -37,7 +37,10 @@ fn is_averaged(name: &str) -> bool {
 fn load(ctx: &NodeCtx<'_>, inputs: &Inputs) -> Result<ControlHandle, NodeError> {
     let name = inputs.string("control_net_name")?;
     let file = model_file(ctx.services, "controlnet", name)?;
-    Ok(ControlHandle { file, patches: Patches::default(), kinds: Vec::new(), is_averaged: is_averaged(name) })
+    let (patches, kinds) = (Patches::default(), Vec::new());
+    let handle = ControlHandle { file, patches, kinds, is_averaged: is_averaged(name) };
+    let is_averaged = handle.is_averaged && !handle.is_control_lora()?;
+    Ok(ControlHandle { is_averaged, ..handle })
 }
 
 /// `ControlNetLoader`.
@@ -54,7 +57,7 @@ impl Node for ControlNetLoader {
 
     fn execute(&self, ctx: &mut NodeCtx<'_>, inputs: &Inputs) -> Result<NodeOutput, NodeError> {
         let handle = load(ctx, inputs)?;
-        handle.net()?;
+        handle.check()?;
         Ok(NodeOutput::one(Value::object("CONTROL_NET", handle)))
     }
 }
@@ -85,7 +88,7 @@ impl Node for DiffControlNetLoader {
             let patches: HashMap<String, Patch> = values.into_iter().map(add).collect();
             handle.patches = Patches::default().with(patches);
         }
-        handle.net()?;
+        handle.check()?;
         Ok(NodeOutput::one(Value::object("CONTROL_NET", handle)))
     }
 }

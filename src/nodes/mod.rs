@@ -13,6 +13,7 @@ mod context;
 pub mod control;
 pub mod controlnet;
 pub mod custom_sampling;
+pub mod deprecated_loaders;
 #[cfg(test)]
 mod file_tests;
 #[cfg(test)]
@@ -105,6 +106,7 @@ pub fn registry() -> Vec<Box<dyn Node>> {
     [
         loaders::nodes(),
         guest_loaders::nodes(),
+        deprecated_loaders::nodes(),
         lora::nodes(),
         lora_save::nodes(),
         text::nodes(),

@@ -1,7 +1,8 @@
 //! Writing models to files: weights as they are under their patches.
 //!
 //! Types are those that ComfyUI has in memory: diffusion model and VAE in the type
-//! that they compute in, text encoders in f16.
+//! that they compute in, text encoders in f16. What unCLIP checkpoints have besides (the picture encoder and the
+//! statistics of its embeddings) is copied as it is; ComfyUI leaves it out, and can't use what it saved.
 
 use std::collections::BTreeMap;
 
@@ -12,7 +13,7 @@ use super::{Inputs, Node, NodeCtx, NodeError, NodeOutput, Schema};
 use crate::diffusion::ModelHandle;
 use crate::files::Kind;
 use crate::graph::Input;
-use crate::models::detect::{ClipVariant, Prediction};
+use crate::models::detect::{ClipVariant, Family, Prediction};
 use crate::models::layouts::open_clip::{OpenClipTensor, stored_as};
 use crate::models::patch::{DIFFUSION, Values};
 use crate::models::text::TextKind;
@@ -27,6 +28,12 @@ const CLIP_L: &str = "conditioner.embedders.0.transformer.";
 const CLIP_G: &str = "conditioner.embedders.1.model.";
 const REFINER_CLIP_G: &str = "conditioner.embedders.0.model.";
 const VAE: &str = "first_stage_model.";
+/// What an unCLIP checkpoint has besides.
+const UNCLIP: [&str; 2] = ["embedder.", "noise_augmentor."];
+/// Places of a text encoder.
+const POSITIONS: usize = 77;
+/// The scale of CLIP's comparisons, which no text encoder uses: the reference has one number for all models.
+const LOGIT_SCALE: f32 = 4.6055;
 
 /// The saving nodes.
 pub(super) fn nodes() -> Vec<Box<dyn Node>> {
@@ -127,12 +134,32 @@ impl Tensors {
                     let is_projection = |name: &str| name == format!("{from}text_projection.weight");
                     let values = values.into_iter().filter(|(name, _)| !is_projection(name)).collect();
                     self.add(values, (&from, CLIP_L), DType::F16);
+                    self.add_position_ids();
                 }
                 (_, ClipVariant::L) => self.add(values, (&from, CLIP), DType::F16),
                 (TextKind::Sdxl, _) => self.add_open_clip(values, (&from, CLIP_G)),
                 (TextKind::SdxlRefiner, _) => self.add_open_clip(values, (&from, REFINER_CLIP_G)),
                 _ => self.add_open_clip(values, (&from, CLIP_H)),
             }
+        }
+        Ok(())
+    }
+
+    /// The numbers of the first encoder's places, which SDXL's checkpoints hold.
+    fn add_position_ids(&mut self) {
+        let name = format!("{CLIP_L}text_model.embeddings.position_ids");
+        let entry = SaveEntry { name, dtype: DType::I64, shape: vec![1, POSITIONS] };
+        self.0.push((entry, Content::Ready((0..POSITIONS).map(|i| i as f32).collect())));
+    }
+
+    /// What the file of an unCLIP model has besides, in halves and singles.
+    fn add_unclip(&mut self, model: &SdModel) -> Result<(), NodeError> {
+        if model.file().family()? != Family::Sd2Unclip {
+            return Ok(());
+        }
+        for (name, dtype, values) in model.file().stored_values(&UNCLIP)? {
+            let dtype = if matches!(dtype, DType::F16 | DType::I64) { dtype } else { DType::F32 };
+            self.0.push((SaveEntry { name, dtype, shape: values.shape() }, Content::Whole(values)));
         }
         Ok(())
     }
@@ -165,6 +192,8 @@ impl Tensors {
             }
             push(name, shape, Content::Stacked(parts));
         }
+        let entry = SaveEntry { name: format!("{to}logit_scale"), dtype: DType::F32, shape: Vec::new() };
+        self.0.push((entry, Content::Ready(vec![LOGIT_SCALE])));
     }
 
     fn add_vae(&mut self, ctx: &NodeCtx<'_>, vae: &VaeHandle, prefix: &str) -> Result<(), NodeError> {
@@ -215,7 +244,7 @@ pub struct CheckpointSave;
 
 impl Node for CheckpointSave {
     fn schema(&self) -> Schema {
-        let schema = schema("CheckpointSave", "Writes model, text encoder and VAE as one checkpoint file.")
+        let schema = schema("CheckpointSave", "Writes model, text encoder and VAE as one checkpoint file; of an unCLIP model also its picture encoder.")
             .display("Save Checkpoint")
             .input(Input::link("model", "MODEL").bare())
             .input(Input::link("clip", "CLIP").bare())
@@ -230,6 +259,7 @@ impl Node for CheckpointSave {
         tensors.add_model(ctx, model)?;
         tensors.add_clip(&clip)?;
         tensors.add_vae(ctx, &*inputs.object::<VaeHandle>("vae")?, VAE)?;
+        tensors.add_unclip(model)?;
         tensors.write(ctx, inputs.string("filename_prefix")?, &texts(ctx, model)?)
     }
 }

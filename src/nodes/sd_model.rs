@@ -142,7 +142,7 @@ impl SdModel {
         }
         let vector = self.vectors(unet.config(), items)?;
         let call = UnetInput { x: &input, timesteps: &timesteps, context: &context, vector: vector.as_ref() };
-        let controls = control::inputs(items, sigma, &self.sampling)?;
+        let controls = control::inputs(items, sigma, &self.sampling, (&self.file, &self.patches))?;
         let negative = |i: &DenoiseItem<'_>| usize::from(i.is_negative);
         let sides: Vec<usize> = items.iter().flat_map(|i| std::iter::repeat_n(negative(i), batch)).collect();
         let hooks = Hooks { list: &self.hooks, sigma, sides: &sides };

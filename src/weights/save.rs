@@ -14,7 +14,7 @@ use crate::tensor::DType;
 pub struct SaveEntry {
     /// Its name.
     pub name: String,
-    /// `F32` or `F16`.
+    /// `F32`, `F16`, or `I64` for whole numbers that an f32 holds.
     pub dtype: DType,
     /// Its extents.
     pub shape: Vec<usize>,
@@ -43,8 +43,8 @@ pub enum SaveError {
         /// Elements given.
         found: usize,
     },
-    /// Only floats are written.
-    #[error("tensor {name} can't be written as {dtype:?}; F32 and F16 are possible")]
+    /// Only some types are written.
+    #[error("tensor {name} can't be written as {dtype:?}; F32, F16 and I64 are possible")]
     Type {
         /// The tensor.
         name: String,
@@ -90,6 +90,7 @@ pub fn save(
         for block in values.chunks(1 << 14) {
             let bytes: Vec<u8> = match entry.dtype {
                 DType::F16 => block.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect(),
+                DType::I64 => block.iter().flat_map(|v| (*v as i64).to_le_bytes()).collect(),
                 _ => block.iter().flat_map(|v| v.to_le_bytes()).collect(),
             };
             out.write_all(&bytes).map_err(failed)?;
@@ -116,6 +117,7 @@ fn header(entries: &[SaveEntry], metadata: &[(String, String)]) -> Result<Vec<u8
         let (dtype, size) = match entry.dtype {
             DType::F32 => ("F32", 4),
             DType::F16 => ("F16", 2),
+            DType::I64 => ("I64", 8),
             dtype => return Err(SaveError::Type { name: entry.name.clone(), dtype }),
         };
         let end = begin + entry.shape.iter().product::<usize>() * size;
@@ -143,14 +145,17 @@ mod tests {
             entry("a.weight", DType::F32, &[2, 2]),
             entry("mark", DType::F32, &[0]),
             entry("b", DType::F16, &[3]),
+            entry("ids", DType::I64, &[1, 2]),
         ];
-        let values = [vec![1.0, -2.5, 3.0, 1e-20], vec![], vec![0.1, 65504.0, -1.0]];
+        let values = [vec![1.0, -2.5, 3.0, 1e-20], vec![], vec![0.1, 65504.0, -1.0], vec![0.0, 76.0]];
         let texts = [("prompt".to_owned(), "{\"ü\": 1}".to_owned())];
         save(&path, &entries, &texts, |i| values[i].clone()).unwrap();
         let file = WeightsFile::open(&path).unwrap();
         assert_eq!(file.get("a.weight").unwrap().to_f32(), values[0]);
         assert_eq!(file.get("a.weight").unwrap().shape, [2, 2]);
         assert_eq!(file.get("b").unwrap().to_f32(), [0.099_975_586, 65504.0, -1.0]);
+        assert_eq!(file.get("ids").unwrap().to_f32(), [0.0, 76.0]);
+        assert_eq!(file.get("ids").unwrap().dtype, DType::I64);
         assert_eq!(file.metadata()["prompt"], "{\"ü\": 1}");
         assert!(matches!(save(&path, &entries, &texts, |i| values[i].clone()), Err(SaveError::Exists(_))));
         let short = save(&folder.path().join("b"), &entries, &[], |_| vec![0.0]);

@@ -11,6 +11,11 @@ use kiln::weights::synth::{self, Manifest};
 use kiln::weights::{OpenOptions, WeightsFile};
 use serde_json::{Map, Value as Json, json};
 
+#[path = "control_files.rs"]
+pub mod control_files;
+#[path = "pipeline_files.rs"]
+pub mod pipeline_files;
+
 /// The demo checkpoint on a CPU backend.
 pub fn demo() -> std::sync::Arc<ModelFile> {
     let options = DeviceOptions { device: Device::Cpu, ..DeviceOptions::default() };
@@ -18,7 +23,7 @@ pub fn demo() -> std::sync::Arc<ModelFile> {
     store.file(ModelSource::Embedded { name: DEMO_CHECKPOINT, bytes: DEMO_BYTES })
 }
 
-fn write(path: &Path, tensors: Map<String, Json>, metadata: &[(&str, &str)]) {
+pub fn write(path: &Path, tensors: Map<String, Json>, metadata: &[(&str, &str)]) {
     std::fs::create_dir_all(path.parent().unwrap()).unwrap();
     let manifest = Manifest::from_json(&Json::Object(tensors).to_string()).unwrap();
     let metadata: Vec<_> = metadata.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
@@ -71,46 +76,6 @@ pub fn loha(path: &Path) {
     write(path, tensors, &[]);
 }
 
-/// A ControlNet for the demo model; `context` is the width of its text conditioning.
-pub fn control_net(path: &Path, context: Option<u64>) {
-    let stored = WeightsFile::from_static(DEMO_BYTES, DEMO_CHECKPOINT).unwrap();
-    let mut tensors = Map::new();
-    let mut blocks = 0;
-    for info in stored.infos() {
-        let Some(name) = info.name.strip_prefix("model.diffusion_model.") else { continue };
-        if !["time_embed.", "input_blocks.", "middle_block."].iter().any(|part| name.starts_with(part)) {
-            continue;
-        }
-        let mut shape: Vec<u64> = info.shape.iter().map(|n| *n as u64).collect();
-        if let (Some(context), true) = (context, name.contains("attn2.to_k") || name.contains("attn2.to_v")) {
-            shape[1] = context;
-        }
-        if let Some(block) = name.strip_prefix("input_blocks.").and_then(|n| n.split('.').next()) {
-            blocks = blocks.max(block.parse::<usize>().unwrap() + 1);
-        }
-        tensors.insert(format!("control_model.{name}"), json!(shape));
-    }
-    let width = |block: usize| {
-        let at = |part: &str| stored.info(&format!("model.diffusion_model.input_blocks.{block}.0.{part}"));
-        let info = at("out_layers.3.weight").or(at("op.weight")).or(at("weight")).unwrap();
-        info.shape[0] as u64
-    };
-    let bottom =
-        stored.info("model.diffusion_model.middle_block.0.in_layers.2.weight").unwrap().shape[0] as u64;
-    let zero_convs = (0..blocks).map(|i| (format!("zero_convs.{i}.0"), width(i)));
-    for (name, c) in zero_convs.chain([("middle_block_out.0".to_owned(), bottom)]) {
-        tensors.insert(format!("control_model.{name}.weight"), json!({"shape": [c, c, 1, 1], "scale": 0.05}));
-        tensors.insert(format!("control_model.{name}.bias"), json!([c]));
-    }
-    let hint = [3, 8, 8, 8, 16, 16, 24, 24, width(0)];
-    for (i, pair) in hint.windows(2).enumerate() {
-        let name = format!("control_model.input_hint_block.{}", 2 * i);
-        tensors.insert(format!("{name}.weight"), json!([pair[1], pair[0], 3, 3]));
-        tensors.insert(format!("{name}.bias"), json!([pair[1]]));
-    }
-    write(path, tensors, &[("group_norm.num_groups", "4"), ("unet.num_heads", "2")]);
-}
-
 /// An ESRGAN of one block that enlarges four times.
 pub fn esrgan(path: &Path) {
     let mut tensors = Map::new();
@@ -148,8 +113,12 @@ pub fn compact(path: &Path) {
 pub fn write_all(models: &Path) {
     lora(&models.join("loras/tiny-lora.safetensors"));
     loha(&models.join("loras/tiny-loha.safetensors"));
-    control_net(&models.join("controlnet/tiny-controlnet.safetensors"), None);
-    control_net(&models.join("controlnet/foreign-controlnet.safetensors"), Some(64));
+    control_files::of_demo(&models.join("controlnet/tiny-controlnet.safetensors"), None);
+    control_files::of_demo(&models.join("controlnet/foreign-controlnet.safetensors"), Some(64));
+    let nets = models.join("controlnet");
+    let whole = nets.join("tiny-controlnet.safetensors");
+    control_files::as_diffusers(&whole, &nets.join("tiny-control-diffusers.safetensors"));
+    control_files::lora(&control_files::demo(), &nets.join("tiny-control-lora.safetensors"));
     esrgan(&models.join("upscale_models/tiny-esrgan.safetensors"));
     compact(&models.join("upscale_models/tiny-compact.safetensors"));
     for name in ["taesd_encoder", "taesd_decoder"] {

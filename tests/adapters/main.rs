@@ -2,8 +2,11 @@
 //!
 //! On the CPU; with `KILN_TEST_DEVICE=cuda` on the GPU of this machine.
 
+mod control_forms;
 mod files;
 mod lora;
+mod lora_forms;
+mod pipelines;
 mod pytorch;
 mod saved;
 
@@ -11,6 +14,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use files::{control_files, pipeline_files};
 use kiln::backend::{self, Device, DeviceOptions};
 use kiln::engine::{Engine, EngineConfig, Submission};
 use kiln::files::{FolderOptions, Folders};

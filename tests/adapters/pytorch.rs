@@ -25,7 +25,7 @@ fn tuple(numbers: impl IntoIterator<Item = usize>) -> Vec<u8> {
 }
 
 /// Writes an f16 or f32 safetensors file as `torch.save` would: texts first, the tensors under `state_dict`.
-fn as_pytorch(from: &Path, to: &Path) {
+pub fn as_pytorch(from: &Path, to: &Path) {
     let file = WeightsFile::open(from).unwrap();
     let mut zip = zip::ZipWriter::new(std::fs::File::create(to).unwrap());
     let stored = zip::write::SimpleFileOptions::default().compression_method(zip::CompressionMethod::Stored);

@@ -1,6 +1,7 @@
 //! LoRA, ControlNet, upscalers and TAESD on the SIMT layer, against the CPU backend.
 
 #[path = "../adapters/files.rs"]
+#[allow(dead_code, reason = "made for the adapters' tests")]
 mod files;
 
 use kiln::driver::Driver;
@@ -17,8 +18,13 @@ fn pictures_with_adapters_are_those_of_the_cpu() {
     }
     let (driver, placement) = simt();
     let (on_simt, on_cpu) = (engine(placement, ours.path()), engine(cpu(), theirs.path()));
-    let cases =
-        [("lora-stack", 38.0), ("controlnet-stack", 38.0), ("upscale-chain", 38.0), ("tiny-vae", 34.0)];
+    let cases = [
+        ("lora-stack", 38.0),
+        ("controlnet-stack", 38.0),
+        ("controlnet-forms", 38.0),
+        ("upscale-chain", 38.0),
+        ("tiny-vae", 34.0),
+    ];
     for (name, least) in cases {
         let mut prompt = files::workflow(name);
         prompt["3"]["inputs"]["steps"] = 2.into();

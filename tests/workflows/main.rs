@@ -2,15 +2,16 @@
 //! `adapters` and `demo`, on the demo model, on the simulated GPU.
 //!
 //! A workflow names models `tiny-NAME.safetensors`: the harness writes the tiny model NAME (`kiln synth --tiny`)
-//! into the folder of the loader that names it. Other names are files of `tests/data/pytorch`. Pictures to load are `zoo.png` and `zoo_masked.png` (a hole in its
-//! alpha channel). On the simulated GPU a picture must be the CPU's but for rounding.
+//! into the folder of the loader that names it; a `model_path` `…/tiny-NAME` is written as a folder of the diffusers
+//! library. Other names are files of `tests/data/pytorch`. Pictures to load are `zoo.png` and `zoo_masked.png` (a
+//! hole in its alpha channel). On the simulated GPU a picture must be the CPU's but for rounding.
 //!
 //! `cargo test --release --test workflows -- FILTER`; with `KILN_TEST_DEVICE=cuda` the GPU of this machine takes the
 //! place of the simulated one.
 
 #[path = "../adapters/files.rs"]
 #[allow(dead_code, reason = "made for the adapters' tests")]
-mod adapter_files;
+mod files;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -213,18 +214,34 @@ fn provide(prompt: &Json, base: &Path) -> Result<(), Failed> {
         let name = name.ok_or_else(|| format!("{file} is not tiny-NAME.safetensors"))?;
         tiny::write(name, &path, DType::F16).ok_or_else(|| format!("no tiny model {name}"))??;
     }
-    let adapters: [(&str, Writer); 5] = [
-        ("loras/tiny-lora", adapter_files::lora),
-        ("loras/tiny-loha", adapter_files::loha),
-        ("controlnet/tiny-controlnet", |path| adapter_files::control_net(path, None)),
-        ("upscale_models/tiny-esrgan", adapter_files::esrgan),
-        ("upscale_models/tiny-compact", adapter_files::compact),
+    let adapters: [(&str, Writer); 7] = [
+        ("loras/tiny-lora", files::lora),
+        ("loras/tiny-loha", files::loha),
+        ("controlnet/tiny-controlnet", |path| files::control_files::of_demo(path, None)),
+        ("controlnet/tiny-control-diffusers", |path| {
+            let standard = path.with_extension("whole");
+            files::control_files::of_demo(&standard, None);
+            files::control_files::as_diffusers(&standard, path);
+        }),
+        ("controlnet/tiny-control-lora", |path| {
+            files::control_files::lora(&files::control_files::demo(), path)
+        }),
+        ("upscale_models/tiny-esrgan", files::esrgan),
+        ("upscale_models/tiny-compact", files::compact),
     ];
     for (file, write) in adapters {
         let name = file.rsplit('/').next().unwrap_or(file);
         if prompt.to_string().contains(name) {
             write(&models.join(format!("{file}.safetensors")));
         }
+    }
+    for node in prompt.as_object().into_iter().flat_map(|p| p.values()) {
+        let Some(folder) = node["inputs"]["model_path"].as_str() else { continue };
+        let name = folder.rsplit_once("tiny-").ok_or("a folder that is not tiny-NAME")?.1;
+        std::fs::create_dir_all(&models)?;
+        let whole = models.join("whole.safetensors");
+        tiny::write(name, &whole, DType::F16).ok_or_else(|| format!("no tiny model {name}"))??;
+        files::pipeline_files::write(&whole, &models.join("diffusers").join(folder));
     }
     // A textual inversion of two tokens for CLIP-L of the tiny models.
     if prompt.to_string().contains("embedding:zoo") {

@@ -8,6 +8,7 @@
 
 mod adapter;
 mod hint;
+mod lora;
 mod net;
 mod union;
 
@@ -19,6 +20,7 @@ use super::layers::Ops;
 use super::unet::{ContextKv, LayerInputs};
 use crate::tensor::{HostTensor, Tensor};
 pub use adapter::{Adapter, Features};
+pub use lora::MARK as CONTROL_LORA_MARK;
 pub use net::ControlNet;
 pub use union::KINDS;
 

@@ -63,7 +63,11 @@ impl Network for ControlNet {
 }
 
 impl ControlNet {
-    fn load(config: UnetConfig, backend: Arc<dyn Backend>, loader: &Loader) -> Result<Self, ModelError> {
+    pub(super) fn load(
+        config: UnetConfig,
+        backend: Arc<dyn Backend>,
+        loader: &Loader,
+    ) -> Result<Self, ModelError> {
         let mut builder = Builder::new(&config, loader);
         let (input, skips) = builder.input()?;
         let bottom = skips.last().copied().unwrap_or(config.model_channels);

@@ -52,6 +52,8 @@ const SIGNS: &[(Kind, Sign)] = &[
     (Kind::Lora, Sign::Contains(".lora_A.")),
     (Kind::Lora, Sign::Contains(".hada_w1_a")),
     (Kind::Lora, Sign::Contains(".lokr_w1")),
+    (Kind::Lora, Sign::Contains(".oft_blocks")),
+    (Kind::Lora, Sign::Contains(".a1.weight")),
     (Kind::ControlNet, Sign::Begins("control_model.")),
     (Kind::ControlNet, Sign::Contains("input_hint_block.")),
     (Kind::ControlNet, Sign::Contains("controlnet_cond_embedding.")),

@@ -308,6 +308,8 @@ fn other_files_are_named_for_what_they_are() {
     let cases: &[(&[&str], Kind)] = &[
         (&["lora_unet_mid_block_attentions_0_proj_in.lora_down.weight"], Kind::Lora),
         (&["unet.down_blocks.0.attentions.0.to_q.lora_A.weight"], Kind::Lora),
+        (&["lycoris_mid_block_attentions_0_proj_in.oft_blocks"], Kind::Lora),
+        (&["lora_unet_mid_block_attentions_0_proj_in.a1.weight"], Kind::Lora),
         (
             &["control_model.input_blocks.0.0.weight", "control_model.input_hint_block.0.weight"],
             Kind::ControlNet,

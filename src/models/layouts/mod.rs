@@ -10,6 +10,7 @@
 //!
 //! What it is not: a copy of anything. Tensors stay views into the file.
 
+mod diffusers_control;
 mod diffusers_unet;
 mod diffusers_vae;
 pub mod open_clip;
@@ -62,6 +63,18 @@ impl Names {
     /// The directory of `file`. Reads its header only.
     pub fn of(file: &WeightsFile) -> Self {
         Self::from_stored(file.infos().map(|t| (t.name, t.dtype, t.shape)))
+    }
+
+    /// The directory of `file` under the names it uses itself.
+    pub fn as_stored(file: &WeightsFile) -> Self {
+        let entry = |stored: &str, dtype, shape: &[usize]| Entry {
+            stored: stored.to_owned(),
+            part: Part::Whole,
+            dtype,
+            shape: shape.to_vec(),
+        };
+        let entries = file.infos().map(|t| (t.name.to_owned(), entry(t.name, t.dtype, t.shape)));
+        Self { entries: entries.collect() }
     }
 
     /// The directory of tensors with these names, element types and shapes.
@@ -158,6 +171,8 @@ enum Translator {
     BareUnet,
     /// A UNet of the diffusers library.
     DiffusersUnet(diffusers_unet::Blocks),
+    /// A ControlNet of the diffusers library.
+    DiffusersControl(diffusers_control::Control),
     /// A VAE of the diffusers library.
     DiffusersVae { levels: usize },
     /// Everything else: only OpenCLIP's names change.
@@ -175,6 +190,9 @@ impl Translator {
         if has("conv_in.weight") && has("time_embedding.linear_1.weight") && !is_control {
             return Translator::DiffusersUnet(diffusers_unet::Blocks::of(stored.keys().copied()));
         }
+        if has("controlnet_cond_embedding.conv_in.weight") {
+            return Translator::DiffusersControl(diffusers_control::Control::of(stored.keys().copied()));
+        }
         if has("decoder.up_blocks.0.resnets.0.conv1.weight") {
             let is_level =
                 |i: &usize| stored.keys().any(|n| n.starts_with(&format!("decoder.up_blocks.{i}.")));
@@ -189,6 +207,7 @@ impl Translator {
         match self {
             Translator::BareUnet => whole(format!("{UNET_PREFIX}{name}")),
             Translator::DiffusersUnet(blocks) => whole(format!("{UNET_PREFIX}{}", blocks.rename(name)?)),
+            Translator::DiffusersControl(control) => whole(control.rename(name)?),
             Translator::DiffusersVae { levels } => whole(diffusers_vae::rename(name, *levels)?),
             Translator::Other { has_bare_open_clip } => open_clip::rename(name, *has_bare_open_clip),
         }

@@ -1,6 +1,6 @@
 //! LoRA files and their relatives: names in the file to patches of a model.
 //!
-//! Kohya, diffusers/PEFT and LyCORIS files (LoRA, LoCon, LoHa, LoKr, DoRA, full
+//! Kohya, diffusers/PEFT and LyCORIS files (LoRA, LoCon, LoHa, LoKr, GLoRA, OFT, BOFT, DoRA, full
 //! differences) name the same layers in different ways; [`Target`] lists the
 //! names under which a layer may occur. Nothing is read here but scalars: the
 //! matrices stay in the file until a weight is made ([`patch`](super::patch)).
@@ -48,7 +48,7 @@ impl Lora {
             for alias in &target.aliases {
                 changes.extend(reader.changes(alias, target));
             }
-            if changes.get(&target.name).is_some_and(|change| change.elements() != target.elements) {
+            if changes.get(&target.name).is_some_and(|change| !change.fits(target.elements)) {
                 changes.remove(&target.name);
                 misfits.push(target.name.clone());
             }
@@ -99,6 +99,8 @@ impl Reader<'_> {
             .low_rank(layer, &scale)
             .or_else(|| self.hadamard(layer, &scale))
             .or_else(|| self.kronecker(layer, &scale))
+            .or_else(|| self.generalised(layer, &scale))
+            .or_else(|| self.orthogonal(layer, &scale))
             .or_else(|| self.take(layer, ".w_norm").map(Change::Add))
             .or_else(|| self.take(layer, ".diff").map(Change::Add))
             .or_else(|| self.take(layer, ".set_weight").map(Change::Set));
@@ -140,5 +142,19 @@ impl Reader<'_> {
         };
         let (first, second) = (factor(1)?, factor(2)?);
         Some(Change::Kronecker { first, second, scale: scale.clone() })
+    }
+
+    fn generalised(&mut self, layer: &str, scale: &Scale) -> Option<Change> {
+        let mut factor = |name: &str| self.take(layer, name);
+        let factors = [".a1.weight", ".a2.weight", ".b1.weight", ".b2.weight"].map(&mut factor);
+        let [Some(a1), Some(a2), Some(b1), Some(b2)] = factors else { return None };
+        Some(Change::Generalised { factors: [a1, a2, b1, b2], scale: scale.clone() })
+    }
+
+    fn orthogonal(&mut self, layer: &str, scale: &Scale) -> Option<Change> {
+        let blocks =
+            self.take(layer, ".oft_blocks").filter(|blocks| matches!(blocks.shape().len(), 3 | 4))?;
+        let rescale = self.take(layer, ".rescale");
+        Some(Change::Orthogonal { blocks, rescale, scale: scale.clone() })
     }
 }

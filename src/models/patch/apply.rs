@@ -1,7 +1,9 @@
 //! Applying one patch to one weight.
 
 use super::decompose::decompose;
+use super::generalised;
 use super::low_rank::{Matrix, tucker};
+use super::orthogonal;
 use super::{Change, Factor, Patch, Scale, Values};
 
 /// Changes `weight` of `shape`.
@@ -47,7 +49,29 @@ pub(super) fn apply(patch: &Patch, weight: &mut [f32], shape: &[usize]) -> Resul
             let delta = kronecker(&factor(first)?.0, &factor(second)?, taps)?;
             scaled(delta, rank, scale, strength, (weight, shape))
         }
+        Change::Generalised { factors, scale } => {
+            let inputs = shape.get(1).copied().unwrap_or(1);
+            let (delta, rank) = generalised::difference(factors, &as_matrix(weight, shape), inputs)?;
+            scaled(delta, Some(rank), scale, strength, (weight, shape))
+        }
+        Change::Orthogonal { blocks, rescale, scale } => {
+            let (matrix, limit) = (as_matrix(weight, shape), scale.alpha);
+            let delta = match blocks.shape().len() {
+                3 => orthogonal::turned(blocks, limit, strength, &matrix)?,
+                _ => orthogonal::butterfly(blocks, rescale.as_ref(), limit, strength, &matrix)?,
+            };
+            // Norms of its own are for the change times alpha, which is 0 where there is no limit, as in the reference.
+            let factor = scale.magnitude.as_ref().map(|_| scale.alpha.unwrap_or(0.0));
+            let scale = Scale { alpha: factor, magnitude: scale.magnitude.clone() };
+            scaled(delta, Some(1), &scale, strength, (weight, shape))
+        }
     }
+}
+
+/// A weight as rows of outputs.
+fn as_matrix(weight: &[f32], shape: &[usize]) -> Matrix {
+    let (rows, columns) = (shape.first().copied().unwrap_or(1), shape.iter().skip(1).product());
+    Matrix { rows, columns, data: weight.to_vec() }
 }
 
 /// The elements of `values`, if there are `count`.

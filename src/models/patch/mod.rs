@@ -10,7 +10,9 @@
 mod apply;
 mod decompose;
 mod extract;
+mod generalised;
 mod low_rank;
+mod orthogonal;
 mod values;
 
 use std::collections::HashMap;
@@ -93,16 +95,49 @@ pub enum Change {
         /// Scaling and magnitude.
         scale: Scale,
     },
+    /// Adds `weight · A + B` of two low-rank products (GLoRA).
+    Generalised {
+        /// `a1`, `a2`, `b1`, `b2`, as files name them.
+        factors: [Values; 4],
+        /// Scaling and magnitude.
+        scale: Scale,
+    },
+    /// Turns the outputs (OFT; BOFT if the blocks have four dimensions).
+    Orthogonal {
+        /// `[blocks, n, n]` or `[rounds, blocks, n, n]`.
+        blocks: Values,
+        /// Factors on the outputs, which only BOFT heeds.
+        rescale: Option<Values>,
+        /// Magnitude, and in alpha a limit.
+        scale: Scale,
+    },
 }
 
 impl Change {
-    /// Elements of the weight that the change is for.
-    pub fn elements(&self) -> usize {
+    /// Whether a weight of so many elements may be what the change is for.
+    pub fn fits(&self, elements: usize) -> bool {
+        match self {
+            Change::Orthogonal { blocks, .. } => {
+                let rows: usize = blocks.shape().iter().rev().skip(1).take(2).product();
+                rows > 0 && elements.is_multiple_of(rows)
+            }
+            Change::Generalised { factors: [_, _, b1, b2], .. } => {
+                let product =
+                    |a: &Values, b: &Values| a.extent(0) * b.shape().iter().skip(1).product::<usize>();
+                product(b1, b2) == elements || product(b2, b1) == elements
+            }
+            _ => self.elements() == elements,
+        }
+    }
+
+    /// Elements of the weight that the change is for, where its own shapes say.
+    fn elements(&self) -> usize {
         let product = |a: &Values, b: &Values| a.extent(0) * b.shape().iter().skip(1).product::<usize>();
         // Of a Tucker decomposition both factors are transposed.
         let tucker = |a: &Values, b: &Values, core: &Values| a.extent(1) * b.extent(1) * core.taps();
         match self {
             Change::Add(values) | Change::Set(values) => values.count(),
+            Change::Generalised { .. } | Change::Orthogonal { .. } => 0,
             Change::LowRank { up, down, mid, .. } => product(up, down) * mid.as_ref().map_or(1, Values::taps),
             Change::Hadamard { factors: [[a, b], _], cores: None, .. } => product(a, b),
             Change::Hadamard { factors: [[a, b], _], cores: Some([core, _]), .. } => tucker(a, b, core),
@@ -136,7 +171,7 @@ pub enum Factor {
 /// How a decomposed change is scaled.
 #[derive(Clone, Default)]
 pub struct Scale {
-    /// The change is multiplied by `alpha / rank`; by 1 if not given.
+    /// The change is multiplied by `alpha / rank`; by 1 if not given. A rotation is limited by it.
     pub alpha: Option<f64>,
     /// Norms that the changed weight gets (DoRA), by output or input channel.
     pub magnitude: Option<Values>,
