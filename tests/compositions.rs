@@ -74,9 +74,11 @@ async fn compare(client: &Client, composition: &Json) -> Result<f64, String> {
             return Err(format!("node {node} has {} pictures, not {}", got.len(), pictures.len()));
         }
         for (got, want) in got.iter().zip(pictures) {
-            let (name, want) = (got["filename"].as_str().unwrap_or(""), want.as_str().unwrap_or(""));
-            let png = client.get(&format!("/view?filename={name}")).await.map_err(|e| e.to_string())?;
-            let share = difference(&png, &fs::read(folder().join(want)).unwrap())?;
+            let part = |key: &str| got[key].as_str().unwrap_or("").to_owned();
+            let place = format!("/view?filename={}&type={}", part("filename"), part("type"));
+            let png = client.get(&place).await.map_err(|e| e.to_string())?;
+            let want = fs::read(folder().join(want.as_str().unwrap_or(""))).unwrap();
+            let share = difference(&png, &want)?;
             worst = worst.max(share);
             if share > MAX_OFF {
                 return Err(format!("node {node}: {:.2} % of the values are off", share * 100.0));

@@ -304,7 +304,7 @@ impl Node for ImageYuvToRgb {
         let rgb = data.flat_map(|((y, u), v)| {
             let (blue, red) = (u - 0.5, v - 0.5);
             let (r, b) = (y + red / RED_SCALE, y + blue / BLUE_SCALE);
-            [r, (y - 0.299 * r - 0.114 * b) / 0.587, b]
+            [r, (y - 0.299 * r - 0.114 * b) / 0.587, b].map(|v| v.clamp(0.0, 1.0))
         });
         image_output(tensor(&[b, h, w, 3], rgb.collect())?)
     }
