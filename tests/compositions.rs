@@ -1,8 +1,8 @@
 //! Workflows that a machine put together at random, against the pictures and values that ComfyUI 0.3.64 made of them.
 //!
-//! `tests/data/compositions` holds the smallest set found that uses every class which needs no model file but the
-//! demo checkpoint, and every choice of its lists: one JSON file a workflow (prompt and outputs by node), its pictures,
-//! and the input pictures. They were recorded on a CPU in f32 (PyTorch 2.15, Pillow 13.0, kornia 0.9).
+//! `tests/data/compositions` holds a set chosen from some thousand so that every class which needs no model file but
+//! the demo checkpoint occurs in it: one JSON file a workflow (prompt and outputs by node), its pictures, and the input
+//! pictures. They were recorded on a CPU in f32 (PyTorch 2.15, Pillow 13.0, kornia 0.9).
 //!
 //! Bound: at most 0.2 % of the values of a picture are off by more than 2/255. The two differ in the last bits of
 //! sums; samplers, thresholds and rounding to 8 bits make levels of that here and there. Values (numbers, texts) are
