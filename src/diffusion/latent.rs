@@ -89,14 +89,14 @@ mod tests {
         let x = HostTensor::from_fn(&[2, 4, 1, 2], |i| i as f32 - 3.0);
         let inside = LatentFormat::Playground25.to_model(&x);
         let expected = [
-            -0.079_044_4,
-            -0.020_169_8,
-            -0.244_485,
-            -0.159_771,
-            0.181_914,
-            0.258_253,
-            0.046_320_2,
-            0.141_923,
+            -0.079_044_36,
+            -0.020_170_26,
+            -0.244_485_11,
+            -0.159_770_93,
+            0.181_913_95,
+            0.258_252_16,
+            0.046_320_20,
+            0.141_924_32,
         ];
         for (value, want) in inside.data().iter().zip(expected) {
             assert!((value - want).abs() < 1e-6, "{value} {want}");

@@ -180,8 +180,9 @@ impl Recorder {
 
     /// Captures the work if that has not happened, and replays it.
     ///
-    /// `None` if other recordings have taken memory that the capture needs: an
-    /// allocation would become part of the graph.
+    /// `None` if it can't be captured: other recordings have taken memory that the
+    /// capture needs (an allocation would become part of the graph), or the work
+    /// failed, which it may not do when it runs plainly.
     fn again(
         &self,
         mut recording: Recording,
@@ -201,15 +202,22 @@ impl Recorder {
                 let result = body(&copies);
                 // The capture must end even if the work failed, or the stream stays unusable.
                 let graph = self.gpu.end_capture();
-                if self.pool.freeze(false) {
-                    drop(result);
-                    driver.destroy_graph(graph?)?;
-                    return Ok(None);
+                let is_short = self.pool.freeze(false);
+                match (result, graph) {
+                    (Ok(result), Ok(graph)) if !is_short => {
+                        recording.result = Some(result);
+                        recording.graph = Some(graph);
+                        graph
+                    }
+                    (result, graph) => {
+                        let error = result.err().filter(|_| !is_short);
+                        if let Some(error) = error {
+                            tracing::warn!(%error, "work was not captured; it runs plainly");
+                        }
+                        driver.destroy_graph(graph?)?;
+                        return Ok(None);
+                    }
                 }
-                recording.result = Some(result?);
-                let graph = graph?;
-                recording.graph = Some(graph);
-                graph
             }
         };
         driver.launch_graph(graph, stream)?;
