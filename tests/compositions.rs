@@ -60,6 +60,7 @@ async fn compare(client: &Client, composition: &Json) -> Result<f64, String> {
     let id = answer["prompt_id"].as_str().ok_or_else(|| answer.to_string())?;
     let history = client.get_json(&format!("/history/{id}")).await.map_err(|e| e.to_string())?;
     let outputs = &history[id]["outputs"];
+    assert!(!composition["outputs"].as_object().is_none_or(Map::is_empty), "nothing was recorded");
     let mut worst = 0.0f64;
     for (node, want) in composition["outputs"].as_object().into_iter().flatten() {
         let Some(pictures) = want.as_array().filter(|_| outputs[node]["images"].is_array()) else {

@@ -19,6 +19,9 @@ pub enum LatentFormat {
 }
 
 impl LatentFormat {
+    /// Means and standard deviations of Playground 2.5's channels.
+    pub const PLAYGROUND_STATISTICS: [[f32; 4]; 2] = [PLAYGROUND_MEAN, PLAYGROUND_DEVIATION];
+
     /// A latent on a link as the model knows it.
     pub fn to_model(self, latent: &HostTensor) -> HostTensor {
         match self {

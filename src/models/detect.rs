@@ -501,8 +501,8 @@ fn prediction_of(
     }
 }
 
-/// Statistics of the latents that Playground 2.5's files hold.
-const PLAYGROUND_MARKS: [&str; 2] = ["edm_mean", "edm_std"];
+/// Means and standard deviations of its latents' channels, which Playground 2.5's files hold and are known by.
+pub const PLAYGROUND_MARKS: [&str; 2] = ["edm_mean", "edm_std"];
 const PLAYGROUND_RANGE: SigmaRange = SigmaRange { sigma_min: 0.002, sigma_max: 80.0 };
 
 /// Marks a model that predicts v over a continuous range of noise levels, and holds the highest.

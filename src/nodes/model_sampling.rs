@@ -33,11 +33,16 @@ fn schema(class: &'static str, about: &'static str) -> Schema {
         .input(Input::link("model", "MODEL").bare())
 }
 
+/// The input `model`, changed.
+fn changed(inputs: &Inputs, change: impl FnOnce(&SdModel) -> SdModel) -> Result<Vec<Value>, NodeError> {
+    let model = inputs.object::<ModelHandle>("model")?;
+    let changed = change(SdModel::of(&model)?);
+    Ok(vec![Value::object("MODEL", model.with_network(Arc::new(changed)))])
+}
+
 /// The input `model` with other noise levels.
 fn with_sampling(inputs: &Inputs, sampling: ModelSampling) -> Result<Vec<Value>, NodeError> {
-    let model = inputs.object::<ModelHandle>("model")?;
-    let changed = SdModel::of(&model)?.with_sampling(sampling);
-    Ok(vec![Value::object("MODEL", model.with_network(Arc::new(changed)))])
+    changed(inputs, |model| model.with_sampling(sampling))
 }
 
 fn compute_type_schema() -> Schema {
@@ -110,11 +115,10 @@ fn continuous_edm(inputs: &Inputs) -> Result<Vec<Value>, NodeError> {
         "v_prediction" => edm(Prediction::V, 1.0),
         "edm" => edm(Prediction::Edm, ModelSampling::EDM_DATA),
         "edm_playground_v2.5" => {
-            let model = inputs.object::<ModelHandle>("model")?;
-            let changed = SdModel::of(&model)?
-                .with_sampling(edm(Prediction::Edm, ModelSampling::EDM_DATA))
-                .with_latent_format(LatentFormat::Playground25);
-            return Ok(vec![Value::object("MODEL", model.with_network(Arc::new(changed)))]);
+            let sampling = edm(Prediction::Edm, ModelSampling::EDM_DATA);
+            return changed(inputs, |model| {
+                model.with_sampling(sampling).with_latent_format(LatentFormat::Playground25)
+            });
         }
         "eps" => edm(Prediction::Eps, 1.0),
         "cosmos_rflow" => ModelSampling::continuous_flow(low, high),

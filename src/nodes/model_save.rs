@@ -10,10 +10,10 @@ use super::image_file::metadata;
 use super::loaders::{ClipHandle, VaeHandle};
 use super::sd_model::SdModel;
 use super::{Inputs, Node, NodeCtx, NodeError, NodeOutput, Schema};
-use crate::diffusion::ModelHandle;
+use crate::diffusion::{LatentFormat, ModelHandle};
 use crate::files::Kind;
 use crate::graph::Input;
-use crate::models::detect::{ClipVariant, Family, Prediction};
+use crate::models::detect::{ClipVariant, Family, PLAYGROUND_MARKS, Prediction};
 use crate::models::layouts::open_clip::{OpenClipTensor, stored_as};
 use crate::models::patch::{DIFFUSION, Values};
 use crate::models::text::TextKind;
@@ -116,9 +116,17 @@ impl Tensors {
     fn add_model(&mut self, ctx: &NodeCtx<'_>, model: &SdModel) -> Result<(), NodeError> {
         let dtype = computed_in(ctx.services.models.placement().diffusion.as_ref());
         self.add(model.file().unet_values(model.patches())?, (DIFFUSION, UNET), dtype);
-        if model.file().sampling()?.prediction == Prediction::V {
-            let entry = SaveEntry { name: "v_pred".to_owned(), dtype: DType::F32, shape: vec![0] };
-            self.0.push((entry, Content::Mark));
+        let mark = |name: &str, shape| SaveEntry { name: name.to_owned(), dtype: DType::F32, shape };
+        match model.file().sampling()?.prediction {
+            Prediction::Epsilon => {}
+            Prediction::V => self.0.push((mark("v_pred", vec![0]), Content::Mark)),
+            // ComfyUI leaves these out, and takes what it saved for another model.
+            Prediction::Edm => {
+                let marks = PLAYGROUND_MARKS.iter().zip(LatentFormat::PLAYGROUND_STATISTICS);
+                self.0.extend(marks.map(|(name, values)| {
+                    (mark(name, vec![1, values.len(), 1, 1]), Content::Ready(values.to_vec()))
+                }));
+            }
         }
         Ok(())
     }
@@ -230,11 +238,12 @@ impl Tensors {
 /// What the model predicts, then prompt and workflow.
 fn texts(ctx: &NodeCtx<'_>, model: &SdModel) -> Result<Vec<(String, String)>, NodeError> {
     let predicts = match model.file().sampling()?.prediction {
-        Prediction::Epsilon => "epsilon",
-        Prediction::V => "v",
-        Prediction::Edm => "edm",
+        Prediction::Epsilon => Some("epsilon"),
+        Prediction::V => Some("v"),
+        Prediction::Edm => None,
     };
-    let mut texts = vec![("modelspec.predict_key".to_owned(), predicts.to_owned())];
+    let key = |predicts: &str| ("modelspec.predict_key".to_owned(), predicts.to_owned());
+    let mut texts: Vec<(String, String)> = predicts.map(key).into_iter().collect();
     texts.extend(metadata(ctx));
     Ok(texts)
 }

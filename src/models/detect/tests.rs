@@ -373,6 +373,16 @@ fn later_families_are_recognised() {
     assert!(FAMILIES.iter().all(|row| row.family.name() == row.name && row_of(row.family).name == row.name));
 }
 
+#[test]
+fn the_statistics_of_its_latents_tell_playground() {
+    let mut shapes = sd15();
+    shapes.push((PLAYGROUND_MARKS[0].into(), vec![1, 4, 1, 1]));
+    assert_eq!(detect_shapes(&shapes, &[]).unwrap().sampling.prediction, Prediction::Epsilon);
+    shapes.push((PLAYGROUND_MARKS[1].into(), vec![1, 4, 1, 1]));
+    let sampling = detect_shapes(&shapes, &[]).unwrap().sampling;
+    assert_eq!((sampling.prediction, sampling.continuous), (Prediction::Edm, Some(PLAYGROUND_RANGE)));
+}
+
 /// SD2 checkpoints tell ε from v by one bias; the same rule on synthetic values of both spreads
 /// (a uniform distribution over ±a has a standard deviation of a/√3).
 #[test]
