@@ -49,9 +49,11 @@ EMBED(float, __nv_bfloat16, embed_f32_bf16)
 EMBED(float, float, embed_f32_f32)
 
 struct TimestepArgs {
-    const float* timesteps;  // [count]
+    const float* timesteps;  // [count], or null: all are `timestep`
     void* out;               // [count][dim]: cosines, sines, and a zero if dim is odd
     int32_t count, dim;
+    float timestep;
+    int32_t unused;
 };
 
 // Sine and cosine of |x| < 2^20, good to an ulp or two. Multiples of pi/2 are taken off in two exact steps (Cody and
@@ -90,7 +92,7 @@ template <class T> PTX void timestep_embedding(const TimestepArgs& args) {
         return;
     }
     const float exponent = -9.21034037f * float(j) / float(half);
-    const float angle = args.timesteps[n] * float(exp(double(exponent)));
+    const float angle = (args.timesteps ? args.timesteps[n] : args.timestep) * float(exp(double(exponent)));
     float sine, cosine;
     sin_cos(angle, sine, cosine);
     out[j] = from_float<T>(cosine);

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use crate::tensor::{
     Activation, Attention, Backend, BackendInfo, Body, BodyError, Conv2d, ConvWeight, Embed, Embedding,
-    Filter, GroupNorm, HostLayout, LayerNorm, Linear, LinearParts, LinearWeight, MemoryUse, NormWeight,
-    PressureHook, RawTensor, ScaleHalf, Shape, SwapTokens, Tensor, TensorError,
+    Filter, GroupNorm, HostLayout, LatentOps, LayerNorm, Linear, LinearParts, LinearWeight, MemoryUse,
+    NormWeight, PressureHook, RawTensor, ScaleHalf, Shape, SwapTokens, Tensor, TensorError,
 };
 
 /// What was counted for one kind of op.
@@ -170,6 +170,10 @@ impl Backend for Metered {
     /// The ops of `body` are counted when they run or are recorded, not when a recording is replayed.
     fn record(&self, key: u64, inputs: &[&Tensor], body: &mut Body<'_>) -> Result<Tensor, BodyError> {
         self.inner.record(key, inputs, body)
+    }
+
+    fn latent_ops(&self) -> Option<&dyn LatentOps> {
+        self.inner.latent_ops()
     }
 
     fn on_pressure(&self, hook: PressureHook) {

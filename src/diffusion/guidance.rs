@@ -11,11 +11,11 @@
 
 use std::sync::Arc;
 
-use super::DiffusionError;
 use super::conditioning::{Conditioning, Rect, ResolvedCond, match_areas, resolve, share_attachment};
 use super::guidance_patch::{GuidancePatch, PatchContext, Predictions, perpendicular_negative};
 use super::model::{DenoiseItem, Model, ModelHandle, RunInputs};
 use super::samplers::Guided;
+use super::{DiffusionError, Field};
 use crate::tensor::HostTensor;
 
 /// Attachment of a conditioning: nets that steer the model (a type of the nodes).
@@ -145,25 +145,55 @@ impl PreparedGuider<'_> {
     ///
     /// # Errors
     /// What the model returns.
-    pub fn predict(
-        &mut self,
-        x: &HostTensor,
-        sigma: f32,
-        needs_uncond: bool,
-    ) -> Result<Guided, DiffusionError> {
+    pub fn predict(&mut self, x: &Field, sigma: f32, needs_uncond: bool) -> Result<Guided, DiffusionError> {
+        if x.on_device().is_some()
+            && self.patches.is_empty()
+            && let Some(guided) = self.compute_on_device(x, sigma, needs_uncond)?
+        {
+            return Ok(guided);
+        }
+        let x = &*x.to_host()?;
         let sampling = self.guider.model.0.sampling();
         if let Some(denoised) = self.patches.iter_mut().find_map(|p| p.known(sampling, x, sigma)) {
-            return Ok(Guided { denoised, uncond: self.uncond.clone() });
+            return Ok(HostGuided { denoised, uncond: self.uncond.clone() }.into());
         }
         let guided = self.compute(x, sigma, needs_uncond)?;
         if !self.patches.is_empty() {
             self.patches.iter_mut().for_each(|p| p.saw(x, sigma, &guided.denoised));
             self.uncond = guided.uncond.clone();
         }
-        Ok(guided)
+        Ok(guided.into())
     }
 
-    fn compute(&mut self, x: &HostTensor, sigma: f32, needs_uncond: bool) -> Result<Guided, DiffusionError> {
+    /// One side alone or classifier-free guidance of a latent on a device; `None` for what is combined in host
+    /// memory.
+    fn compute_on_device(
+        &self,
+        x: &Field,
+        sigma: f32,
+        needs_uncond: bool,
+    ) -> Result<Option<Guided>, DiffusionError> {
+        let side = |i: usize| self.sides.get(i).map(Vec::as_slice);
+        let (negative, scale) = match &self.guider.guidance {
+            Guidance::Basic { .. } => (None, 1.0),
+            Guidance::Cfg { scale, .. } if is_one(*scale) && !needs_uncond => (None, 1.0),
+            Guidance::Cfg { scale, .. } => (side(1), *scale),
+            Guidance::Dual { .. } | Guidance::PerpNeg { .. } => return Ok(None),
+        };
+        let mut out = evaluate_fields(&*self.model, &[side(0), negative], x, sigma)?.into_iter();
+        let (Some(cond), Some(uncond)) = (out.next(), out.next()) else { return Ok(None) };
+        Ok(Some(match negative {
+            None => Guided { denoised: cond, uncond: None },
+            Some(_) => Guided { denoised: Field::guided(&cond, &uncond, scale)?, uncond: Some(uncond) },
+        }))
+    }
+
+    fn compute(
+        &mut self,
+        x: &HostTensor,
+        sigma: f32,
+        needs_uncond: bool,
+    ) -> Result<HostGuided, DiffusionError> {
         let model = self.model.clone();
         let model = &*model;
         let needs_uncond = needs_uncond || self.patches.iter().any(|p| p.needs_uncond());
@@ -193,7 +223,7 @@ impl PreparedGuider<'_> {
                 if *is_nested {
                     let inner = self.combine(vec![positive, middle], true, at(first))?.denoised;
                     let denoised = inner.zip(&negative, |i, n| n + second as f32 * (i - n));
-                    return Ok(Guided { denoised, uncond: Some(negative) });
+                    return Ok(HostGuided { denoised, uncond: Some(negative) });
                 }
                 let change = positive.zip(&middle, |p, m| (p - m) * first as f32);
                 let mut guided = self.combine(vec![middle, negative], has_negative, at(second))?;
@@ -219,7 +249,7 @@ impl PreparedGuider<'_> {
         out: Vec<HostTensor>,
         has_uncond: bool,
         at: At<'_>,
-    ) -> Result<Guided, DiffusionError> {
+    ) -> Result<HostGuided, DiffusionError> {
         let At { x, sigma, scale } = at;
         let Ok([cond, uncond]) = <[HostTensor; 2]>::try_from(out) else {
             return Err(DiffusionError::Empty { what: "prediction", hint: "give two sides" });
@@ -244,19 +274,31 @@ impl PreparedGuider<'_> {
         preds: Predictions,
         mut guided: HostTensor,
         at: At<'_>,
-    ) -> Result<Guided, DiffusionError> {
+    ) -> Result<HostGuided, DiffusionError> {
         let At { x, sigma, scale } = at;
         let ctx = PatchContext { model: &*self.model, sides: &self.sides, x, sigma, scale };
         for patch in &mut self.patches {
             guided = patch.after(&ctx, &preds, guided)?;
         }
-        Ok(Guided { denoised: guided, uncond: Some(preds.uncond) })
+        Ok(HostGuided { denoised: guided, uncond: Some(preds.uncond) })
     }
 
     /// The noise mask at `sigma`, if a patch changes it over time.
     pub fn mask_at(&self, mask: &HostTensor, sigma: f32, sigmas: &[f32]) -> Option<HostTensor> {
         let sampling = self.guider.model.0.sampling();
         self.patches.iter().rev().find_map(|p| p.mask(sampling, mask, sigma, sigmas))
+    }
+}
+
+/// What the guided model predicts, in host memory.
+struct HostGuided {
+    denoised: HostTensor,
+    uncond: Option<HostTensor>,
+}
+
+impl From<HostGuided> for Guided {
+    fn from(guided: HostGuided) -> Self {
+        Guided { denoised: guided.denoised.into(), uncond: guided.uncond.map(Field::from) }
     }
 }
 
@@ -278,7 +320,7 @@ struct Piece<'a> {
     side: usize,
     cond: &'a ResolvedCond,
     rect: Rect,
-    x: HostTensor,
+    x: Field,
     /// `[B or 1, h, w]` over `rect`; `None` is `strength` everywhere.
     weights: Option<HostTensor>,
 }
@@ -294,18 +336,29 @@ pub fn evaluate(
     x: &HostTensor,
     sigma: f32,
 ) -> Result<Vec<HostTensor>, DiffusionError> {
+    let out = evaluate_fields(model, sides, &Field::Host(x.clone()), sigma)?;
+    out.into_iter().map(Field::into_host).collect()
+}
+
+/// The same for a latent anywhere; predictions are where the latent is, as far as that goes.
+fn evaluate_fields(
+    model: &dyn Model,
+    sides: &[Option<&[ResolvedCond]>],
+    x: &Field,
+    sigma: f32,
+) -> Result<Vec<Field>, DiffusionError> {
     let mut pieces: Vec<Piece<'_>> = Vec::new();
     for (side, conds) in sides.iter().enumerate() {
         for cond in conds.iter().copied().flatten().filter(|c| c.is_active(sigma)) {
             pieces.extend(Piece::new(side, cond, x)?);
         }
     }
-    let mut sums: Vec<Option<Sum>> = sides.iter().map(|_| None).collect();
+    let mut sums: Vec<Sum> = sides.iter().map(|_| Sum::default()).collect();
     while let Some(first) = pieces.first() {
-        let (shape, entry) = (first.x.shape().to_vec(), &first.cond.entry);
+        let (first_x, entry) = (first.x.clone(), &first.cond.entry);
         let (mut batch, rest): (Vec<_>, Vec<_>) = std::mem::take(&mut pieces)
             .into_iter()
-            .partition(|p| p.x.shape() == shape && model.can_batch(entry, &p.cond.entry));
+            .partition(|p| p.is_like(&first_x) && model.can_batch(entry, &p.cond.entry));
         pieces = rest;
         batch.reverse();
         let full_size = (x.dim(2), x.dim(3));
@@ -317,12 +370,11 @@ pub fn evaluate(
                 return Err(DiffusionError::Shape { what: "the model's prediction", got, want });
             }
             if let Some(sum) = sums.get_mut(piece.side) {
-                sum.get_or_insert_with(|| Sum::new(x.shape())).add(piece, &output);
+                sum.add(piece, output, x.shape())?;
             }
         }
     }
-    let finished = sums.into_iter().map(|s| s.map_or_else(|| HostTensor::zeros(x.shape()), Sum::mean));
-    Ok(finished.collect())
+    sums.into_iter().map(|sum| sum.mean(x.shape())).collect()
 }
 
 /// Cells of the ramp on an area's inner edges.
@@ -341,8 +393,16 @@ impl<'a> Piece<'a> {
         }
     }
 
+    /// Whether a call can take this piece beside one for `x`: of the same shape, in the same place.
+    fn is_like(&self, x: &Field) -> bool {
+        match x {
+            Field::Host(x) => self.x.on_device().is_none() && self.x.shape() == x.shape(),
+            Field::Device(_) => self.x.is_same_on_device(x),
+        }
+    }
+
     /// `None` if the area lies outside the latent.
-    fn new(side: usize, cond: &'a ResolvedCond, x: &HostTensor) -> Result<Option<Self>, DiffusionError> {
+    fn new(side: usize, cond: &'a ResolvedCond, x: &Field) -> Result<Option<Self>, DiffusionError> {
         let (h, w) = (x.dim(2), x.dim(3));
         if let Some(mask) = cond.mask.as_ref().filter(|m| (m.dim(1), m.dim(2)) != (h, w)) {
             let (got, want) = (mask.shape().to_vec(), vec![mask.dim(0), h, w]);
@@ -357,7 +417,7 @@ impl<'a> Piece<'a> {
         if rect.height == 0 || rect.width == 0 {
             return Ok(None);
         }
-        let part = if rect == whole { x.clone() } else { crop(x, rect) };
+        let part = if rect == whole { x.clone() } else { crop(&*x.to_host()?, rect).into() };
         let weights = match (&cond.mask, cond.rect) {
             (Some(mask), _) => Some(mask_weights(mask, rect, cond)),
             (None, Some(_)) => Some(ramp_weights(rect, (h, w), cond.entry.strength as f32)),
@@ -404,15 +464,70 @@ fn ramp_weights(rect: Rect, full: (usize, usize), strength: f32) -> HostTensor {
 }
 
 /// A weighted mean by place in the making.
+#[derive(Default)]
 struct Sum {
+    /// Predictions on a device, of the whole picture, with their weights.
+    on_device: Vec<(f64, Field)>,
+    /// All others.
+    on_host: Option<HostSum>,
+}
+
+impl Sum {
+    fn add(&mut self, piece: &Piece<'_>, output: Field, shape: &[usize]) -> Result<(), DiffusionError> {
+        if output.on_device().is_some() && piece.weights.is_none() {
+            self.on_device.push((piece.cond.entry.strength, output));
+            return Ok(());
+        }
+        let sum = self.on_host.get_or_insert_with(|| HostSum::new(shape));
+        sum.add(piece, &*output.to_host()?);
+        Ok(())
+    }
+
+    fn mean(self, shape: &[usize]) -> Result<Field, DiffusionError> {
+        let Some(mut sum) = self.on_host else {
+            let mut parts = self.on_device;
+            if let [_] = parts.as_slice()
+                && let Some((strength, only)) = parts.pop()
+                && strength != 0.0
+            {
+                return Ok(only);
+            }
+            let total: f64 = parts.iter().map(|(strength, _)| strength).sum();
+            let weighted = parts.iter().map(|(strength, x)| (strength / (total + COVERED), x));
+            let weighted: Vec<(f64, &Field)> = weighted.collect();
+            return match weighted.is_empty() {
+                true => Ok(HostTensor::zeros(shape).into()),
+                false => Field::lincomb(&weighted),
+            };
+        };
+        for (strength, output) in &self.on_device {
+            sum.add_whole(*strength as f32, &*output.to_host()?);
+        }
+        Ok(sum.mean().into())
+    }
+}
+
+/// Weight of every place before anything covers it: a place that nothing covers becomes 0 / 1e-37 = 0.
+const COVERED: f64 = 1e-37;
+
+/// The same in host memory.
+struct HostSum {
     total: HostTensor,
     weight: HostTensor,
 }
 
-impl Sum {
+impl HostSum {
     fn new(shape: &[usize]) -> Self {
-        // A place that nothing covers becomes 0 / 1e-37 = 0.
-        Self { total: HostTensor::zeros(shape), weight: HostTensor::full(shape, 1e-37) }
+        Self { total: HostTensor::zeros(shape), weight: HostTensor::full(shape, COVERED as f32) }
+    }
+
+    /// Adds a prediction of the whole picture.
+    fn add_whole(&mut self, strength: f32, output: &HostTensor) {
+        let (total, weight) = (self.total.data_mut(), self.weight.data_mut());
+        for ((t, w), value) in total.iter_mut().zip(weight).zip(output.data()) {
+            *t += value * strength;
+            *w += strength;
+        }
     }
 
     fn add(&mut self, piece: &Piece<'_>, output: &HostTensor) {

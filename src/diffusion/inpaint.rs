@@ -1,8 +1,8 @@
 //! Inpainting: masks in latent cells, and the model wrapper that keeps what is
 //! outside the mask.
 
-use super::DiffusionError;
 use super::schedule::ModelSampling;
+use super::{DiffusionError, Field};
 use crate::tensor::HostTensor;
 
 /// Resizes every `[h, w]` plane of `mask` bilinearly (half-pixel centres, edges
@@ -72,45 +72,77 @@ pub fn prepare_mask(mask: &HostTensor, shape: &[usize]) -> Result<HostTensor, Di
     })
 }
 
-/// The kept part of an inpainted latent.
+/// The kept part of an inpainted latent. All fields are where the sampler works.
 pub struct Inpaint {
-    /// 1 where the sampler works, 0 where the original stays; shaped like the latent.
-    pub mask: HostTensor,
+    /// 1 where the sampler works, 0 where the original stays; shaped like the latent, or one channel for all.
+    pub mask: Field,
     /// The original in the model's scale.
-    pub original: HostTensor,
+    pub original: Field,
     /// The noise that the original is noised with.
-    pub noise: HostTensor,
+    pub noise: Field,
 }
 
 impl Inpaint {
     /// The model's input: outside the mask the original, noised to `sigma`.
+    ///
+    /// # Errors
+    /// What the device reports.
     pub fn before(
         &self,
-        x: &HostTensor,
-        mask: &HostTensor,
+        x: &Field,
+        mask: &Field,
         sigma: f32,
         sampling: &ModelSampling,
-    ) -> HostTensor {
-        let noised = sampling.noise_scaling(sigma, &self.noise, &self.original, false);
-        blend(x, &noised, mask)
+    ) -> Result<Field, DiffusionError> {
+        let noised = match (&self.noise, &self.original) {
+            (Field::Host(noise), Field::Host(original)) => {
+                sampling.noise_scaling(sigma, noise, original, false).into()
+            }
+            (noise, original) => {
+                let (of_noise, of_original) = sampling.noise_factors(sigma);
+                Field::lincomb(&[(of_noise.into(), noise), (of_original.into(), original)])?
+            }
+        };
+        x.blended(&noised, mask)
     }
 
     /// The prediction: outside the mask the original.
-    pub fn after(&self, denoised: &HostTensor, mask: &HostTensor) -> HostTensor {
-        blend(denoised, &self.original, mask)
+    ///
+    /// # Errors
+    /// What the device reports.
+    pub fn after(&self, denoised: &Field, mask: &Field) -> Result<Field, DiffusionError> {
+        denoised.blended(&self.original, mask)
     }
 }
 
-/// `a` where the mask is 1, `b` where it is 0.
-fn blend(a: &HostTensor, b: &HostTensor, mask: &HostTensor) -> HostTensor {
-    let masked = a.zip(mask, |v, m| v * m);
-    masked.zip(&b.zip(mask, |v, m| v * (1.0 - m)), |a, b| a + b)
+/// The one plane of a mask whose channels are all alike, as `[B, 1, h, w]`; the mask as it is otherwise.
+pub(super) fn one_channel(mask: &HostTensor) -> HostTensor {
+    let (channels, h, w) = (mask.dim(1).max(1), mask.dim(2), mask.dim(3));
+    let planes = || (0..mask.dim(0)).map(|i| mask.row(i).chunks_exact((h * w).max(1)));
+    let is_alike = planes().all(|mut planes| {
+        let first = planes.next();
+        planes.all(|plane| Some(plane) == first)
+    });
+    if !is_alike || channels == 1 {
+        return mask.clone();
+    }
+    let data = planes().flat_map(|mut planes| planes.next().into_iter().flatten().copied());
+    HostTensor::new(&[mask.dim(0), 1, h, w], data.collect()).unwrap_or_default()
 }
 
 #[cfg(test)]
 mod tests {
-    use super::resize_mask;
+    use super::{one_channel, resize_mask};
     use crate::tensor::HostTensor;
+
+    #[test]
+    fn alike_channels_are_one() {
+        let alike = HostTensor::from_fn(&[2, 3, 1, 2], |i| (i / 6 * 2 + i % 2) as f32);
+        let one = one_channel(&alike);
+        assert_eq!((one.shape(), one.data()), (&[2, 1, 1, 2][..], &[0.0, 1.0, 2.0, 3.0][..]));
+        let other = HostTensor::from_fn(&[1, 2, 1, 2], |i| i as f32);
+        assert_eq!(one_channel(&other), other);
+    }
 
     /// Halving with half-pixel centres takes the mean of two neighbours.
     #[test]

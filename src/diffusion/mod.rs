@@ -3,6 +3,7 @@
 
 pub mod conditioning;
 mod error;
+mod field;
 mod frequency;
 pub mod guidance;
 pub mod guidance_patch;
@@ -18,6 +19,7 @@ pub mod step_cache;
 
 pub use conditioning::{CondEntry, Conditioning};
 pub use error::DiffusionError;
+pub use field::{DeviceField, Field, PredictionFactors};
 pub use guidance::{Guidance, Guider};
 pub use latent::{Latent, LatentFormat};
 pub use model::{DenoiseItem, Model, ModelHandle, RunInputs};

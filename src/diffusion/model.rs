@@ -8,15 +8,15 @@ use std::sync::Arc;
 use super::conditioning::CondEntry;
 use super::guidance_patch::GuidancePatch;
 use super::schedule::ModelSampling;
-use super::{DiffusionError, Latent, LatentFormat};
-use crate::tensor::HostTensor;
+use super::{DiffusionError, Field, Latent, LatentFormat};
+use crate::tensor::{Backend, HostTensor};
 
 /// One piece of a model call.
 #[derive(Clone, Copy, Debug)]
 pub struct DenoiseItem<'a> {
     /// Noisy latents `[b, C, h, w]` in the model's own scale; a part of the
     /// picture if the conditioning has an area.
-    pub x: &'a HostTensor,
+    pub x: &'a Field,
     /// What to denoise towards, for every latent of `x`.
     pub cond: &'a CondEntry,
     /// Height and width of the whole latent, for models that are told the picture's size.
@@ -45,12 +45,18 @@ pub struct RunInputs {
 /// Implementations may split a call as memory demands; the result must not
 /// depend on it beyond rounding.
 pub trait Model: Send + Sync {
-    /// The denoised prediction for every item. Items of one call share the shape
+    /// The denoised prediction for every item, where its `x` is. Items of one call share the shape
     /// of `x` and are pairwise [batchable](Model::can_batch).
     ///
     /// # Errors
     /// Whatever stops the model from running, as [`DiffusionError::Model`].
-    fn denoise(&self, items: &[DenoiseItem<'_>], sigma: f32) -> Result<Vec<HostTensor>, DiffusionError>;
+    fn denoise(&self, items: &[DenoiseItem<'_>], sigma: f32) -> Result<Vec<Field>, DiffusionError>;
+
+    /// The device that latents stay on while this model samples; `None`: they are in host memory. A model with
+    /// guidance patches has none, as those work in host memory.
+    fn device(&self) -> Option<Arc<dyn Backend>> {
+        None
+    }
 
     /// The model's noise levels.
     fn sampling(&self) -> &ModelSampling;
@@ -172,7 +178,7 @@ struct PatchedModel {
 }
 
 impl Model for PatchedModel {
-    fn denoise(&self, items: &[DenoiseItem<'_>], sigma: f32) -> Result<Vec<HostTensor>, DiffusionError> {
+    fn denoise(&self, items: &[DenoiseItem<'_>], sigma: f32) -> Result<Vec<Field>, DiffusionError> {
         self.inner.denoise(items, sigma)
     }
 

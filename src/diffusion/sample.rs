@@ -2,15 +2,18 @@
 //!
 //! This is what KSampler and SamplerCustom do around a sampler: scaling of latent
 //! and noise to the model's conventions, the inpainting wrapper, and the way back.
+//!
+//! If the model has a [device](super::Model::device), the latent goes there once and comes back once; in between
+//! the host queues work, at most two model calls ahead.
 
 use std::sync::Arc;
 
 use super::guidance::Guider;
-use super::inpaint::{Inpaint, prepare_mask};
+use super::inpaint::{Inpaint, one_channel, prepare_mask};
 use super::noise::{Generator, prepare_noise};
 use super::samplers::{Guided, Run, RunSetup, Sampler};
-use super::{DiffusionError, Latent, RunInputs};
-use crate::tensor::HostTensor;
+use super::{DiffusionError, Field, Latent, RunInputs};
+use crate::tensor::{Backend, HostTensor};
 
 /// A schedule on a `SIGMAS` link.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -70,9 +73,9 @@ pub struct Step<'a> {
     /// Number of steps of the schedule.
     pub total: usize,
     /// The current latent, in the model's scale.
-    pub x: &'a HostTensor,
-    /// The denoised prediction, in the model's scale.
-    pub denoised: &'a HostTensor,
+    pub x: &'a Field,
+    /// The denoised prediction, in the model's scale. On a device it may not be computed yet: looking at it waits.
+    pub denoised: &'a Field,
 }
 
 /// Whoever watches a run. An error ends the run with that error.
@@ -101,71 +104,105 @@ pub struct Sampled {
     pub denoised: Option<HostTensor>,
 }
 
+/// Only asks whether to go on.
+struct Quiet<'a>(&'a mut dyn Observer);
+
+impl Observer for Quiet<'_> {
+    fn before_model_call(&mut self) -> Result<(), DiffusionError> {
+        self.0.before_model_call()
+    }
+}
+
 /// Runs a sampler.
 ///
 /// # Errors
 /// [`DiffusionError::Shape`] if noise and latent do not fit, whatever the model
 /// returns, and whatever the observer returns (at once).
 pub fn sample(request: &SampleRequest<'_>, observer: &mut dyn Observer) -> Result<Sampled, DiffusionError> {
-    let SampleRequest { guider, sampler, sigmas, noise, latent, seed, .. } = *request;
-    let Some(&first) = sigmas.first() else {
-        return Ok(Sampled { samples: latent.clone(), denoised: None });
-    };
-    if noise.shape() != latent.shape() {
-        let (got, want) = (noise.shape().to_vec(), latent.shape().to_vec());
+    if request.sigmas.is_empty() {
+        return Ok(Sampled { samples: request.latent.clone(), denoised: None });
+    }
+    if request.noise.shape() != request.latent.shape() {
+        let (got, want) = (request.noise.shape().to_vec(), request.latent.shape().to_vec());
         return Err(DiffusionError::Shape { what: "noise", got, want });
     }
+    let Some(device) = request.guider.model.0.device() else {
+        return sample_on(None, request, observer);
+    };
+    let sampled = sample_on(Some(&device), request, observer)?;
+    let is_finite = |x: &HostTensor| x.data().iter().all(|v| v.is_finite());
+    if is_finite(&sampled.samples) && sampled.denoised.as_ref().is_none_or(is_finite) {
+        return Ok(sampled);
+    }
+    // On the device nobody looks at a step's numbers: where they ceased to be some is found in host memory.
+    sample_on(None, request, &mut Quiet(observer))
+}
+
+fn sample_on(
+    device: Option<&Arc<dyn Backend>>,
+    request: &SampleRequest<'_>,
+    observer: &mut dyn Observer,
+) -> Result<Sampled, DiffusionError> {
+    let SampleRequest { guider, sampler, sigmas, noise, latent, seed, .. } = *request;
+    let first = sigmas.first().copied().unwrap_or_default();
     let sampling = guider.model.0.sampling();
     let original = if latent.is_zero() { latent.clone() } else { guider.model.latent_in(latent) };
-    let inpaint = match request.mask {
-        None => None,
-        Some(mask) => Some(Inpaint {
-            mask: prepare_mask(mask, latent.shape())?,
-            original: original.clone(),
-            noise: if sampler.fresh_inpaint_noise {
-                Generator::new(seed.wrapping_add(1)).randn(noise.shape())
-            } else {
-                noise.clone()
-            },
-        }),
-    };
-    let run = RunInputs {
-        latent: Some(Arc::new(original.clone())),
-        mask: inpaint.as_ref().map(|i| Arc::new(i.mask.clone())),
-        seed,
-    };
-    let mut prepared = guider.prepare(latent.shape(), run)?;
+    let mask = request.mask.map(|mask| prepare_mask(mask, latent.shape())).transpose()?;
+    let inpaint = mask.as_ref().map(|mask| inpaint(device, request, mask, &original)).transpose()?;
     let start = sampling.noise_scaling(first, noise, &original, sampling.is_max_denoise(first));
+    let run = RunInputs { latent: Some(Arc::new(original)), mask: mask.clone().map(Arc::new), seed };
+    let mut prepared = guider.prepare(latent.shape(), run)?;
 
     let watch = std::cell::RefCell::new(observer);
-    let mut model = |x: &HostTensor, sigma: f32| -> Result<Guided, DiffusionError> {
+    let mut model = |x: &Field, sigma: f32| -> Result<Guided, DiffusionError> {
         watch.borrow_mut().before_model_call()?;
-        let Some(inpaint) = &inpaint else {
+        x.pace()?;
+        let (Some(inpaint), Some(mask)) = (&inpaint, &mask) else {
             return prepared.predict(x, sigma, sampler.needs_uncond());
         };
-        let changed = prepared.mask_at(&inpaint.mask, sigma, sigmas);
-        let mask = changed.as_ref().unwrap_or(&inpaint.mask);
         if x.shape() != mask.shape() {
             let (got, want) = (mask.shape().to_vec(), x.shape().to_vec());
             return Err(DiffusionError::Shape { what: "noise mask", got, want });
         }
-        let x = inpaint.before(x, mask, sigma, sampling);
+        let changed = prepared.mask_at(mask, sigma, sigmas).map(Field::from);
+        let mask = changed.as_ref().unwrap_or(&inpaint.mask);
+        let x = inpaint.before(x, mask, sigma, sampling)?;
         let mut guided = prepared.predict(&x, sigma, sampler.needs_uncond())?;
-        guided.denoised = inpaint.after(&guided.denoised, mask);
+        guided.denoised = inpaint.after(&guided.denoised, mask)?;
         Ok(guided)
     };
     let mut last_denoised = None;
     let total = sigmas.len() - 1;
-    let mut report = |step: usize, x: &HostTensor, denoised: &HostTensor| {
+    let mut report = |step: usize, x: &Field, denoised: &Field| {
         last_denoised = Some(denoised.clone());
         watch.borrow_mut().step(&Step { step, total, x, denoised })
     };
-    let setup = RunSetup { sigmas, sampling, seed, model: &mut model, report: &mut report };
+    let noise_device = sampler.noise_device;
+    let setup = RunSetup { sigmas, sampling, seed, noise_device, model: &mut model, report: &mut report };
     let mut run = Run::new(setup);
-    let x = sampler.sample(&mut run, start)?;
-    let x = sampling.inverse_noise_scaling(run.last_sigma(), &x);
+    let x = sampler.sample(&mut run, Field::on(device, start)?)?;
+    let x = sampling.inverse_noise_scaling(run.last_sigma(), &*x.to_host()?);
     let out = |t: &HostTensor| guider.model.latent_out(t);
-    Ok(Sampled { samples: out(&x), denoised: last_denoised.as_ref().map(out) })
+    let denoised = last_denoised.map(Field::into_host).transpose()?;
+    Ok(Sampled { samples: out(&x), denoised: denoised.as_ref().map(out) })
+}
+
+/// What a run under `mask` keeps, where the run is.
+fn inpaint(
+    device: Option<&Arc<dyn Backend>>,
+    request: &SampleRequest<'_>,
+    mask: &HostTensor,
+    original: &HostTensor,
+) -> Result<Inpaint, DiffusionError> {
+    let noise = match request.sampler.fresh_inpaint_noise {
+        true => Generator::new(request.seed.wrapping_add(1)).randn(request.noise.shape()),
+        false => request.noise.clone(),
+    };
+    Ok(Inpaint {
+        mask: Field::on(device, if device.is_some() { one_channel(mask) } else { mask.clone() })?,
+        original: Field::on(device, original.clone())?,
+        noise: Field::on(device, noise)?,
+    })
 }
 
 /// The part of a schedule that KSamplerAdvanced runs.

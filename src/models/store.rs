@@ -363,6 +363,11 @@ impl ModelFile {
         self.part(|o| &o.clips[variant as usize], config, |c| c.prefix.clone(), |p| &p.text, ClipText::load)
     }
 
+    /// The backend that runs the diffusion model.
+    pub fn diffusion_backend(&self) -> &Arc<dyn Backend> {
+        &self.placement.diffusion
+    }
+
     /// The diffusion model under patches, whose names begin with [`patch::DIFFUSION`].
     pub fn patched_unet(&self, patches: &Patches) -> Result<Arc<Unet>, ModelError> {
         if patches.is_empty() {

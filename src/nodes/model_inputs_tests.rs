@@ -26,7 +26,7 @@ fn config(in_channels: usize, adm_channels: Option<usize>) -> UnetConfig {
 
 /// What an item is made of.
 struct Setup {
-    x: HostTensor,
+    x: Field,
     cond: CondEntry,
     run: RunInputs,
     is_negative: bool,
@@ -35,7 +35,12 @@ struct Setup {
 impl Setup {
     fn new(batch: usize, h: usize, w: usize) -> Self {
         let cond = CondEntry::new(Arc::new(HostTensor::zeros(&[1, 77, 8])));
-        Self { x: HostTensor::zeros(&[batch, 4, h, w]), cond, run: RunInputs::default(), is_negative: false }
+        Self {
+            x: HostTensor::zeros(&[batch, 4, h, w]).into(),
+            cond,
+            run: RunInputs::default(),
+            is_negative: false,
+        }
     }
 
     fn item(&self, full_size: (usize, usize), offset: (usize, usize)) -> DenoiseItem<'_> {

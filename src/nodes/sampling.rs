@@ -8,11 +8,11 @@ use super::{Inputs, Node, NodeCtx, NodeError, NodeOutput, PreviewFrame, PreviewM
 use crate::diffusion::sample::{NoiseSource, Observer, SampleRequest, Sampled, Step, sample, schedule_range};
 use crate::diffusion::samplers::{SAMPLERS, Sampler};
 use crate::diffusion::schedule::{SCHEDULERS, ScheduleError, ksampler_sigmas};
-use crate::diffusion::{Conditioning, DiffusionError, Guidance, Guider, Latent, ModelHandle};
+use crate::diffusion::{Conditioning, DiffusionError, Field, Guidance, Guider, Latent, ModelHandle};
 use crate::graph::Input;
 use crate::models::ModelError;
 use crate::models::taesd::{self, Tiny};
-use crate::tensor::HostTensor;
+use crate::tensor::{HostTensor, TensorError};
 
 /// The KSampler nodes.
 pub(super) fn nodes() -> Vec<Box<dyn Node>> {
@@ -25,7 +25,10 @@ impl From<DiffusionError> for NodeError {
             DiffusionError::Interrupted => NodeError::Interrupted,
             DiffusionError::Model(source) => match source.downcast::<ModelError>() {
                 Ok(error) => NodeError::from(*error),
-                Err(source) => NodeError::failed("ModelError", DiffusionError::Model(source)),
+                Err(source) => match source.downcast::<TensorError>() {
+                    Ok(error) => NodeError::from(ModelError::from(*error)),
+                    Err(source) => NodeError::failed("ModelError", DiffusionError::Model(source)),
+                },
             },
             DiffusionError::Sampler { .. } | DiffusionError::Empty { .. } => {
                 NodeError::failed("ValueError", error)
@@ -59,18 +62,19 @@ impl<'a, 'b> NodeObserver<'a, 'b> {
     }
 
     /// A picture of the first sample of a prediction.
-    fn preview(&self, denoised: &HostTensor) -> Option<HostTensor> {
+    fn preview(&self, denoised: &Field) -> Result<Option<HostTensor>, DiffusionError> {
         if self.ctx.services.preview == PreviewMethod::None {
-            return None;
+            return Ok(None);
         }
+        let denoised = &*denoised.to_host()?;
         let tiny = |decoder: &Arc<Tiny>| {
             let picture = taesd::decode(decoder, &denoised.rows(0, 1));
             picture.inspect_err(|e| tracing::warn!("no preview by TAESD: {e}")).ok()
         };
-        match self.decoder.as_ref().and_then(tiny) {
+        Ok(match self.decoder.as_ref().and_then(tiny) {
             Some(picture) => Some(channels_last(&picture)),
             None => self.model.0.preview_factors().map(|map| map.picture(denoised)),
-        }
+        })
     }
 }
 
@@ -82,7 +86,7 @@ fn channels_last(x: &HostTensor) -> HostTensor {
 
 impl Observer for NodeObserver<'_, '_> {
     fn step(&mut self, step: &Step<'_>) -> Result<(), DiffusionError> {
-        let picture = self.preview(step.denoised);
+        let picture = self.preview(step.denoised)?;
         let preview = picture.map(|image| PreviewFrame { image, max_size: PREVIEW_SIZE });
         self.ctx
             .progress(step.step as u64 + 1, step.total as u64, preview)

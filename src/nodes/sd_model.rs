@@ -10,14 +10,16 @@ use super::{NodeError, control, unclip};
 use crate::diffusion::model::tokens_batch;
 use crate::diffusion::preview::{self, Latent2Rgb};
 use crate::diffusion::schedule::{Betas, ModelSampling, Prediction};
-use crate::diffusion::{CondEntry, DenoiseItem, DiffusionError, LatentFormat, Model, ModelHandle};
+use crate::diffusion::{
+    CondEntry, DenoiseItem, DeviceField, DiffusionError, Field, LatentFormat, Model, ModelHandle,
+};
 use crate::models::controlnet::ControlInput;
 use crate::models::detect::{Family, UnetConfig};
 use crate::models::patch::{Patch, Patches};
 use crate::models::unet::hooks::{Hooks, UnetHook, key_of};
-use crate::models::unet::{Unet, UnetInput};
+use crate::models::unet::{DeviceInput, Unet, UnetInput};
 use crate::models::{ModelError, ModelFile, detect};
-use crate::tensor::HostTensor;
+use crate::tensor::{Backend, HostTensor, ModelInput};
 
 /// What messages call it.
 const NETWORK: &str = "diffusion model";
@@ -126,25 +128,82 @@ impl SdModel {
         Self { patches: self.patches.with(more), ..self.clone() }
     }
 
-    fn run(&self, items: &[DenoiseItem<'_>], sigma: f32) -> Result<Vec<HostTensor>, ModelError> {
+    /// A call on latents that are on the network's own device, and stay there.
+    fn run_on_device(
+        &self,
+        items: &[DenoiseItem<'_>],
+        x: &DeviceField,
+        sigma: f32,
+    ) -> Result<Vec<Field>, DiffusionError> {
+        let failed = |error: ModelError| DiffusionError::model(error);
+        let unet = self.file.patched_unet(&self.patches).map_err(failed)?;
+        let conds: Vec<_> = items.iter().map(|i| i.cond.cond.clone()).collect();
+        let context = unet.context_under(&conds, &self.hooks).map_err(failed)?;
+        let batch = items.first().map_or(0, |i| i.x.dim(0));
+        let timesteps = vec![self.sampling.timestep(sigma); batch * items.len()];
+        let beside = self.beside(unet.config(), items).map_err(failed)?;
+        let vector = self.vectors(unet.config(), items).map_err(failed)?;
+        let controls = control::inputs(items, sigma, &self.sampling, (&self.file, &self.patches));
+        let controls = controls.map_err(failed)?;
+        let sides = sides(items, batch);
+        let planes = x.planes()?;
+        let call = DeviceInput {
+            latents: &ModelInput {
+                x: &planes,
+                copies: items.len(),
+                factor: self.sampling.input_factor(sigma),
+                beside: None,
+            },
+            beside: beside.as_ref(),
+            timesteps: &timesteps,
+            context: &context,
+            vector: vector.as_ref(),
+        };
+        let hooks = Hooks { list: &self.hooks, sigma, sides: &sides };
+        let output = unet.forward_on_device(&call, &controls, hooks).map_err(failed)?;
+        Field::predictions(x, output, self.sampling.prediction_factors(sigma))
+    }
+
+    /// What the network sees beside the latents of all items.
+    fn beside(
+        &self,
+        config: &UnetConfig,
+        items: &[DenoiseItem<'_>],
+    ) -> Result<Option<HostTensor>, ModelError> {
+        let kind = Beside::of(config);
+        let more = items.iter().map(|item| kind.channels(item, self.latent_format));
+        let more = more.collect::<Result<Option<Vec<_>>, _>>()?;
+        more.map(|more| stacked(more.iter())).transpose()
+    }
+
+    fn run(&self, items: &[DenoiseItem<'_>], sigma: f32) -> Result<Vec<Field>, DiffusionError> {
+        let hosts: Vec<_> = items.iter().map(|i| i.x.to_host()).collect::<Result<_, _>>()?;
+        let hosts: Vec<&HostTensor> = hosts.iter().map(|x| &**x).collect();
+        let out = self.run_on_host(items, &hosts, sigma).map_err(DiffusionError::model)?;
+        Ok(out.into_iter().map(Field::from).collect())
+    }
+
+    /// A call on latents in host memory.
+    fn run_on_host(
+        &self,
+        items: &[DenoiseItem<'_>],
+        latents: &[&HostTensor],
+        sigma: f32,
+    ) -> Result<Vec<HostTensor>, ModelError> {
         let unet = self.file.patched_unet(&self.patches)?;
         let batch = items.first().map_or(0, |i| i.x.dim(0));
-        let x = stacked(items.iter().map(|i| i.x))?;
+        let x = stacked(latents.iter().copied())?;
         let conds: Vec<_> = items.iter().map(|i| i.cond.cond.clone()).collect();
         let context = unet.context_under(&conds, &self.hooks)?;
         let timesteps = vec![self.sampling.timestep(sigma); x.dim(0)];
         let mut input = self.sampling.calculate_input(sigma, &x);
-        let kind = Beside::of(unet.config());
-        if kind != Beside::Nothing {
-            let more = items.iter().map(|item| kind.channels(item, self.latent_format));
-            let more = more.collect::<Result<Option<Vec<_>>, _>>()?.unwrap_or_default();
-            input = beside(&input, &stacked(more.iter())?);
+        if let Some(more) = self.beside(unet.config(), items)? {
+            input = beside(&input, &more);
         }
         let vector = self.vectors(unet.config(), items)?;
         let call = UnetInput { x: &input, timesteps: &timesteps, context: &context, vector: vector.as_ref() };
         let controls = control::inputs(items, sigma, &self.sampling, (&self.file, &self.patches))?;
-        let negative = |i: &DenoiseItem<'_>| usize::from(i.is_negative);
-        let sides: Vec<usize> = items.iter().flat_map(|i| std::iter::repeat_n(negative(i), batch)).collect();
+        let sides = sides(items, batch);
         let hooks = Hooks { list: &self.hooks, sigma, sides: &sides };
         let run = || unet.forward_hooked(&call, &controls, hooks);
         let output = match &self.cache {
@@ -216,6 +275,11 @@ impl SdModel {
     }
 }
 
+/// Which side every sample of a call is denoised towards.
+fn sides(items: &[DenoiseItem<'_>], batch: usize) -> Vec<usize> {
+    items.iter().flat_map(|i| std::iter::repeat_n(usize::from(i.is_negative), batch)).collect()
+}
+
 /// Samples of one shape as one batch.
 fn stacked<'a>(parts: impl Iterator<Item = &'a HostTensor> + Clone) -> Result<HostTensor, ModelError> {
     let mut shape = parts.clone().next().map(|x| x.shape().to_vec()).unwrap_or_default();
@@ -237,8 +301,21 @@ fn betas(config: &detect::SamplingConfig) -> Betas {
 }
 
 impl Model for SdModel {
-    fn denoise(&self, items: &[DenoiseItem<'_>], sigma: f32) -> Result<Vec<HostTensor>, DiffusionError> {
-        self.run(items, sigma).map_err(DiffusionError::model)
+    fn denoise(&self, items: &[DenoiseItem<'_>], sigma: f32) -> Result<Vec<Field>, DiffusionError> {
+        if let Some(first) = items.first()
+            && let (Some(x), Some(device)) = (first.x.on_device(), self.device())
+            && Arc::ptr_eq(x.device(), &device)
+            && items.iter().all(|i| i.x.is_same_on_device(first.x))
+        {
+            return self.run_on_device(items, x, sigma);
+        }
+        self.run(items, sigma)
+    }
+
+    /// A cache before the network compares latents in host memory.
+    fn device(&self) -> Option<Arc<dyn Backend>> {
+        let backend = self.file.diffusion_backend();
+        (self.cache.is_none() && backend.latent_ops().is_some()).then(|| backend.clone())
     }
 
     fn sampling(&self) -> &ModelSampling {

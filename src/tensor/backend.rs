@@ -7,7 +7,7 @@
 use std::any::Any;
 use std::sync::Arc;
 
-use super::{Cols, Filter, RawTensor, Shape, Tensor, TensorError, reference};
+use super::{Cols, Filter, LatentOps, RawTensor, Shape, Tensor, TensorError, reference};
 
 /// A weight in a backend's own layout. Cloning shares it.
 #[derive(Clone)]
@@ -442,6 +442,11 @@ pub trait Backend: Send + Sync {
     fn record(&self, key: u64, inputs: &[&Tensor], body: &mut Body<'_>) -> Result<Tensor, BodyError> {
         let _ = key;
         body(inputs)
+    }
+
+    /// Samplers' arithmetic, if latents stay on the device while they are sampled.
+    fn latent_ops(&self) -> Option<&dyn LatentOps> {
+        None
     }
 
     /// One more who is asked to let go of memory when the device is full: returns whether it did.

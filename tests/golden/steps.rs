@@ -25,7 +25,8 @@ use kiln::diffusion::sample::{Observer, SampleRequest, Step, sample};
 use kiln::diffusion::samplers::Sampler;
 use kiln::diffusion::schedule::{ModelSampling, ksampler_sigmas};
 use kiln::diffusion::{
-    Conditioning, DenoiseItem, DiffusionError, Guidance, Guider, Latent, LatentFormat, Model, ModelHandle,
+    Conditioning, DenoiseItem, DiffusionError, Field, Guidance, Guider, Latent, LatentFormat, Model,
+    ModelHandle,
 };
 use kiln::nodes::Value;
 use kiln::tensor::HostTensor;
@@ -68,7 +69,7 @@ struct Told {
 }
 
 impl Model for Told {
-    fn denoise(&self, items: &[DenoiseItem<'_>], sigma: f32) -> Result<Vec<HostTensor>, DiffusionError> {
+    fn denoise(&self, items: &[DenoiseItem<'_>], sigma: f32) -> Result<Vec<Field>, DiffusionError> {
         self.sigmas.lock().expect("no panic holds it").push(sigma);
         let other = self.replaced.filter(|(from, _)| *from == sigma).map(|(_, to)| to);
         self.inner.0.denoise(items, other.unwrap_or(sigma))
@@ -97,7 +98,8 @@ struct Watch<'a> {
 impl Observer for Watch<'_> {
     fn step(&mut self, step: &Step<'_>) -> Result<(), DiffusionError> {
         let recorded = self.recorded.rows(step.step.min(self.recorded.dim(0) - 1), 1);
-        let differences = step.x.data().iter().zip(recorded.data());
+        let x = step.x.to_host()?;
+        let differences = x.data().iter().zip(recorded.data());
         let worst = differences.map(|(a, b)| f64::from((a - b).abs())).fold(0.0, f64::max);
         self.path.errors.push(worst / std_of(recorded.data()));
         self.path.sigmas.push(std::mem::take(&mut self.told.sigmas.lock().expect("no panic holds it")));

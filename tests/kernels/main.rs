@@ -6,6 +6,7 @@ mod checks;
 mod pipeline;
 mod planted;
 mod recorded;
+mod samplers;
 
 use std::path::{Path, PathBuf};
 

@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+use super::latents::Pace;
 use super::launch::elementwise::{self, Act};
 use super::launch::epilogue::{Epilogue, Rows};
 use super::launch::{attention, conv, copy, gemm, image, norm, reweight};
@@ -21,6 +22,7 @@ pub struct Shared {
     pub(super) pool: Arc<Pool>,
     pub(super) weights: Arc<WeightMemory>,
     pub(super) uploader: Uploader,
+    pub(super) pace: Pace,
     recorder: Recorder,
     pressure: Mutex<Vec<PressureHook>>,
 }
@@ -35,6 +37,7 @@ impl Shared {
             recorder: Recorder::new(gpu.clone(), pool()),
             weights: WeightMemory::new(gpu.clone(), usage.clone()),
             uploader: Uploader::new(),
+            pace: Pace::default(),
             pressure: Mutex::default(),
             gpu: gpu.clone(),
             usage,
@@ -91,6 +94,7 @@ impl Shared {
         let given_back = self
             .uploader
             .release(&self.gpu)
+            .and_then(|()| self.pace.release(&self.gpu))
             .and_then(|()| self.gpu.drop_workspace())
             .and_then(|()| Ok(self.gpu.driver().synchronize(self.gpu.stream())?))
             .and_then(|()| Ok(self.gpu.driver().trim()?));
@@ -165,7 +169,8 @@ impl CudaBackend {
         &self.shared
     }
 
-    fn dtype(&self) -> DType {
+    /// Type of activations.
+    pub(super) fn dtype(&self) -> DType {
         match self.element {
             Element::F16 => DType::F16,
             Element::BF16 => DType::BF16,
@@ -173,7 +178,8 @@ impl CudaBackend {
         }
     }
 
-    fn alloc_as(&self, shape: Shape, dtype: DType) -> Result<Tensor, TensorError> {
+    /// An activation of another type.
+    pub(super) fn alloc_as(&self, shape: Shape, dtype: DType) -> Result<Tensor, TensorError> {
         let bytes = [shape.n, shape.h, shape.w, shape.c, dtype.size()]
             .iter()
             .try_fold(1usize, |a, &b| a.checked_mul(b))
@@ -182,7 +188,7 @@ impl CudaBackend {
     }
 
     /// Names what the next launches work on, for traces.
-    fn label(&self, text: impl FnOnce() -> String) {
+    pub(super) fn label(&self, text: impl FnOnce() -> String) {
         let instruments = self.shared.gpu.driver().instruments();
         if instruments.is_tracing() {
             instruments.set_label(text());
@@ -580,6 +586,10 @@ impl Backend for CudaBackend {
     fn record(&self, key: u64, inputs: &[&Tensor], body: &mut Body<'_>) -> Result<Tensor, BodyError> {
         let alloc = |shape, dtype| self.alloc_as(shape, dtype);
         self.shared.recorder.run((key, self.element), inputs, body, alloc)
+    }
+
+    fn latent_ops(&self) -> Option<&dyn LatentOps> {
+        Some(self)
     }
 
     fn on_pressure(&self, hook: PressureHook) {

@@ -9,6 +9,7 @@ pub mod check;
 mod element;
 mod error;
 mod gpu;
+mod latents;
 pub mod launch;
 pub mod layers;
 mod open;

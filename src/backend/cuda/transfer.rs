@@ -1,7 +1,7 @@
 //! Between host and device: tensors, tokens, timesteps.
 
 use super::backend::{Operand, Shared, operand};
-use super::launch::embed::{self, TimestepEmbedding};
+use super::launch::embed::{self, TimestepEmbedding, Timesteps};
 use super::launch::layout::{self, Convert, Stored, ToNchw, ToNhwc};
 use super::weights::EmbeddingBuffer;
 use super::{CudaError, Element};
@@ -92,6 +92,15 @@ pub fn download(shared: &Shared, x: &Tensor, layout: HostLayout, out: &mut [f32]
     Ok(())
 }
 
+/// Numbers on the device, once they are there.
+pub(super) fn read(shared: &Shared, from: &DeviceBuffer, count: usize) -> Result<Vec<f32>, TensorError> {
+    let mut out = vec![0.0f32; count];
+    let gpu = &shared.gpu;
+    let from = DevicePtr(from.address());
+    gpu.driver().download(bytemuck::cast_slice_mut(&mut out), from, gpu.stream()).map_err(CudaError::from)?;
+    Ok(out)
+}
+
 /// See [`crate::tensor::Backend::embed`]; shapes are checked.
 pub fn embed(shared: &Shared, op: &Embed<'_>, out: &mut Tensor) -> Result<(), TensorError> {
     const OP: &str = "embed";
@@ -138,9 +147,16 @@ pub fn embed(shared: &Shared, op: &Embed<'_>, out: &mut Tensor) -> Result<(), Te
 /// See [`crate::tensor::Backend::timestep_embedding`]; shapes are checked.
 pub fn timestep_embedding(shared: &Shared, timesteps: &[f32], out: &mut Tensor) -> Result<(), TensorError> {
     let result = operand("timestep_embedding", out)?;
-    let device = staged(shared, bytemuck::cast_slice(timesteps))?;
+    let first = timesteps.first().copied().unwrap_or_default();
+    let device = match timesteps.iter().all(|t| *t == first) {
+        true => None,
+        false => Some(staged(shared, bytemuck::cast_slice(timesteps))?),
+    };
     let launch = TimestepEmbedding {
-        timesteps: DevicePtr(device.address()),
+        timesteps: match &device {
+            None => Timesteps::Same(first),
+            Some(device) => Timesteps::Each(DevicePtr(device.address())),
+        },
         out: result.ptr,
         count: timesteps.len(),
         dim: out.shape().c,

@@ -15,7 +15,7 @@ use serde_json::{Map, Value as Json};
 
 use super::model::{DenoiseItem, Model, ModelHandle};
 use super::schedule::{Betas, ModelSampling, Prediction};
-use super::{CondEntry, DiffusionError, LatentFormat};
+use super::{CondEntry, DiffusionError, Field, LatentFormat};
 use crate::tensor::HostTensor;
 
 /// One golden group: cases and tensors.
@@ -86,18 +86,19 @@ impl Model for Toy {
         self
     }
 
-    fn denoise(&self, items: &[DenoiseItem<'_>], sigma: f32) -> Result<Vec<HostTensor>, DiffusionError> {
+    fn denoise(&self, items: &[DenoiseItem<'_>], sigma: f32) -> Result<Vec<Field>, DiffusionError> {
         let root = if self.sampling.is_flow() { 1.0 } else { (sigma * sigma + 1.0).sqrt() };
         let one = |item: &DenoiseItem<'_>| {
             let cond = item.cond.cond.data();
             let s = cond.iter().sum::<f32>() / cond.len() as f32;
-            item.x.map(|x| {
+            let denoised = item.x.to_host()?.map(|x| {
                 let xs = x / root;
                 let e = 0.8 * xs + 0.2 * (2.0 * xs + 0.5 * s).tanh() + 0.05 * s;
                 x - sigma * e
-            })
+            });
+            Ok(denoised.into())
         };
-        Ok(items.iter().map(one).collect())
+        items.iter().map(one).collect()
     }
 
     fn sampling(&self) -> &ModelSampling {

@@ -16,17 +16,22 @@
 //! A query halves up to about sixty nodes. Their normals do not depend on each
 //! other and are drawn in parallel; only the bridge itself goes level by level.
 //!
+//! Normals come from the CPU's generator, or, for the `_gpu` samplers on a GPU,
+//! from the device's ([`GpuBrownianNoise`]): another path, which stays there.
+//!
 //! Sources: P. Lévy's bridge construction; J. Gaines and T. Lyons, "Variable
 //! step size control in the numerical solution of SDEs", 1997 (Brownian tree);
 //! X. Li et al., "Scalable gradients for stochastic differential equations",
 //! 2020 (virtual tree over splittable seeds).
 
 use std::collections::HashMap;
+use std::convert::Infallible;
 
 use rayon::prelude::*;
 use thiserror::Error;
 
 use super::{Generator, SeedSequence};
+use crate::diffusion::{DiffusionError, Field};
 use crate::tensor::HostTensor;
 
 /// Words of hashed entropy per node.
@@ -107,16 +112,251 @@ impl Node {
     }
 }
 
-/// One Brownian path of `len` independent components over `[t0, t1]`.
-pub struct BrownianTree {
+/// Where a path's normals come from, and the arithmetic on what is made of them.
+trait Normals {
+    /// An increment of the path.
+    type Increment: Clone;
+    /// Why there may be none.
+    type Error;
+
+    /// Standard normals of each seed.
+    fn draw(&self, seeds: &[u64]) -> Result<Vec<Self::Increment>, Self::Error>;
+    /// No increment.
+    fn zeros(&self) -> Result<Self::Increment, Self::Error>;
+    /// `factor·w`.
+    fn scaled(&self, factor: f32, w: Self::Increment) -> Result<Self::Increment, Self::Error>;
+    /// `a + sign·b`.
+    fn plus(
+        &self,
+        a: &Self::Increment,
+        sign: f32,
+        b: &Self::Increment,
+    ) -> Result<Self::Increment, Self::Error>;
+    /// `left·whole·per_length + deviation·normal` with `share = (left, per_length)`.
+    fn bridge(
+        &self,
+        whole: &Self::Increment,
+        share: (f32, f32),
+        normal: Self::Increment,
+        deviation: f32,
+    ) -> Result<Self::Increment, Self::Error>;
+}
+
+/// `len` numbers of the CPU's generator.
+struct HostNormals {
     len: usize,
+}
+
+impl Normals for HostNormals {
+    type Increment = Vec<f32>;
+    type Error = Infallible;
+
+    fn draw(&self, seeds: &[u64]) -> Result<Vec<Vec<f32>>, Infallible> {
+        let one = |seed: &u64| Generator::new(*seed).randn(&[self.len]).into_data();
+        Ok(seeds.par_iter().map(one).collect())
+    }
+
+    fn zeros(&self) -> Result<Vec<f32>, Infallible> {
+        Ok(vec![0.0; self.len])
+    }
+
+    fn scaled(&self, factor: f32, mut w: Vec<f32>) -> Result<Vec<f32>, Infallible> {
+        w.iter_mut().for_each(|w| *w *= factor);
+        Ok(w)
+    }
+
+    fn plus(&self, a: &Vec<f32>, sign: f32, b: &Vec<f32>) -> Result<Vec<f32>, Infallible> {
+        Ok(a.iter().zip(b).map(|(a, b)| a + sign * b).collect())
+    }
+
+    fn bridge(
+        &self,
+        whole: &Vec<f32>,
+        (left, per_length): (f32, f32),
+        mut normal: Vec<f32>,
+        deviation: f32,
+    ) -> Result<Vec<f32>, Infallible> {
+        let values = normal.iter_mut().zip(whole);
+        values.for_each(|(n, w)| *n = left * w * per_length + deviation * *n);
+        Ok(normal)
+    }
+}
+
+/// Numbers of a GPU's generator, shaped like a latent there.
+struct GpuNormals {
+    like: Field,
+}
+
+impl Normals for GpuNormals {
+    type Increment = Field;
+    type Error = DiffusionError;
+
+    fn draw(&self, seeds: &[u64]) -> Result<Vec<Field>, DiffusionError> {
+        let one = |seed: &u64| match self.like.gpu_noise(*seed, 0)? {
+            Some((noise, _)) => Ok(noise),
+            None => self.zeros(),
+        };
+        seeds.iter().map(one).collect()
+    }
+
+    fn zeros(&self) -> Result<Field, DiffusionError> {
+        Field::from(HostTensor::zeros(self.like.shape())).beside(&self.like)
+    }
+
+    fn scaled(&self, factor: f32, w: Field) -> Result<Field, DiffusionError> {
+        Field::lincomb(&[(f64::from(factor), &w)])
+    }
+
+    fn plus(&self, a: &Field, sign: f32, b: &Field) -> Result<Field, DiffusionError> {
+        Field::lincomb(&[(1.0, a), (f64::from(sign), b)])
+    }
+
+    fn bridge(
+        &self,
+        whole: &Field,
+        (left, per_length): (f32, f32),
+        normal: Field,
+        deviation: f32,
+    ) -> Result<Field, DiffusionError> {
+        let share = f64::from(left) * f64::from(per_length);
+        Field::lincomb(&[(share, whole), (f64::from(deviation), &normal)])
+    }
+}
+
+/// One Brownian path over `[t0, t1]`.
+struct Path<N: Normals> {
+    normals: N,
     entropy: u64,
     root: Node,
-    root_increment: Vec<f32>,
+    root_increment: N::Increment,
     /// Increments of left halves by the place of the halved node: what
     /// the last query touched, because the next one begins where it ended.
-    left_halves: HashMap<Place, Vec<f32>>,
+    left_halves: HashMap<Place, N::Increment>,
 }
+
+impl<N: Normals> Path<N> {
+    /// The path that `entropy` (all 64 bits) stands for; `t0 <= t1`, both finite.
+    fn new(normals: N, (t0, t1): (f32, f32), entropy: u64) -> Result<Self, N::Error> {
+        let (low, high) = (f64::from(t0), f64::from(t1));
+        let drawn = normals.draw(&[seed(entropy, &[])])?.pop();
+        let root_increment = match drawn {
+            Some(drawn) => normals.scaled((high - low).sqrt() as f32, drawn)?,
+            None => normals.zeros()?,
+        };
+        let root = Node { start: round_6(low), end: round_6(high), index: 0, level: 0 };
+        Ok(Self { normals, entropy, root, root_increment, left_halves: HashMap::new() })
+    }
+
+    /// W(tb) - W(ta), see [`BrownianTree::increment`].
+    fn increment(&mut self, ta: f32, tb: f32) -> Result<N::Increment, N::Error> {
+        let clamped = |t: f32| round_6(f64::from(t).max(self.root.start).min(self.root.end));
+        let (ta, tb) = (clamped(ta), clamped(tb));
+        if ta >= tb {
+            return self.normals.zeros();
+        }
+        let mut halved = Vec::new();
+        self.root.halved_for(ta, tb, &mut halved);
+        halved.retain(|node| !self.left_halves.contains_key(&node.place()));
+        let seeds: Vec<u64> = halved.iter().map(|n| seed(self.entropy, &[n.index, n.level])).collect();
+        let drawn = self.normals.draw(&seeds)?;
+        let mut walk = Walk {
+            normals: &self.normals,
+            drawn: halved.iter().map(Node::place).zip(drawn).collect(),
+            known: std::mem::take(&mut self.left_halves),
+            touched: HashMap::new(),
+            sum: None,
+        };
+        walk.visit(self.root, &self.root_increment, ta, tb)?;
+        self.left_halves = walk.touched;
+        match walk.sum {
+            Some(sum) => Ok(sum),
+            None => self.normals.zeros(),
+        }
+    }
+}
+
+/// One query on its way down the tree.
+struct Walk<'a, N: Normals> {
+    normals: &'a N,
+    /// Normals of the nodes that are halved for the first time.
+    drawn: HashMap<Place, N::Increment>,
+    /// Left halves the last query left behind.
+    known: HashMap<Place, N::Increment>,
+    touched: HashMap<Place, N::Increment>,
+    sum: Option<N::Increment>,
+}
+
+impl<N: Normals> Walk<'_, N> {
+    /// Adds the increment over `[ta, tb]`, which lies within `node`.
+    fn visit(&mut self, node: Node, increment: &N::Increment, ta: f64, tb: f64) -> Result<(), N::Error> {
+        let Some(middle) = node.halving(ta, tb) else {
+            return self.add(increment);
+        };
+        let left = self.left_half(node, increment)?;
+        if ta < middle {
+            self.visit(node.left(), &left, ta, tb.min(middle))?;
+        }
+        if tb > middle {
+            let right = self.normals.plus(increment, -1.0, &left)?;
+            self.visit(node.right(), &right, ta.max(middle), tb)?;
+        }
+        self.touched.insert(node.place(), left);
+        Ok(())
+    }
+
+    fn add(&mut self, increment: &N::Increment) -> Result<(), N::Error> {
+        let sum = match self.sum.take() {
+            Some(sum) => self.normals.plus(&sum, 1.0, increment)?,
+            None => increment.clone(),
+        };
+        self.sum = Some(sum);
+        Ok(())
+    }
+
+    /// The bridge: given the whole increment, that of the left half is normal
+    /// with mean proportional to its length and variance left·right/whole.
+    fn left_half(&mut self, node: Node, increment: &N::Increment) -> Result<N::Increment, N::Error> {
+        if let Some(known) = self.known.remove(&node.place()) {
+            return Ok(known);
+        }
+        let per_length = 1.0 / (node.end - node.start);
+        let (left, right) = (node.middle() - node.start, node.end - node.middle());
+        let deviation = (left * right * per_length).sqrt() as f32;
+        let share = (left as f32, per_length as f32);
+        match self.drawn.remove(&node.place()) {
+            Some(normal) => self.normals.bridge(increment, share, normal, deviation),
+            None => self.normals.zeros(),
+        }
+    }
+}
+
+/// The seed of a node's generator.
+fn seed(entropy: u64, place: &[u64]) -> u64 {
+    SeedSequence::new(entropy, place, POOL).generate(1).first().copied().unwrap_or(0).into()
+}
+
+/// The finite, ascending range between two ends.
+fn range(a: f32, b: f32) -> Result<(f32, f32), BrownianError> {
+    let (t0, t1) = if b < a { (b, a) } else { (a, b) };
+    if t0.is_finite() && t1.is_finite() { Ok((t0, t1)) } else { Err(BrownianError::Range { t0, t1 }) }
+}
+
+/// Unit-variance noise is `sign·W/length` for the increment W over `low..high`: `(low, high, sign, length)`.
+fn step(sigma: f32, sigma_next: f32) -> (f32, f32, f32, f32) {
+    let (low, high, sign) =
+        if sigma < sigma_next { (sigma, sigma_next, 1.0) } else { (sigma_next, sigma, -1.0) };
+    (low, high, sign, (sigma_next - sigma).abs().sqrt())
+}
+
+fn infallible<T>(result: Result<T, Infallible>) -> T {
+    match result {
+        Ok(value) => value,
+        Err(never) => match never {},
+    }
+}
+
+/// One Brownian path of `len` independent components over `[t0, t1]`.
+pub struct BrownianTree(Path<HostNormals>);
 
 impl BrownianTree {
     /// The path that `entropy` (all 64 bits) stands for.
@@ -127,96 +367,14 @@ impl BrownianTree {
         if !(t0.is_finite() && t1.is_finite() && t0 <= t1) {
             return Err(BrownianError::Range { t0, t1 });
         }
-        let (low, high) = (f64::from(t0), f64::from(t1));
-        let mut root_increment = normals(&SeedSequence::new(entropy, &[], POOL), len);
-        let scale = (high - low).sqrt() as f32;
-        root_increment.iter_mut().for_each(|w| *w *= scale);
-        let root = Node { start: round_6(low), end: round_6(high), index: 0, level: 0 };
-        Ok(Self { len, entropy, root, root_increment, left_halves: HashMap::new() })
+        Ok(Self(infallible(Path::new(HostNormals { len }, (t0, t1), entropy))))
     }
 
     /// W(tb) - W(ta) for `ta <= tb`; both are first clamped to the axis. Zeros
     /// if nothing lies in between at the tree's resolution of 1e-6.
     pub fn increment(&mut self, ta: f32, tb: f32) -> Vec<f32> {
-        let clamped = |t: f32| round_6(f64::from(t).max(self.root.start).min(self.root.end));
-        let (ta, tb) = (clamped(ta), clamped(tb));
-        if ta >= tb {
-            return vec![0.0; self.len];
-        }
-        let mut halved = Vec::new();
-        self.root.halved_for(ta, tb, &mut halved);
-        halved.retain(|node| !self.left_halves.contains_key(&node.place()));
-        let (entropy, len) = (self.entropy, self.len);
-        let draw = |node: &Node| {
-            let seeds = SeedSequence::new(entropy, &[node.index, node.level], POOL);
-            (node.place(), normals(&seeds, len))
-        };
-        let mut walk = Walk {
-            drawn: halved.par_iter().map(draw).collect(),
-            known: std::mem::take(&mut self.left_halves),
-            touched: HashMap::new(),
-            sum: None,
-        };
-        walk.visit(self.root, &self.root_increment, ta, tb);
-        self.left_halves = walk.touched;
-        walk.sum.unwrap_or_else(|| vec![0.0; self.len])
+        infallible(self.0.increment(ta, tb))
     }
-}
-
-/// One query on its way down the tree.
-struct Walk {
-    /// Normals of the nodes that are halved for the first time.
-    drawn: HashMap<Place, Vec<f32>>,
-    /// Left halves the last query left behind.
-    known: HashMap<Place, Vec<f32>>,
-    touched: HashMap<Place, Vec<f32>>,
-    sum: Option<Vec<f32>>,
-}
-
-impl Walk {
-    /// Adds the increment over `[ta, tb]`, which lies within `node`.
-    fn visit(&mut self, node: Node, increment: &[f32], ta: f64, tb: f64) {
-        let Some(middle) = node.halving(ta, tb) else {
-            self.add(increment);
-            return;
-        };
-        let left = self.left_half(node, increment);
-        if ta < middle {
-            self.visit(node.left(), &left, ta, tb.min(middle));
-        }
-        if tb > middle {
-            let right: Vec<f32> = increment.iter().zip(&left).map(|(w, l)| w - l).collect();
-            self.visit(node.right(), &right, ta.max(middle), tb);
-        }
-        self.touched.insert(node.place(), left);
-    }
-
-    fn add(&mut self, increment: &[f32]) {
-        match &mut self.sum {
-            Some(sum) => sum.iter_mut().zip(increment).for_each(|(s, w)| *s += w),
-            None => self.sum = Some(increment.to_vec()),
-        }
-    }
-
-    /// The bridge: given the whole increment, that of the left half is normal
-    /// with mean proportional to its length and variance left·right/whole.
-    fn left_half(&mut self, node: Node, increment: &[f32]) -> Vec<f32> {
-        if let Some(known) = self.known.remove(&node.place()) {
-            return known;
-        }
-        let per_length = 1.0 / (node.end - node.start);
-        let (left, right) = (node.middle() - node.start, node.end - node.middle());
-        let deviation = (left * right * per_length).sqrt() as f32;
-        let (left, per_length) = (left as f32, per_length as f32);
-        let mut half = self.drawn.remove(&node.place()).unwrap_or_default();
-        half.iter_mut().zip(increment).for_each(|(n, w)| *n = left * w * per_length + deviation * *n);
-        half
-    }
-}
-
-fn normals(seeds: &SeedSequence, len: usize) -> Vec<f32> {
-    let seed = seeds.generate(1).first().copied().unwrap_or(0);
-    Generator::new(u64::from(seed)).randn(&[len]).into_data()
 }
 
 /// The nearest number with 6 decimals, judged on the exact decimal expansion.
@@ -272,9 +430,7 @@ impl BrownianNoise {
     /// Sigmas outside the axis count as its ends, but the length divided by is
     /// the one asked for; `sigma == sigma_next` therefore gives NaN, as 0/0.
     pub fn sample(&mut self, sigma: f32, sigma_next: f32) -> HostTensor {
-        let (low, high, sign) =
-            if sigma < sigma_next { (sigma, sigma_next, 1.0) } else { (sigma_next, sigma, -1.0) };
-        let length = (sigma_next - sigma).abs().sqrt();
+        let (low, high, sign, length) = step(sigma, sigma_next);
         let increments = self.trees.iter_mut().flat_map(|tree| tree.increment(low, high));
         let values: Vec<f32> = increments.map(|w| sign * w / length).collect();
         HostTensor::new(&self.shape, values).unwrap_or_default()
@@ -282,8 +438,32 @@ impl BrownianNoise {
 }
 
 fn sorted_tree(len: usize, a: f32, b: f32, seed: u64) -> Result<BrownianTree, BrownianError> {
-    let (t0, t1) = if b < a { (b, a) } else { (a, b) };
+    let (t0, t1) = range(a, b)?;
     BrownianTree::new(len, t0, t1, seed)
+}
+
+/// Brownian noise of a GPU's generator, as the `_gpu` samplers draw it there: it is made on the device and stays.
+pub struct GpuBrownianNoise(Path<GpuNormals>);
+
+impl GpuBrownianNoise {
+    /// One path for a latent on a GPU; see [`BrownianNoise::new`]. Zeros for a latent in host memory.
+    ///
+    /// # Errors
+    /// [`BrownianError::Range`] if a sigma is not finite, and what the device reports.
+    pub fn new(like: &Field, sigma_min: f32, sigma_max: f32, seed: u64) -> Result<Self, DiffusionError> {
+        let range = range(sigma_min, sigma_max)?;
+        Path::new(GpuNormals { like: like.clone() }, range, seed).map(Self)
+    }
+
+    /// Unit-variance noise for the step from `sigma` to `sigma_next`; see [`BrownianNoise::sample`].
+    ///
+    /// # Errors
+    /// What the device reports.
+    pub fn sample(&mut self, sigma: f32, sigma_next: f32) -> Result<Field, DiffusionError> {
+        let (low, high, sign, length) = step(sigma, sigma_next);
+        let increment = self.0.increment(low, high)?;
+        Field::lincomb(&[(f64::from(sign / length), &increment)])
+    }
 }
 
 #[cfg(test)]

@@ -5,8 +5,9 @@
 //! * [`BrownianNoise`]: increments of one Brownian path (SDE samplers).
 //! * [`SeedSequence`]: NumPy's seed hashing.
 //!
-//! Nothing here depends on a device: noise is always drawn on the host, as
-//! ComfyUI does, so every backend starts from the same numbers.
+//! Noise is drawn on the host, so that every backend starts from the same numbers.
+//! One exception depends on the device, as its name says: [`GpuBrownianNoise`] of
+//! the `_gpu` samplers.
 
 mod brownian;
 mod generator;
@@ -19,7 +20,7 @@ mod vector_math;
 #[cfg(test)]
 mod tests;
 
-pub use brownian::{BrownianError, BrownianNoise, BrownianTree};
+pub use brownian::{BrownianError, BrownianNoise, BrownianTree, GpuBrownianNoise};
 pub use generator::Generator;
 pub use mt19937::Mt19937;
 pub use seed_sequence::SeedSequence;

@@ -8,16 +8,17 @@ use std::sync::Arc;
 
 use super::{Run, lincomb, slope};
 use crate::diffusion::DiffusionError;
+use crate::diffusion::Field;
 use crate::diffusion::noise::Generator;
 use crate::tensor::HostTensor;
 
 /// Ancestral DDPM steps between arbitrary noise levels.
-pub(super) fn ddpm(run: &mut Run<'_>, mut x: HostTensor) -> Result<HostTensor, DiffusionError> {
+pub(super) fn ddpm(run: &mut Run<'_>, mut x: Field) -> Result<Field, DiffusionError> {
     for i in 0..run.steps() {
         let (from, to) = (run.sigma(i), run.sigma(i + 1));
         let denoised = run.denoise(&x, from)?;
         run.report(i, &x, &denoised)?;
-        let eps = slope(&x, &denoised, from);
+        let eps = slope(&x, &denoised, from)?;
         // Cumulative products of the variance-preserving process at both ends.
         let (cum, cum_next) = (1.0 / (1.0 + from * from), 1.0 / (1.0 + to * to));
         let alpha = cum / cum_next;
@@ -27,16 +28,16 @@ pub(super) fn ddpm(run: &mut Run<'_>, mut x: HostTensor) -> Result<HostTensor, D
             let spread = ((1.0 - alpha) * (1.0 - cum_next) / (1.0 - cum)).sqrt();
             let back = (1.0 + to * to).sqrt();
             let noise = run.noise_like(&x, from, to)?;
-            x = lincomb(&[(back * mean * cum.sqrt(), &x), (back * of_eps, &eps), (back * spread, &noise)]);
+            x = lincomb(&[(back * mean * cum.sqrt(), &x), (back * of_eps, &eps), (back * spread, &noise)])?;
         } else {
-            x = lincomb(&[(mean * cum.sqrt(), &x), (of_eps, &eps)]);
+            x = lincomb(&[(mean * cum.sqrt(), &x), (of_eps, &eps)])?;
         }
     }
     Ok(x)
 }
 
 /// LCM: the prediction, noised again to the next level.
-pub(super) fn lcm(run: &mut Run<'_>, mut x: HostTensor) -> Result<HostTensor, DiffusionError> {
+pub(super) fn lcm(run: &mut Run<'_>, mut x: Field) -> Result<Field, DiffusionError> {
     for i in 0..run.steps() {
         let (from, to) = (run.sigma(i), run.sigma(i + 1));
         let denoised = run.denoise(&x, from)?;
@@ -45,7 +46,7 @@ pub(super) fn lcm(run: &mut Run<'_>, mut x: HostTensor) -> Result<HostTensor, Di
         if to > 0.0 {
             let noise = run.noise_like(&x, from, to)?;
             let keep = run.space().alpha(to);
-            x = lincomb(&[(to, &noise), (keep, &x)]);
+            x = lincomb(&[(to, &noise), (keep, &x)])?;
         }
     }
     Ok(x)
@@ -82,9 +83,9 @@ pub struct LcmUpscaleOptions {
 /// LCM whose predictions grow to the final size over the first steps.
 pub(super) fn lcm_upscale(
     run: &mut Run<'_>,
-    mut x: HostTensor,
+    mut x: Field,
     opt: &LcmUpscaleOptions,
-) -> Result<HostTensor, DiffusionError> {
+) -> Result<Field, DiffusionError> {
     let sigmas = run.steps() + 1;
     let growths = opt.steps.map_or_else(|| (sigmas / 2).max(1), |n| n.min(sigmas));
     let (height, width) = (x.dim(2), x.dim(3));
@@ -99,22 +100,23 @@ pub(super) fn lcm_upscale(
         if i < growths {
             let factor = 1.0 + (opt.scale - 1.0) * (i + 1) as f64 / growths as f64;
             let side = |n: usize| (n as f64 * factor).round_ties_even() as usize;
-            x = (opt.resizer.0)(&x, side(height), side(width))?;
+            // In host memory from here on.
+            x = (opt.resizer.0)(&*x.to_host()?, side(height), side(width))?.into();
         }
         if to > 0.0 {
             let noise = if opt.is_channels_last && growths > 0 && x.dim(0) > 1 {
-                channels_last_noise(&mut generator, &x)
+                channels_last_noise(&mut generator, &x).into()
             } else {
-                generator.randn(x.shape())
+                generator.randn(x.shape()).into()
             };
-            x = lincomb(&[(1.0, &x), (to, &noise)]);
+            x = lincomb(&[(1.0, &x), (to, &noise)])?;
         }
     }
     Ok(x)
 }
 
 /// Noise for a tensor whose memory order is NHWC.
-fn channels_last_noise(generator: &mut Generator, x: &HostTensor) -> HostTensor {
+fn channels_last_noise(generator: &mut Generator, x: &Field) -> HostTensor {
     let (channels, plane) = (x.dim(1), x.dim(2) * x.dim(3));
     let mut noise = HostTensor::zeros(x.shape());
     for sample in noise.data_mut().chunks_exact_mut((channels * plane).max(1)) {

@@ -10,7 +10,7 @@
 use super::snr::split_variance;
 use super::{Run, lincomb};
 use crate::diffusion::DiffusionError;
-use crate::tensor::HostTensor;
+use crate::diffusion::Field;
 
 /// How near to the end, in log-SNR, counts as there.
 const END_TOLERANCE: f64 = 1e-5;
@@ -64,16 +64,16 @@ fn ends(run: &Run<'_>) -> (f64, f64) {
     (run.sigma(0), if last == 0.0 { run.sigma(n - 1) } else { last })
 }
 
-fn eps(run: &mut Run<'_>, x: &HostTensor, t: f64) -> Result<HostTensor, DiffusionError> {
+fn eps(run: &mut Run<'_>, x: &Field, t: f64) -> Result<Field, DiffusionError> {
     let sigma = (-t).exp();
     let denoised = run.denoise(x, sigma)?;
-    Ok(super::slope(x, &denoised, sigma))
+    super::slope(x, &denoised, sigma)
 }
 
 /// A step from `t` over `h`, starting from the noise prediction `e` there.
 struct Leg<'a> {
-    x: &'a HostTensor,
-    e: &'a HostTensor,
+    x: &'a Field,
+    e: &'a Field,
     t: f64,
     h: f64,
 }
@@ -84,42 +84,42 @@ impl Leg<'_> {
     }
 
     /// First order, to the fraction `part` of the step.
-    fn first(&self, part: f64) -> HostTensor {
+    fn first(&self, part: f64) -> Result<Field, DiffusionError> {
         let c = -self.sigma_at(part) * (part * self.h).exp_m1();
         lincomb(&[(1.0, self.x), (c, self.e)])
     }
 
     /// Noise prediction at the fraction `part`, reached with first order.
-    fn inner(&self, run: &mut Run<'_>, part: f64) -> Result<HostTensor, DiffusionError> {
-        eps(run, &self.first(part), self.t + part * self.h)
+    fn inner(&self, run: &mut Run<'_>, part: f64) -> Result<Field, DiffusionError> {
+        eps(run, &self.first(part)?, self.t + part * self.h)
     }
 
     /// Second order with the prediction `e1` at the fraction `r1`.
-    fn second(&self, e1: &HostTensor, r1: f64) -> HostTensor {
+    fn second(&self, e1: &Field, r1: f64) -> Result<Field, DiffusionError> {
         let c = -self.sigma_at(1.0) * self.h.exp_m1();
         let k = c / (2.0 * r1);
         lincomb(&[(1.0, self.x), (c - k, self.e), (k, e1)])
     }
 
     /// Third order with the prediction `e1` at one third; makes one more model call.
-    fn third(&self, run: &mut Run<'_>, e1: &HostTensor) -> Result<HostTensor, DiffusionError> {
+    fn third(&self, run: &mut Run<'_>, e1: &Field) -> Result<Field, DiffusionError> {
         let (r1, r2) = (1.0 / 3.0, 2.0 / 3.0);
         let phi = |z: f64| z.exp_m1() / z - 1.0;
         let sigma = self.sigma_at(r2);
         let c = -sigma * (r2 * self.h).exp_m1();
         let k = -sigma * (r2 / r1) * phi(r2 * self.h);
-        let u2 = lincomb(&[(1.0, self.x), (c - k, self.e), (k, e1)]);
+        let u2 = lincomb(&[(1.0, self.x), (c - k, self.e), (k, e1)])?;
         let e2 = eps(run, &u2, self.t + r2 * self.h)?;
         let sigma = self.sigma_at(1.0);
         let c = -sigma * self.h.exp_m1();
         let k = -sigma / r2 * phi(self.h);
-        Ok(lincomb(&[(1.0, self.x), (c - k, self.e), (k, &e2)]))
+        lincomb(&[(1.0, self.x), (c - k, self.e), (k, &e2)])
     }
 }
 
 /// As many model calls as the schedule has steps, in as few third-order steps as
 /// that allows.
-pub(super) fn fast(run: &mut Run<'_>, mut x: HostTensor) -> Result<HostTensor, DiffusionError> {
+pub(super) fn fast(run: &mut Run<'_>, mut x: Field) -> Result<Field, DiffusionError> {
     let calls = run.steps();
     if calls == 0 {
         return Ok(x);
@@ -141,12 +141,12 @@ pub(super) fn fast(run: &mut Run<'_>, mut x: HostTensor) -> Result<HostTensor, D
         let h = at(i + 1) - t;
         let sigma = (-t).exp();
         let denoised = run.denoise(&x, sigma)?;
-        let e = super::slope(&x, &denoised, sigma);
+        let e = super::slope(&x, &denoised, sigma)?;
         run.report(i, &x, &denoised)?;
         let leg = Leg { x: &x, e: &e, t, h };
         x = match order {
-            1 => leg.first(1.0),
-            2 => leg.second(&leg.inner(run, 0.5)?, 0.5),
+            1 => leg.first(1.0)?,
+            2 => leg.second(&leg.inner(run, 0.5)?, 0.5)?,
             _ => {
                 let e1 = leg.inner(run, 1.0 / 3.0)?;
                 leg.third(run, &e1)?
@@ -193,26 +193,23 @@ impl PidController {
 }
 
 /// Root mean square of the difference in units of the allowed error.
-fn error_norm(low: &HostTensor, high: &HostTensor, before: &HostTensor, opt: &AdaptiveOptions) -> f64 {
-    let sum: f64 = low
-        .data()
-        .iter()
-        .zip(high.data())
-        .zip(before.data())
-        .map(|((&l, &h), &p)| {
-            let allowed = (opt.rtol * f64::from(l.abs().max(p.abs()))).max(opt.atol);
-            (f64::from(l - h) / allowed).powi(2)
-        })
-        .sum();
-    (sum / low.len().max(1) as f64).sqrt()
+fn error_norm(
+    low: &Field,
+    high: &Field,
+    before: &Field,
+    opt: &AdaptiveOptions,
+) -> Result<f64, DiffusionError> {
+    let sum = Field::error_sum(low, high, before, (opt.atol, opt.rtol))?;
+    let count: usize = low.shape().iter().product();
+    Ok((sum / count.max(1) as f64).sqrt())
 }
 
 /// Steps as large as the error bound allows.
 pub(super) fn adaptive(
     run: &mut Run<'_>,
-    mut x: HostTensor,
+    mut x: Field,
     opt: AdaptiveOptions,
-) -> Result<HostTensor, DiffusionError> {
+) -> Result<Field, DiffusionError> {
     if run.steps() == 0 {
         return Ok(x);
     }
@@ -240,22 +237,22 @@ pub(super) fn adaptive(
         };
         let sigma = (-s).exp();
         let denoised = run.denoise(&x, sigma)?;
-        let e = super::slope(&x, &denoised, sigma);
+        let e = super::slope(&x, &denoised, sigma)?;
         let leg = Leg { x: &x, e: &e, t: s, h: target - s };
         let (low, high) = if opt.order == 2 {
             let e1 = leg.inner(run, 0.5)?;
-            (leg.first(1.0), leg.second(&e1, 0.5))
+            (leg.first(1.0)?, leg.second(&e1, 0.5)?)
         } else {
             let e1 = leg.inner(run, 1.0 / 3.0)?;
-            (leg.second(&e1, 1.0 / 3.0), leg.third(run, &e1)?)
+            (leg.second(&e1, 1.0 / 3.0)?, leg.third(run, &e1)?)
         };
-        let error = error_norm(&low, &high, &before, &opt);
+        let error = error_norm(&low, &high, &before, &opt)?;
         if pid.propose(error) {
             before = low;
             x = high;
             if opt.eta > 0.0 {
                 let noise = run.noise_like(&x, (-s).exp(), (-t).exp())?;
-                x = lincomb(&[(1.0, &x), (up * opt.s_noise, &noise)]);
+                x = lincomb(&[(1.0, &x), (up * opt.s_noise, &noise)])?;
             }
             s = t;
         }

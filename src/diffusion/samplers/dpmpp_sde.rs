@@ -10,19 +10,19 @@
 use super::snr::split_variance;
 use super::{Run, SolverType, Stochastic, lincomb};
 use crate::diffusion::DiffusionError;
-use crate::tensor::HostTensor;
+use crate::diffusion::Field;
 
 /// Two model calls a step, the first after the fraction `r` of it.
 pub(super) fn single_step(
     run: &mut Run<'_>,
-    mut x: HostTensor,
+    mut x: Field,
     opt: Stochastic,
     r: f64,
-) -> Result<HostTensor, DiffusionError> {
+) -> Result<Field, DiffusionError> {
     if run.steps() == 0 {
         return Ok(x);
     }
-    run.use_brownian_noise(x.shape())?;
+    run.use_brownian_noise(&x)?;
     run.bound_first_sigma();
     let space = run.space();
     let fac = 1.0 / (2.0 * r);
@@ -46,17 +46,17 @@ pub(super) fn single_step(
             (alpha / alpha_s * decay, alpha * (1.0 - decay), alpha * up * opt.s_noise)
         };
         let (keep, gain, spread) = leg(lambda_mid, mid);
-        let mut x2 = lincomb(&[(keep, &x), (gain, &denoised)]);
+        let mut x2 = lincomb(&[(keep, &x), (gain, &denoised)])?;
         if opt.is_active() {
             let noise = run.noise_like(&x, from, mid)?;
-            x2 = lincomb(&[(1.0, &x2), (spread, &noise)]);
+            x2 = lincomb(&[(1.0, &x2), (spread, &noise)])?;
         }
         let denoised_2 = run.denoise(&x2, mid)?;
         let (keep, gain, spread) = leg(lambda_t, to);
-        x = lincomb(&[(keep, &x), (gain * (1.0 - fac), &denoised), (gain * fac, &denoised_2)]);
+        x = lincomb(&[(keep, &x), (gain * (1.0 - fac), &denoised), (gain * fac, &denoised_2)])?;
         if opt.is_active() {
             let noise = run.noise_like(&x, from, to)?;
-            x = lincomb(&[(1.0, &x), (spread, &noise)]);
+            x = lincomb(&[(1.0, &x), (spread, &noise)])?;
         }
     }
     Ok(x)
@@ -65,16 +65,16 @@ pub(super) fn single_step(
 /// Second-order multistep.
 pub(super) fn two_m(
     run: &mut Run<'_>,
-    mut x: HostTensor,
+    mut x: Field,
     opt: Stochastic,
     solver: SolverType,
-) -> Result<HostTensor, DiffusionError> {
+) -> Result<Field, DiffusionError> {
     if run.steps() == 0 {
         return Ok(x);
     }
-    run.use_brownian_noise(x.shape())?;
+    run.use_brownian_noise(&x)?;
     run.bound_first_sigma();
-    let mut previous: Option<(HostTensor, f64)> = None;
+    let mut previous: Option<(Field, f64)> = None;
     for i in 0..run.steps() {
         let denoised = run.denoise(&x, run.sigma(i))?;
         run.report(i, &x, &denoised)?;
@@ -91,7 +91,7 @@ pub(super) fn two_m(
             let c = c * step.h / h_old;
             drift.extend([(c, &denoised), (-c, old)]);
         }
-        x = lincomb(&drift);
+        x = lincomb(&drift)?;
         x = step.add_noise(run, x, opt)?;
         previous = Some((denoised, step.h));
     }
@@ -99,17 +99,13 @@ pub(super) fn two_m(
 }
 
 /// Third-order multistep.
-pub(super) fn three_m(
-    run: &mut Run<'_>,
-    mut x: HostTensor,
-    opt: Stochastic,
-) -> Result<HostTensor, DiffusionError> {
+pub(super) fn three_m(run: &mut Run<'_>, mut x: Field, opt: Stochastic) -> Result<Field, DiffusionError> {
     if run.steps() == 0 {
         return Ok(x);
     }
-    run.use_brownian_noise(x.shape())?;
+    run.use_brownian_noise(&x)?;
     run.bound_first_sigma();
-    let mut history: Vec<(HostTensor, f64)> = Vec::new();
+    let mut history: Vec<(Field, f64)> = Vec::new();
     for i in 0..run.steps() {
         let denoised = run.denoise(&x, run.sigma(i))?;
         run.report(i, &x, &denoised)?;
@@ -136,7 +132,7 @@ pub(super) fn three_m(
             }
             [] => {}
         }
-        x = lincomb(&drift);
+        x = lincomb(&drift)?;
         x = step.add_noise(run, x, opt)?;
         if history.len() == 2 {
             history.remove(0);
@@ -174,17 +170,12 @@ impl Step {
         Some(Self { from, to, alpha, h, h_eta, keep, gain: alpha * gain_fraction, gain_fraction })
     }
 
-    fn add_noise(
-        &self,
-        run: &mut Run<'_>,
-        x: HostTensor,
-        opt: Stochastic,
-    ) -> Result<HostTensor, DiffusionError> {
+    fn add_noise(&self, run: &mut Run<'_>, x: Field, opt: Stochastic) -> Result<Field, DiffusionError> {
         if !opt.is_active() {
             return Ok(x);
         }
         let noise = run.noise_like(&x, self.from, self.to)?;
         let spread = self.to * (-(-2.0 * self.h * opt.eta).exp_m1()).sqrt() * opt.s_noise;
-        Ok(lincomb(&[(1.0, &x), (spread, &noise)]))
+        lincomb(&[(1.0, &x), (spread, &noise)])
     }
 }

@@ -6,7 +6,7 @@
 
 use super::{Run, lincomb};
 use crate::diffusion::DiffusionError;
-use crate::tensor::HostTensor;
+use crate::diffusion::Field;
 
 /// Points of the Riemann sums that stand for the integrals of the scaler.
 const POINTS: usize = 200;
@@ -47,17 +47,13 @@ impl Default for ErSdeOptions {
 }
 
 /// Runs ER-SDE.
-pub(super) fn er_sde(
-    run: &mut Run<'_>,
-    mut x: HostTensor,
-    opt: ErSdeOptions,
-) -> Result<HostTensor, DiffusionError> {
+pub(super) fn er_sde(run: &mut Run<'_>, mut x: Field, opt: ErSdeOptions) -> Result<Field, DiffusionError> {
     run.bound_first_sigma();
     let space = run.space();
     let v: Vec<f64> = (0..=run.steps()).map(|i| run.sigma(i) / space.alpha(run.sigma(i))).collect();
     let phi = |v| opt.scaler.phi(v);
-    let mut old: Option<HostTensor> = None;
-    let mut old_slope: Option<HostTensor> = None;
+    let mut old: Option<Field> = None;
+    let mut old_slope: Option<Field> = None;
     for i in 0..run.steps() {
         let (from, to) = (run.sigma(i), run.sigma(i + 1));
         let denoised = run.denoise(&x, from)?;
@@ -69,23 +65,23 @@ pub(super) fn er_sde(
         let alpha = space.alpha(to);
         let r = phi(v[i + 1]) / phi(v[i]);
         let keep = alpha / space.alpha(from) * r;
-        let mut next = lincomb(&[(keep, &x), (alpha * (1.0 - r), &denoised)]);
+        let mut next = lincomb(&[(keep, &x), (alpha * (1.0 - r), &denoised)])?;
         if let Some(previous) = old.as_ref().filter(|_| opt.max_stage >= 2) {
             let dv = v[i + 1] - v[i];
             let (sum, sum_u) = scaler_sums(v[i], v[i + 1], phi);
             let k = 1.0 / (v[i] - v[i - 1]);
-            let slope = lincomb(&[(k, &denoised), (-k, previous)]);
-            next = lincomb(&[(1.0, &next), (alpha * (dv + sum * phi(v[i + 1])), &slope)]);
+            let slope = lincomb(&[(k, &denoised), (-k, previous)])?;
+            next = lincomb(&[(1.0, &next), (alpha * (dv + sum * phi(v[i + 1])), &slope)])?;
             if let Some(before) = old_slope.as_ref().filter(|_| opt.max_stage >= 3) {
                 let c = alpha * (dv * dv / 2.0 + sum_u * phi(v[i + 1])) * 2.0 / (v[i] - v[i - 2]);
-                next = lincomb(&[(1.0, &next), (c, &slope), (-c, before)]);
+                next = lincomb(&[(1.0, &next), (c, &slope), (-c, before)])?;
             }
             old_slope = Some(slope);
         }
         let variance = v[i + 1].powi(2) - (v[i] * r).powi(2);
         if opt.s_noise > 0.0 {
             let noise = run.noise_like(&x, from, to)?;
-            next = lincomb(&[(1.0, &next), (alpha * opt.s_noise * variance.max(0.0).sqrt(), &noise)]);
+            next = lincomb(&[(1.0, &next), (alpha * opt.s_noise * variance.max(0.0).sqrt(), &noise)])?;
         }
         x = next;
         old = Some(denoised);

@@ -8,14 +8,10 @@
 
 use super::{Run, Stochastic, lincomb, slope, toward};
 use crate::diffusion::DiffusionError;
-use crate::tensor::HostTensor;
+use crate::diffusion::Field;
 
 /// Euler steps; with `eta > 0` each is split into a longer step and fresh noise.
-pub(super) fn euler(
-    run: &mut Run<'_>,
-    mut x: HostTensor,
-    opt: Stochastic,
-) -> Result<HostTensor, DiffusionError> {
+pub(super) fn euler(run: &mut Run<'_>, mut x: Field, opt: Stochastic) -> Result<Field, DiffusionError> {
     for i in 0..run.steps() {
         let (from, to) = (run.sigma(i), run.sigma(i + 1));
         let denoised = run.denoise(&x, from)?;
@@ -25,7 +21,7 @@ pub(super) fn euler(
             x = denoised;
             continue;
         }
-        x = toward(&x, &denoised, from, step.down);
+        x = toward(&x, &denoised, from, step.down)?;
         x = run.renoise(x, &step, opt, from, to)?;
     }
     Ok(x)
@@ -35,9 +31,9 @@ pub(super) fn euler(
 /// the guided one.
 pub(super) fn euler_cfg_pp(
     run: &mut Run<'_>,
-    mut x: HostTensor,
+    mut x: Field,
     opt: Stochastic,
-) -> Result<HostTensor, DiffusionError> {
+) -> Result<Field, DiffusionError> {
     let space = run.space();
     for i in 0..run.steps() {
         let (from, to) = (run.sigma(i), run.sigma(i + 1));
@@ -50,26 +46,23 @@ pub(super) fn euler_cfg_pp(
         let (alpha_s, alpha_t) = (space.alpha(from), space.alpha(to));
         let (down, up) = super::snr::split_variance(from / alpha_s, to / alpha_t, opt.eta);
         let ratio = alpha_t * down / from;
-        x = lincomb(&[(ratio, &x), (alpha_t, &denoised), (-ratio * alpha_s, &uncond)]);
+        x = lincomb(&[(ratio, &x), (alpha_t, &denoised), (-ratio * alpha_s, &uncond)])?;
         if opt.is_active() {
             let noise = run.noise_like(&x, from, to)?;
-            x = lincomb(&[(1.0, &x), (alpha_t * opt.s_noise * up, &noise)]);
+            x = lincomb(&[(1.0, &x), (alpha_t * opt.s_noise * up, &noise)])?;
         }
     }
     Ok(x)
 }
 
 /// The alternative CFG++ form: Euler along `x − 2·denoised + uncond`.
-pub(super) fn euler_cfg_pp_alternative(
-    run: &mut Run<'_>,
-    mut x: HostTensor,
-) -> Result<HostTensor, DiffusionError> {
+pub(super) fn euler_cfg_pp_alternative(run: &mut Run<'_>, mut x: Field) -> Result<Field, DiffusionError> {
     for i in 0..run.steps() {
         let (from, to) = (run.sigma(i), run.sigma(i + 1));
         let (denoised, uncond) = run.predict(&x, from)?;
         run.report(i, &x, &denoised)?;
         let k = (to - from) / from;
-        x = lincomb(&[(1.0 + k, &x), (-2.0 * k, &denoised), (k, &uncond)]);
+        x = lincomb(&[(1.0 + k, &x), (-2.0 * k, &denoised), (k, &uncond)])?;
     }
     Ok(x)
 }
@@ -77,11 +70,11 @@ pub(super) fn euler_cfg_pp_alternative(
 /// Euler with the direction extrapolated from the previous one by `gamma`.
 pub(super) fn gradient_estimation(
     run: &mut Run<'_>,
-    mut x: HostTensor,
+    mut x: Field,
     gamma: f64,
     cfg_pp: bool,
-) -> Result<HostTensor, DiffusionError> {
-    let mut previous: Option<HostTensor> = None;
+) -> Result<Field, DiffusionError> {
+    let mut previous: Option<Field> = None;
     for i in 0..run.steps() {
         let (from, to) = (run.sigma(i), run.sigma(i + 1));
         let (denoised, uncond) = if cfg_pp {
@@ -89,18 +82,18 @@ pub(super) fn gradient_estimation(
         } else {
             (run.denoise(&x, from)?, None)
         };
-        let d = slope(&x, uncond.as_ref().unwrap_or(&denoised), from);
+        let d = slope(&x, uncond.as_ref().unwrap_or(&denoised), from)?;
         run.report(i, &x, &denoised)?;
         if to == 0.0 {
             x = denoised;
         } else {
             x = match cfg_pp {
-                true => lincomb(&[(1.0, &denoised), (to, &d)]),
-                false => lincomb(&[(1.0, &x), (to - from, &d)]),
+                true => lincomb(&[(1.0, &denoised), (to, &d)])?,
+                false => lincomb(&[(1.0, &x), (to - from, &d)])?,
             };
             if let Some(old) = &previous {
                 let k = (gamma - 1.0) * (to - from);
-                x = lincomb(&[(1.0, &x), (k, &d), (-k, old)]);
+                x = lincomb(&[(1.0, &x), (k, &d), (-k, old)])?;
             }
         }
         previous = Some(d);

@@ -1,8 +1,8 @@
 //! Samplers: from noise to a latent, one file a family.
 //!
 //! A sampler sees the guided model as a function `(x, sigma) → denoised` through
-//! [`Run`], which also hands out noise and takes progress reports. Latents are
-//! f32; every scalar coefficient is computed in f64 and rounded once, and every
+//! [`Run`], which also hands out noise and takes progress reports. Latents are [`Field`]s: f32, in host memory or on
+//! the model's device; every scalar coefficient is computed in f64 and rounded once, and every
 //! update is one linear combination, so that a device can run it as one kernel.
 
 mod consistency;
@@ -31,8 +31,7 @@ pub use sa_solver::SaSolverOptions;
 pub use snr::SnrSpace;
 pub use uni_pc::BVariant;
 
-use super::DiffusionError;
-use crate::tensor::HostTensor;
+use super::{DiffusionError, Field};
 
 /// How much noise a stochastic sampler puts in.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -53,6 +52,16 @@ impl Stochastic {
     pub fn is_active(self) -> bool {
         self.eta > 0.0 && self.s_noise > 0.0
     }
+}
+
+/// Whose random numbers an SDE method takes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum NoiseDevice {
+    /// PyTorch's generator of the CPU.
+    #[default]
+    Cpu,
+    /// PyTorch's generator of the device that the latent is on: an NVIDIA GPU has one of its own.
+    Gpu,
 }
 
 /// Second-order term of DPM-Solver++(2M) SDE.
@@ -162,11 +171,13 @@ pub struct Sampler {
     pub algorithm: Algorithm,
     /// Noise for the kept part is drawn anew (seed + 1) instead of the initial noise.
     pub fresh_inpaint_noise: bool,
+    /// Where the noise of an SDE method is drawn.
+    pub noise_device: NoiseDevice,
 }
 
 impl From<Algorithm> for Sampler {
     fn from(algorithm: Algorithm) -> Self {
-        Self { algorithm, fresh_inpaint_noise: false }
+        Self { algorithm, fresh_inpaint_noise: false, noise_device: NoiseDevice::Cpu }
     }
 }
 
@@ -187,7 +198,7 @@ impl Sampler {
     /// # Errors
     /// What the model or the progress report return, and settings that the method
     /// does not allow.
-    pub fn sample(&self, run: &mut Run<'_>, x: HostTensor) -> Result<HostTensor, DiffusionError> {
+    pub fn sample(&self, run: &mut Run<'_>, x: Field) -> Result<Field, DiffusionError> {
         use Algorithm as A;
         match self.algorithm {
             A::Euler(opt) => euler::euler(run, x, opt),
@@ -223,18 +234,17 @@ impl Sampler {
     }
 }
 
-/// Σ coefficient · tensor with f64 coefficients, each rounded once.
-pub(super) fn lincomb(terms: &[(f64, &HostTensor)]) -> HostTensor {
-    let rounded: Vec<(f32, &HostTensor)> = terms.iter().map(|&(c, t)| (c as f32, t)).collect();
-    HostTensor::lincomb(&rounded)
+/// Σ coefficient · field with f64 coefficients, each rounded once.
+pub(super) fn lincomb(terms: &[(f64, &Field)]) -> Result<Field, DiffusionError> {
+    Field::lincomb(terms)
 }
 
 /// `dx/dsigma` at `sigma`: `(x − denoised) / sigma`.
-fn slope(x: &HostTensor, denoised: &HostTensor, sigma: f64) -> HostTensor {
+fn slope(x: &Field, denoised: &Field, sigma: f64) -> Result<Field, DiffusionError> {
     lincomb(&[(1.0 / sigma, x), (-1.0 / sigma, denoised)])
 }
 
 /// Straight line from `x` at sigma `from` towards `denoised` at 0, at sigma `to`.
-fn toward(x: &HostTensor, denoised: &HostTensor, from: f64, to: f64) -> HostTensor {
+fn toward(x: &Field, denoised: &Field, from: f64, to: f64) -> Result<Field, DiffusionError> {
     lincomb(&[(to / from, x), (1.0 - to / from, denoised)])
 }

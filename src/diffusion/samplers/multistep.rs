@@ -9,7 +9,7 @@ use std::collections::VecDeque;
 use super::polynomial::{adams_weights, lagrange};
 use super::{Run, lincomb, slope};
 use crate::diffusion::DiffusionError;
-use crate::tensor::HostTensor;
+use crate::diffusion::Field;
 
 /// Adams-Bashforth weights for equal steps, newest slope first.
 const ADAMS_BASHFORTH: [&[f64]; 4] = [
@@ -23,16 +23,16 @@ const ADAMS_BASHFORTH: [&[f64]; 4] = [
 /// newest `order` slopes (newest first) for the step after sigma `i`.
 fn multistep(
     run: &mut Run<'_>,
-    mut x: HostTensor,
+    mut x: Field,
     max_order: usize,
     mut weights: impl FnMut(&[f64], usize, usize) -> Vec<f64>,
-) -> Result<HostTensor, DiffusionError> {
+) -> Result<Field, DiffusionError> {
     let sigmas: Vec<f64> = (0..=run.steps()).map(|i| run.sigma(i)).collect();
-    let mut slopes: VecDeque<HostTensor> = VecDeque::with_capacity(max_order + 1);
+    let mut slopes: VecDeque<Field> = VecDeque::with_capacity(max_order + 1);
     for i in 0..run.steps() {
         let denoised = run.denoise(&x, sigmas[i])?;
         run.report(i, &x, &denoised)?;
-        slopes.push_front(slope(&x, &denoised, sigmas[i]));
+        slopes.push_front(slope(&x, &denoised, sigmas[i])?);
         slopes.truncate(max_order);
         if sigmas[i + 1] == 0.0 {
             x = denoised;
@@ -41,13 +41,13 @@ fn multistep(
         let factors = weights(&sigmas, i, slopes.len());
         let mut terms = vec![(1.0, &x)];
         terms.extend(factors.into_iter().zip(&slopes));
-        x = lincomb(&terms);
+        x = lincomb(&terms)?;
     }
     Ok(x)
 }
 
 /// Linear multistep in sigma.
-pub(super) fn lms(run: &mut Run<'_>, x: HostTensor, order: usize) -> Result<HostTensor, DiffusionError> {
+pub(super) fn lms(run: &mut Run<'_>, x: Field, order: usize) -> Result<Field, DiffusionError> {
     multistep(run, x, order.max(1), |sigmas, i, order| {
         let nodes: Vec<f64> = (0..order).map(|k| sigmas[i - k]).collect();
         adams_weights(&nodes, sigmas[i], sigmas[i + 1])
@@ -55,7 +55,7 @@ pub(super) fn lms(run: &mut Run<'_>, x: HostTensor, order: usize) -> Result<Host
 }
 
 /// Adams-Bashforth weights of equal steps, whatever the steps are.
-pub(super) fn ipndm(run: &mut Run<'_>, x: HostTensor) -> Result<HostTensor, DiffusionError> {
+pub(super) fn ipndm(run: &mut Run<'_>, x: Field) -> Result<Field, DiffusionError> {
     multistep(run, x, 4, |sigmas, i, order| {
         let h = sigmas[i + 1] - sigmas[i];
         ADAMS_BASHFORTH[order - 1].iter().map(|w| w * h).collect()
@@ -63,7 +63,7 @@ pub(super) fn ipndm(run: &mut Run<'_>, x: HostTensor) -> Result<HostTensor, Diff
 }
 
 /// iPNDM for unequal steps.
-pub(super) fn ipndm_v(run: &mut Run<'_>, x: HostTensor) -> Result<HostTensor, DiffusionError> {
+pub(super) fn ipndm_v(run: &mut Run<'_>, x: Field) -> Result<Field, DiffusionError> {
     multistep(run, x, 4, |sigmas, i, order| {
         let h: Vec<f64> = (0..order).map(|k| sigmas[i + 1 - k] - sigmas[i - k]).collect();
         variable_step_weights(&h).iter().map(|w| w * h[0]).collect()
@@ -102,7 +102,7 @@ fn variable_step_weights(h: &[f64]) -> Vec<f64> {
 }
 
 /// DEIS with tabulated coefficients ("tAB"), order 3.
-pub(super) fn deis(run: &mut Run<'_>, x: HostTensor) -> Result<HostTensor, DiffusionError> {
+pub(super) fn deis(run: &mut Run<'_>, x: Field) -> Result<Field, DiffusionError> {
     let time = VpTime::new();
     multistep(run, x, 3, |sigmas, i, order| {
         if order == 1 {

@@ -1,7 +1,8 @@
 //! Samplers by ComfyUI's names, with the settings those names stand for.
 
 use super::{
-    AdaptiveOptions, Algorithm as A, BVariant, ErSdeOptions, SaSolverOptions, Sampler, SolverType, Stochastic,
+    AdaptiveOptions, Algorithm as A, BVariant, ErSdeOptions, NoiseDevice, SaSolverOptions, Sampler,
+    SolverType, Stochastic,
 };
 
 /// Every sampler name, in the order of ComfyUI's list.
@@ -54,17 +55,20 @@ impl Sampler {
     /// The sampler of that name with ComfyUI's default settings.
     pub fn by_name(name: &str) -> Option<Self> {
         if name == "ddim" {
-            return Some(Self { algorithm: A::Euler(Stochastic::NONE), fresh_inpaint_noise: true });
+            return Some(Self { fresh_inpaint_noise: true, ..A::Euler(Stochastic::NONE).into() });
         }
-        algorithm(name).map(Self::from)
+        let (name, noise_device) = match name.strip_suffix("_gpu") {
+            Some(name) => (name, NoiseDevice::Gpu),
+            None => (name, NoiseDevice::Cpu),
+        };
+        algorithm(name).map(|algorithm| Self { noise_device, ..algorithm.into() })
     }
 }
 
 fn algorithm(name: &str) -> Option<A> {
     let (none, full) = (Stochastic::NONE, Stochastic::FULL);
     let sde = |solver| A::Dpmpp2mSde { noise: full, solver };
-    // Noise is drawn on the host in every case, so `_gpu` names differ in nothing.
-    Some(match name.strip_suffix("_gpu").unwrap_or(name) {
+    Some(match name {
         "euler" => A::Euler(none),
         "euler_cfg_pp" => A::EulerCfgPp(none),
         "euler_ancestral" => A::Euler(full),

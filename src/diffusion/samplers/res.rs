@@ -5,16 +5,16 @@
 
 use super::{Run, Stochastic, lincomb, slope, toward};
 use crate::diffusion::DiffusionError;
-use crate::tensor::HostTensor;
+use crate::diffusion::Field;
 
 /// Runs RES multistep.
 pub(super) fn res_multistep(
     run: &mut Run<'_>,
-    mut x: HostTensor,
+    mut x: Field,
     opt: Stochastic,
     cfg_pp: bool,
-) -> Result<HostTensor, DiffusionError> {
-    let mut previous: Option<(HostTensor, f64)> = None;
+) -> Result<Field, DiffusionError> {
+    let mut previous: Option<(Field, f64)> = None;
     for i in 0..run.steps() {
         let (from, to) = (run.sigma(i), run.sigma(i + 1));
         let (denoised, uncond) = if cfg_pp {
@@ -32,16 +32,16 @@ pub(super) fn res_multistep(
                 let (b1, b2) = weights(h, c2);
                 let k = (-h).exp();
                 match &uncond {
-                    None => lincomb(&[(k, &x), (h * b1, &denoised), (h * b2, old)]),
-                    Some(u) => lincomb(&[(k, &x), (k, &denoised), (h * b1 - k, u), (h * b2, old)]),
+                    None => lincomb(&[(k, &x), (h * b1, &denoised), (h * b2, old)])?,
+                    Some(u) => lincomb(&[(k, &x), (k, &denoised), (h * b1 - k, u), (h * b2, old)])?,
                 }
             }
-            (_, Some(u)) => lincomb(&[(1.0, &denoised), (down, &slope(&x, u, from))]),
-            (_, None) => toward(&x, &denoised, from, down),
+            (_, Some(u)) => lincomb(&[(1.0, &denoised), (down, &slope(&x, u, from)?)])?,
+            (_, None) => toward(&x, &denoised, from, down)?,
         };
         if to > 0.0 && up > 0.0 {
             let noise = run.noise_like(&x, from, to)?;
-            x = lincomb(&[(1.0, &x), (opt.s_noise * up, &noise)]);
+            x = lincomb(&[(1.0, &x), (opt.s_noise * up, &noise)])?;
         }
         previous = Some((uncond.unwrap_or(denoised), down));
     }

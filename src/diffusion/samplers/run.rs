@@ -1,10 +1,10 @@
 //! One sampling run as a sampler sees it: sigmas, the guided model, noise, progress.
 
 use super::snr::Ancestral;
-use super::{SnrSpace, Stochastic, lincomb};
-use crate::diffusion::DiffusionError;
-use crate::diffusion::noise::{BrownianNoise, Generator};
+use super::{NoiseDevice, SnrSpace, Stochastic, lincomb};
+use crate::diffusion::noise::{BrownianNoise, Generator, GpuBrownianNoise};
 use crate::diffusion::schedule::ModelSampling;
+use crate::diffusion::{DiffusionError, Field};
 use crate::tensor::HostTensor;
 
 /// Share of the sampling at which a flow model's first sigma is taken where its
@@ -14,9 +14,9 @@ const FIRST_SIGMA_PERCENT: f64 = 1e-4;
 /// What the guided model predicts.
 pub struct Guided {
     /// The denoised latent with guidance applied.
-    pub denoised: HostTensor,
+    pub denoised: Field,
     /// The unconditional prediction; `None` if it was not computed, which counts as zeros.
-    pub uncond: Option<HostTensor>,
+    pub uncond: Option<Field>,
 }
 
 /// Where fresh noise comes from.
@@ -25,13 +25,15 @@ enum NoiseStream {
     Draws(Box<Generator>),
     /// Increments of one Brownian path.
     Brownian(BrownianNoise),
+    /// The same, of a GPU's generator.
+    GpuBrownian(GpuBrownianNoise),
 }
 
 /// The guided model as a function of latent and sigma.
-pub type GuidedModel<'a> = dyn FnMut(&HostTensor, f32) -> Result<Guided, DiffusionError> + 'a;
+pub type GuidedModel<'a> = dyn FnMut(&Field, f32) -> Result<Guided, DiffusionError> + 'a;
 
 /// Progress report: step number, latent, denoised prediction. An error ends the run.
-pub type Report<'a> = dyn FnMut(usize, &HostTensor, &HostTensor) -> Result<(), DiffusionError> + 'a;
+pub type Report<'a> = dyn FnMut(usize, &Field, &Field) -> Result<(), DiffusionError> + 'a;
 
 /// What a run is made of.
 pub struct RunSetup<'a> {
@@ -41,6 +43,8 @@ pub struct RunSetup<'a> {
     pub sampling: &'a ModelSampling,
     /// Seed of all noise drawn on the way.
     pub seed: u64,
+    /// Where the noise of an SDE method is drawn.
+    pub noise_device: NoiseDevice,
     /// The guided model.
     pub model: &'a mut GuidedModel<'a>,
     /// Progress.
@@ -52,6 +56,7 @@ pub struct Run<'a> {
     sigmas: Vec<f32>,
     sampling: &'a ModelSampling,
     seed: u64,
+    noise_device: NoiseDevice,
     model: &'a mut GuidedModel<'a>,
     report: &'a mut Report<'a>,
     noise: NoiseStream,
@@ -64,6 +69,7 @@ impl<'a> Run<'a> {
             sigmas: setup.sigmas.to_vec(),
             sampling: setup.sampling,
             seed: setup.seed,
+            noise_device: setup.noise_device,
             model: setup.model,
             report: setup.report,
             noise: NoiseStream::Draws(Box::new(Generator::new(setup.seed))),
@@ -119,49 +125,41 @@ impl<'a> Run<'a> {
     }
 
     /// The guided prediction at `sigma`.
-    pub(super) fn denoise(&mut self, x: &HostTensor, sigma: f64) -> Result<HostTensor, DiffusionError> {
+    pub(super) fn denoise(&mut self, x: &Field, sigma: f64) -> Result<Field, DiffusionError> {
         Ok((self.model)(x, sigma as f32)?.denoised)
     }
 
     /// The guided and the unconditional prediction at `sigma`.
-    pub(super) fn predict(
-        &mut self,
-        x: &HostTensor,
-        sigma: f64,
-    ) -> Result<(HostTensor, HostTensor), DiffusionError> {
+    pub(super) fn predict(&mut self, x: &Field, sigma: f64) -> Result<(Field, Field), DiffusionError> {
         let guided = (self.model)(x, sigma as f32)?;
-        let uncond = guided.uncond.unwrap_or_else(|| HostTensor::zeros(x.shape()));
+        let uncond = guided.uncond.unwrap_or_else(|| HostTensor::zeros(x.shape()).into());
         Ok((guided.denoised, uncond))
     }
 
     /// Reports step `i` (from 0).
-    pub(super) fn report(
-        &mut self,
-        i: usize,
-        x: &HostTensor,
-        denoised: &HostTensor,
-    ) -> Result<(), DiffusionError> {
+    pub(super) fn report(&mut self, i: usize, x: &Field, denoised: &Field) -> Result<(), DiffusionError> {
         (self.report)(i, x, denoised)
     }
 
     /// Takes noise from a Brownian path over the schedule from now on.
-    pub(super) fn use_brownian_noise(&mut self, shape: &[usize]) -> Result<(), DiffusionError> {
+    pub(super) fn use_brownian_noise(&mut self, x: &Field) -> Result<(), DiffusionError> {
         let positive = self.sigmas.iter().copied().filter(|s| *s > 0.0);
         let (low, high) = positive.fold((f32::INFINITY, 0.0), |(l, h), s| (s.min(l), s.max(h)));
-        self.noise = NoiseStream::Brownian(BrownianNoise::new(shape, low, high, self.seed)?);
+        self.noise = match (self.noise_device, x.on_device()) {
+            (NoiseDevice::Gpu, Some(_)) => {
+                NoiseStream::GpuBrownian(GpuBrownianNoise::new(x, low, high, self.seed)?)
+            }
+            _ => NoiseStream::Brownian(BrownianNoise::new(x.shape(), low, high, self.seed)?),
+        };
         Ok(())
     }
 
     /// Noise of unit variance for the step `from → to`, shaped like `x`.
-    pub(super) fn noise_like(
-        &mut self,
-        x: &HostTensor,
-        from: f64,
-        to: f64,
-    ) -> Result<HostTensor, DiffusionError> {
+    pub(super) fn noise_like(&mut self, x: &Field, from: f64, to: f64) -> Result<Field, DiffusionError> {
         let noise = match &mut self.noise {
-            NoiseStream::Draws(generator) => generator.randn(x.shape()),
-            NoiseStream::Brownian(path) => path.sample(from as f32, to as f32),
+            NoiseStream::Draws(generator) => Field::from(generator.randn(x.shape())),
+            NoiseStream::Brownian(path) => path.sample(from as f32, to as f32).into(),
+            NoiseStream::GpuBrownian(path) => path.sample(from as f32, to as f32)?,
         };
         if noise.shape() != x.shape() {
             return Err(DiffusionError::Shape {
@@ -170,22 +168,22 @@ impl<'a> Run<'a> {
                 want: x.shape().to_vec(),
             });
         }
-        Ok(noise)
+        noise.beside(x)
     }
 
     /// Finishes an ancestral step: rescaling and fresh noise.
     pub(super) fn renoise(
         &mut self,
-        x: HostTensor,
+        x: Field,
         step: &Ancestral,
         opt: Stochastic,
         from: f64,
         to: f64,
-    ) -> Result<HostTensor, DiffusionError> {
+    ) -> Result<Field, DiffusionError> {
         if opt.eta == 0.0 {
             return Ok(x);
         }
         let noise = self.noise_like(&x, from, to)?;
-        Ok(lincomb(&[(step.rescale, &x), (opt.s_noise * step.up, &noise)]))
+        lincomb(&[(step.rescale, &x), (opt.s_noise * step.up, &noise)])
     }
 }

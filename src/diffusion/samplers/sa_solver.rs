@@ -13,7 +13,7 @@ use std::collections::VecDeque;
 use super::polynomial::quadrature_weights;
 use super::{Run, lincomb};
 use crate::diffusion::DiffusionError;
-use crate::tensor::HostTensor;
+use crate::diffusion::Field;
 
 /// Settings of SA-Solver.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -52,15 +52,15 @@ impl Default for SaSolverOptions {
 struct Last {
     tau: f64,
     h: f64,
-    noise: Option<HostTensor>,
+    noise: Option<Field>,
 }
 
 /// Runs SA-Solver.
 pub(super) fn sa_solver(
     run: &mut Run<'_>,
-    mut x: HostTensor,
+    mut x: Field,
     opt: SaSolverOptions,
-) -> Result<HostTensor, DiffusionError> {
+) -> Result<Field, DiffusionError> {
     let n = run.steps();
     if n == 0 {
         return Ok(x);
@@ -74,7 +74,7 @@ pub(super) fn sa_solver(
     let lambdas: Vec<f64> = sigmas.iter().map(|&s| space.lambda(s)).collect();
     let ends_clean = sigmas[n] == 0.0;
     let keep = opt.predictor_order.max(opt.corrector_order).max(1);
-    let mut predictions: VecDeque<HostTensor> = VecDeque::new();
+    let mut predictions: VecDeque<Field> = VecDeque::new();
     let mut last = Last { tau: 0.0, h: 0.0, noise: None };
     let mut predicted = x.clone();
     for i in 0..n {
@@ -101,7 +101,7 @@ pub(super) fn sa_solver(
             let span = Span { from: lambdas[i - 1], to: lambdas[i], mul: 1.0 + last.tau.powi(2) };
             let w = span.weights(&nodes, opt.simple_order_2, true);
             let decay = sigmas[i] / sigmas[i - 1] * (-last.tau.powi(2) * last.h).exp();
-            x = step(decay, &x, alpha, &w, &predictions, last.noise.as_ref());
+            x = step(decay, &x, alpha, &w, &predictions, last.noise.as_ref())?;
             if opt.use_pece {
                 let again = run.denoise(&x, sigmas[i])?;
                 predictions[0] = again;
@@ -117,12 +117,12 @@ pub(super) fn sa_solver(
         let w = span.weights(&nodes, opt.simple_order_2, false);
         let noise = if tau > 0.0 && opt.s_noise > 0.0 {
             let scale = to * (-(-2.0 * tau * tau * h).exp_m1()).sqrt() * opt.s_noise;
-            Some(lincomb(&[(scale, &run.noise_like(&x, sigmas[i], to)?)]))
+            Some(lincomb(&[(scale, &run.noise_like(&x, sigmas[i], to)?)])?)
         } else {
             None
         };
         let decay = to / sigmas[i] * (-tau * tau * h).exp();
-        predicted = step(decay, &x, space.alpha(to), &w, &predictions, noise.as_ref());
+        predicted = step(decay, &x, space.alpha(to), &w, &predictions, noise.as_ref())?;
         last = Last { tau, h, noise };
     }
     Ok(predicted)
@@ -130,12 +130,12 @@ pub(super) fn sa_solver(
 
 fn step(
     decay: f64,
-    x: &HostTensor,
+    x: &Field,
     alpha: f64,
     weights: &[f64],
-    predictions: &VecDeque<HostTensor>,
-    noise: Option<&HostTensor>,
-) -> HostTensor {
+    predictions: &VecDeque<Field>,
+    noise: Option<&Field>,
+) -> Result<Field, DiffusionError> {
     let mut terms = vec![(decay, x)];
     terms.extend(weights.iter().zip(predictions).map(|(w, p)| (alpha * w, p)));
     terms.extend(noise.map(|n| (1.0, n)));

@@ -7,7 +7,7 @@
 
 use super::{Run, SnrSpace, Stochastic, lincomb};
 use crate::diffusion::DiffusionError;
-use crate::tensor::HostTensor;
+use crate::diffusion::Field;
 
 /// A point inside the step: its place and the factors of the exponential integrator.
 struct Stage {
@@ -48,10 +48,10 @@ impl Stage {
 /// Two stages, the first after the fraction `r` of the step.
 pub(super) fn seeds_2(
     run: &mut Run<'_>,
-    mut x: HostTensor,
+    mut x: Field,
     opt: Stochastic,
     r: f64,
-) -> Result<HostTensor, DiffusionError> {
+) -> Result<Field, DiffusionError> {
     run.bound_first_sigma();
     let space = run.space();
     let fac = 1.0 / (2.0 * r);
@@ -75,23 +75,19 @@ pub(super) fn seeds_2(
 
         let mut terms = vec![(a.keep, &x), (a.alpha * a.gain, &denoised)];
         add_noise(&mut terms, &noises, &[own], a.sigma * opt.s_noise);
-        let x2 = lincomb(&terms);
+        let x2 = lincomb(&terms)?;
         let denoised_2 = run.denoise(&x2, a.sigma)?;
 
         let gain = end.alpha * end.gain;
         let mut terms = vec![(end.keep, &x), (gain * (1.0 - fac), &denoised), (gain * fac, &denoised_2)];
         add_noise(&mut terms, &noises, &[carried, own], to * opt.s_noise);
-        x = lincomb(&terms);
+        x = lincomb(&terms)?;
     }
     Ok(x)
 }
 
 /// Three stages, after one third and two thirds of the step.
-pub(super) fn seeds_3(
-    run: &mut Run<'_>,
-    mut x: HostTensor,
-    opt: Stochastic,
-) -> Result<HostTensor, DiffusionError> {
+pub(super) fn seeds_3(run: &mut Run<'_>, mut x: Field, opt: Stochastic) -> Result<Field, DiffusionError> {
     run.bound_first_sigma();
     let space = run.space();
     let (r1, r2) = (1.0 / 3.0, 2.0 / 3.0);
@@ -121,29 +117,24 @@ pub(super) fn seeds_3(
 
         let mut terms = vec![(a.keep, &x), (a.alpha * a.gain, &denoised)];
         add_noise(&mut terms, &noises, &[n1], a.sigma * opt.s_noise);
-        let x2 = lincomb(&terms);
+        let x2 = lincomb(&terms)?;
         let denoised_2 = run.denoise(&x2, a.sigma)?;
 
         let c = r2 / r1 * b.alpha * b.phi_2();
         let mut terms = vec![(b.keep, &x), (b.alpha * b.gain - c, &denoised), (c, &denoised_2)];
         add_noise(&mut terms, &noises, &[n2, n1], b.sigma * opt.s_noise);
-        let x3 = lincomb(&terms);
+        let x3 = lincomb(&terms)?;
         let denoised_3 = run.denoise(&x3, b.sigma)?;
 
         let c = end.alpha * end.phi_2() / r2;
         let mut terms = vec![(end.keep, &x), (end.alpha * end.gain - c, &denoised), (c, &denoised_3)];
         add_noise(&mut terms, &noises, &[n3, n2, n1], to * opt.s_noise);
-        x = lincomb(&terms);
+        x = lincomb(&terms)?;
     }
     Ok(x)
 }
 
 /// Appends `scale · factor · noise` for as many noises as there are factors.
-fn add_noise<'a>(
-    terms: &mut Vec<(f64, &'a HostTensor)>,
-    noises: &'a [HostTensor],
-    factors: &[f64],
-    scale: f64,
-) {
+fn add_noise<'a>(terms: &mut Vec<(f64, &'a Field)>, noises: &'a [Field], factors: &[f64], scale: f64) {
     terms.extend(factors.iter().zip(noises).map(|(f, n)| (scale * f, n)));
 }

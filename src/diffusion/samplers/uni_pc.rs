@@ -8,7 +8,7 @@
 
 use super::{Run, lincomb};
 use crate::diffusion::DiffusionError;
-use crate::tensor::HostTensor;
+use crate::diffusion::Field;
 
 /// Stand-in for a final sigma of 0, which has no finite log-SNR.
 const LAST_SIGMA: f64 = 0.001;
@@ -27,15 +27,11 @@ pub enum BVariant {
 /// A model prediction and where it was made.
 struct Point {
     sigma: f64,
-    denoised: HostTensor,
+    denoised: Field,
 }
 
 /// Runs UniPC.
-pub(super) fn uni_pc(
-    run: &mut Run<'_>,
-    x: HostTensor,
-    variant: BVariant,
-) -> Result<HostTensor, DiffusionError> {
+pub(super) fn uni_pc(run: &mut Run<'_>, x: Field, variant: BVariant) -> Result<Field, DiffusionError> {
     let steps = run.steps();
     if steps == 0 {
         return Ok(x);
@@ -43,7 +39,7 @@ pub(super) fn uni_pc(
     run.bound_last_sigma(LAST_SIGMA);
     let sigmas: Vec<f64> = (0..=steps).map(|i| run.sigma(i)).collect();
     let max_order = MAX_ORDER.min(steps - 1);
-    let mut x = lincomb(&[(alpha(sigmas[0]), &x)]);
+    let mut x = lincomb(&[(alpha(sigmas[0]), &x)])?;
     let mut points: Vec<Point> = Vec::new();
     for i in 0..steps {
         if i == 0 {
@@ -60,7 +56,7 @@ pub(super) fn uni_pc(
                     points.push(Point { sigma, denoised });
                     next
                 } else {
-                    update.predict(&x)
+                    update.predict(&x)?
                 };
             }
         }
@@ -68,7 +64,7 @@ pub(super) fn uni_pc(
             run.report(i, &x, &point.denoised)?;
         }
     }
-    Ok(lincomb(&[(1.0 / alpha(sigmas[steps]), &x)]))
+    lincomb(&[(1.0 / alpha(sigmas[steps]), &x)])
 }
 
 // The three marginals are computed in f32: at small sigmas `1 − alpha²` keeps few
@@ -92,8 +88,8 @@ fn lambda(sigma: f64) -> f64 {
     f64::from(log_alpha - 0.5 * (1.0 - (2.0 * log_alpha).exp()).ln())
 }
 
-fn predict(run: &mut Run<'_>, x: &HostTensor, sigma: f64) -> Result<HostTensor, DiffusionError> {
-    run.denoise(&lincomb(&[(1.0 / alpha(sigma), x)]), sigma)
+fn predict(run: &mut Run<'_>, x: &Field, sigma: f64) -> Result<Field, DiffusionError> {
+    run.denoise(&lincomb(&[(1.0 / alpha(sigma), x)])?, sigma)
 }
 
 /// One step of a given order to `sigma`.
@@ -135,7 +131,12 @@ impl<'a> Update<'a> {
 
     /// `x` after the step with the given weights of the difference quotients and,
     /// for the corrector, of the prediction at the target.
-    fn advance(&self, x: &HostTensor, weights: &[f64], target: Option<(f64, &HostTensor)>) -> HostTensor {
+    fn advance(
+        &self,
+        x: &Field,
+        weights: &[f64],
+        target: Option<(f64, &Field)>,
+    ) -> Result<Field, DiffusionError> {
         let alpha_t = alpha(self.sigma);
         let newest = self.points[0];
         let ratio = sigma_vp(self.sigma) / sigma_vp(newest.sigma);
@@ -154,7 +155,7 @@ impl<'a> Update<'a> {
         lincomb(&terms)
     }
 
-    fn predict(&self, x: &HostTensor) -> HostTensor {
+    fn predict(&self, x: &Field) -> Result<Field, DiffusionError> {
         let weights = match self.ratios.len() {
             1 => Vec::new(),
             2 => vec![0.5],
@@ -163,19 +164,15 @@ impl<'a> Update<'a> {
         self.advance(x, &weights, None)
     }
 
-    fn predict_and_correct(
-        &self,
-        run: &mut Run<'_>,
-        x: &HostTensor,
-    ) -> Result<(HostTensor, HostTensor), DiffusionError> {
-        let predicted = self.predict(x);
+    fn predict_and_correct(&self, run: &mut Run<'_>, x: &Field) -> Result<(Field, Field), DiffusionError> {
+        let predicted = self.predict(x)?;
         let denoised = predict(run, &predicted, self.sigma)?;
         let weights = match self.ratios.len() {
             1 => vec![0.5],
             _ => solve_vandermonde(&self.ratios, &self.b),
         };
         let (of_target, of_points) = weights.split_last().map_or((0.0, &[][..]), |(w, rest)| (*w, rest));
-        let corrected = self.advance(x, of_points, Some((of_target, &denoised)));
+        let corrected = self.advance(x, of_points, Some((of_target, &denoised)))?;
         Ok((corrected, denoised))
     }
 }

@@ -18,6 +18,7 @@
 //! flow transformers", 2024 (flow and its shift); S. Luo et al., "Latent
 //! consistency models", 2023.
 
+use crate::diffusion::PredictionFactors;
 use crate::tensor::HostTensor;
 
 /// What `percent_to_sigma` answers for "before the first step" where sigmas
@@ -297,13 +298,53 @@ impl ModelSampling {
             }
             Prediction::X0 | Prediction::ImageToImage => output.clone(),
             Prediction::Lcm => {
-                let data = CONSISTENCY_SIGMA_DATA;
-                let scaled = self.timestep(sigma) * 10.0;
-                let total = scaled * scaled + data * data;
-                let (skip, out_share) = (data * data / total, scaled / total.sqrt());
+                let (skip, out_share) = self.consistency_shares(sigma);
                 x.zip(output, |x, out| out_share * (x - out * sigma) + skip * x)
             }
         }
+    }
+
+    /// The factor on x that [`calculate_input`](Self::calculate_input) applies at `sigma`.
+    pub fn input_factor(&self, sigma: f32) -> f32 {
+        match self.prediction {
+            Prediction::Flow | Prediction::ImageToImage => 1.0,
+            Prediction::FlowRatio => 1.0 - sigma / (sigma + 1.0),
+            _ => 1.0 / (sigma * sigma + self.sigma_data * self.sigma_data).sqrt(),
+        }
+    }
+
+    /// [`calculate_denoised`](Self::calculate_denoised) at `sigma` as factors of x and of the network's output.
+    pub fn prediction_factors(&self, sigma: f32) -> PredictionFactors {
+        let data = self.sigma_data;
+        let total = sigma * sigma + data * data;
+        let (skip, scale) = match self.prediction {
+            Prediction::Eps | Prediction::Flow => (1.0, -sigma),
+            Prediction::FlowRatio => {
+                let share = sigma / (sigma + 1.0);
+                (1.0 - share, -share)
+            }
+            Prediction::V => (data * data / total, -sigma * data / total.sqrt()),
+            Prediction::Edm => (data * data / total, sigma * data / total.sqrt()),
+            Prediction::X0 | Prediction::ImageToImage => (0.0, 1.0),
+            Prediction::Lcm => {
+                let (skip, out_share) = self.consistency_shares(sigma);
+                (out_share + skip, -out_share * sigma)
+            }
+        };
+        PredictionFactors { skip, scale }
+    }
+
+    /// Shares of x and of the prediction in a consistency model's.
+    fn consistency_shares(&self, sigma: f32) -> (f32, f32) {
+        let data = CONSISTENCY_SIGMA_DATA;
+        let scaled = self.timestep(sigma) * 10.0;
+        let total = scaled * scaled + data * data;
+        (data * data / total, scaled / total.sqrt())
+    }
+
+    /// The factors of noise and latent in [`noise_scaling`](Self::noise_scaling) below the highest noise level.
+    pub fn noise_factors(&self, sigma: f32) -> (f32, f32) {
+        if self.is_flow() { (sigma, 1.0 - sigma) } else { (sigma, 1.0) }
     }
 
     /// The sampler's start: `latent` with `noise` of level `sigma` on it.

@@ -111,20 +111,22 @@ pub(super) fn key(unet: u64, controls: &[ControlInput]) -> u64 {
     hasher.finish()
 }
 
-/// The latents alone, uploaded once more where the UNet sees other channels beside them and nets don't.
+/// How many channels nets see, where the UNet sees others beside the latents and nets don't.
+pub(super) fn fewer_channels(of_unet: usize, controls: &[ControlInput]) -> Option<usize> {
+    let seen = controls.iter().filter_map(|control| match control {
+        ControlInput::Net(net) => Some(net.net.config().in_channels),
+        ControlInput::Adapter(_) => None,
+    });
+    seen.min().filter(|channels| *channels < of_unet)
+}
+
+/// The latents alone, uploaded once more where nets see [fewer channels](fewer_channels).
 pub(super) fn latents(
     ops: Ops<'_>,
     x: &HostTensor,
     controls: &[ControlInput],
 ) -> Result<Option<Tensor>, ModelError> {
-    let seen = controls.iter().filter_map(|control| match control {
-        ControlInput::Net(net) => Some(net.net.config().in_channels),
-        ControlInput::Adapter(_) => None,
-    });
-    let channels = seen.min().unwrap_or(x.dim(1));
-    if channels >= x.dim(1) {
-        return Ok(None);
-    }
+    let Some(channels) = fewer_channels(x.dim(1), controls) else { return Ok(None) };
     let plane = x.dim(2) * x.dim(3);
     let rows = (0..x.dim(0)).flat_map(|i| x.row(i)[..channels * plane].iter().copied());
     let latents = HostTensor::new(&[x.dim(0), channels, x.dim(2), x.dim(3)], rows.collect());

@@ -4,6 +4,7 @@
 
 mod blocks;
 mod context;
+mod device;
 pub mod hooks;
 pub mod noise_augmentation;
 pub mod vector;
@@ -19,6 +20,7 @@ use crate::tensor::{Activation, Backend, Cols, Conv2d, GroupNorm, HostTensor, Li
 pub(super) use blocks::Scope;
 use blocks::{ResBlock, SpatialTransformer};
 pub(super) use context::ContextCache;
+pub use device::DeviceInput;
 use hooks::{HookCall, HookScope, Hooks, UnetHook};
 
 /// Keys and values of every cross-attention for one text conditioning.
@@ -41,6 +43,16 @@ pub struct UnetInput<'a> {
     pub context: &'a ContextKv,
     /// `[B, adm_channels]`: pooled text and sizes, for models that have such an input; see [`vector`].
     pub vector: Option<&'a HostTensor>,
+}
+
+/// One pass over all layers, on the device.
+struct Call<'a> {
+    x: &'a Tensor,
+    timesteps: &'a [f32],
+    context: &'a ContextKv,
+    vector: Option<&'a Tensor>,
+    /// The latents alone, where nets see fewer channels.
+    latents: Option<&'a Tensor>,
 }
 
 /// One stage of the way down or up.
@@ -76,6 +88,8 @@ pub struct Unet {
     out_norm: LazyNorm,
     out_conv: LazyConv,
     contexts: context::ContextCache,
+    /// What device calls are given besides latents.
+    kept: device::Kept,
     /// Names this model's recorded work; no other loaded model has it.
     id: u64,
 }
@@ -252,6 +266,7 @@ impl Unet {
             out_norm: loader.norm("out.0", width)?,
             out_conv: loader.conv("out.2", config.out_channels, width, 3)?,
             contexts: context::ContextCache::default(),
+            kept: device::Kept::default(),
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
             input,
             middle,
@@ -318,8 +333,8 @@ impl Unet {
         self.pass(input, controls, (None, Some(&HookScope { list: hooks.list, call })))
     }
 
-    fn check_channels(&self, input: &UnetInput<'_>) -> Result<(), ModelError> {
-        let (expected, found) = (self.config.in_channels, input.x.dim(1));
+    fn check_channels(&self, found: usize) -> Result<(), ModelError> {
+        let expected = self.config.in_channels;
         if found == expected {
             return Ok(());
         }
@@ -348,14 +363,33 @@ impl Unet {
         controls: &[ControlInput],
         (probe, hooks): (Option<Probe<'_>>, Option<&HookScope<'_>>),
     ) -> Result<HostTensor, ModelError> {
-        self.check_channels(input)?;
+        self.check_channels(input.x.dim(1))?;
         let ops = Ops(self.backend.as_ref());
         let x = ops.upload_nchw(input.x)?;
-        let embedded = ops.timestep_embedding(input.timesteps, self.config.model_channels)?;
-        let vector = self.vector(ops, input)?;
+        let vector = self.vector_rows(input.vector, x.shape().n)?;
+        let vector = vector.map(|rows| ops.upload_nchw(&rows)).transpose()?;
         let latents = controlnet::latents(ops, input.x, controls)?;
-        let own = [&x, &embedded].into_iter().chain(&vector).chain(&input.context.kv);
-        let nets = latents.iter().chain(controls.iter().flat_map(ControlInput::tensors));
+        let call = Call {
+            x: &x,
+            timesteps: input.timesteps,
+            context: input.context,
+            vector: vector.as_ref(),
+            latents: latents.as_ref(),
+        };
+        ops.download_nchw(&self.run(ops, &call, controls, (probe, hooks))?)
+    }
+
+    /// All layers.
+    fn run(
+        &self,
+        ops: Ops<'_>,
+        call: &Call<'_>,
+        controls: &[ControlInput],
+        (probe, hooks): (Option<Probe<'_>>, Option<&HookScope<'_>>),
+    ) -> Result<Tensor, ModelError> {
+        let embedded = ops.timestep_embedding(call.timesteps, self.config.model_channels)?;
+        let own = [call.x, &embedded].into_iter().chain(call.vector).chain(&call.context.kv);
+        let nets = call.latents.into_iter().chain(controls.iter().flat_map(ControlInput::tensors));
         let count = own.clone().count();
         let inputs: Vec<&Tensor> = own.chain(nets).collect();
         let run = |inputs: &[&Tensor], watched: (Probe<'_>, Option<&HookScope<'_>>)| {
@@ -365,25 +399,26 @@ impl Unet {
             self.layers(ops, &own, added, watched)
         };
         let work = controlnet::key(self.id, controls);
-        let out = match (probe, hooks.map_or(Some(work), |hooks| hooks.key(work))) {
-            (Some(probe), _) => run(&inputs, (probe, hooks))?,
-            (None, None) => run(&inputs, (&mut |_, _| {}, hooks))?,
+        match (probe, hooks.map_or(Some(work), |hooks| hooks.key(work))) {
+            (Some(probe), _) => run(&inputs, (probe, hooks)),
+            (None, None) => run(&inputs, (&mut |_, _| {}, hooks)),
             (None, Some(key)) => self
                 .backend
                 .record(key, &inputs, &mut |inputs| Ok(run(inputs, (&mut |_, _| {}, hooks))?))
-                .map_err(ModelError::from_recorded)?,
-        };
-        ops.download_nchw(&out)
+                .map_err(ModelError::from_recorded),
+        }
     }
 
-    /// Uploads the vector, if the model has such an input.
-    fn vector(&self, ops: Ops<'_>, input: &UnetInput<'_>) -> Result<Option<Tensor>, ModelError> {
+    /// The vector as rows `[B, width, 1, 1]`, if the model has such an input.
+    fn vector_rows(
+        &self,
+        vector: Option<&HostTensor>,
+        batch: usize,
+    ) -> Result<Option<HostTensor>, ModelError> {
         let Some(width) = self.config.adm_channels else { return Ok(None) };
-        let batch = input.x.dim(0);
-        let found = input.vector.map_or(0, HostTensor::len);
-        let rows = input.vector.and_then(|v| v.clone().reshape(&[batch, width, 1, 1]));
-        match rows {
-            Some(rows) => Ok(Some(ops.upload_nchw(&rows)?)),
+        let found = vector.map_or(0, HostTensor::len);
+        match vector.and_then(|v| v.clone().reshape(&[batch, width, 1, 1])) {
+            Some(rows) => Ok(Some(rows)),
             None => {
                 let (what, expected) = ("size of the vector of pooled text and sizes", batch * width);
                 Err(ModelError::Input { what, expected, found })

@@ -8,7 +8,7 @@ use super::super::shapes::{newer, newer_unnamed, unknown};
 use super::super::{Inputs, Node, NodeError, Schema, Value};
 use super::MODULE;
 use crate::diffusion::samplers::{
-    AdaptiveOptions, Algorithm, ErSdeOptions, LcmUpscaleOptions, NoiseScaler, Resizer, SAMPLERS,
+    AdaptiveOptions, Algorithm, ErSdeOptions, LcmUpscaleOptions, NoiseDevice, NoiseScaler, Resizer, SAMPLERS,
     SaSolverOptions, Sampler, SolverType, Stochastic,
 };
 use crate::diffusion::{DiffusionError, ModelHandle};
@@ -50,9 +50,18 @@ fn exact(name: &'static str, default: f64) -> Input {
     Input::float(name, default, 0.0, 100.0).opt("step", 0.01).opt("round", false)
 }
 
-/// Where noise is drawn: kept for the schema, it is always the host.
+/// Where noise is drawn. Only a latent on a GPU has a generator of its own.
 fn noise_device() -> Input {
     Input::combo("noise_device", &["gpu", "cpu"]).bare()
+}
+
+/// An SDE sampler with its noise from the input `noise_device`.
+fn sde_sampler(inputs: &Inputs, algorithm: Algorithm) -> Result<Vec<Value>, NodeError> {
+    let noise_device = match inputs.string("noise_device")? {
+        "gpu" => NoiseDevice::Gpu,
+        _ => NoiseDevice::Cpu,
+    };
+    Ok(vec![Value::object("SAMPLER", Sampler { noise_device, ..algorithm.into() })])
 }
 
 fn stochastic(inputs: &Inputs) -> Result<Stochastic, NodeError> {
@@ -78,7 +87,7 @@ fn dpmpp_3m_sde_schema() -> Schema {
 }
 
 fn dpmpp_3m_sde(inputs: &Inputs) -> Result<Vec<Value>, NodeError> {
-    sampler(Algorithm::Dpmpp3mSde(stochastic(inputs)?))
+    sde_sampler(inputs, Algorithm::Dpmpp3mSde(stochastic(inputs)?))
 }
 
 fn dpmpp_2m_sde_schema() -> Schema {
@@ -96,7 +105,7 @@ fn dpmpp_2m_sde(inputs: &Inputs) -> Result<Vec<Value>, NodeError> {
         "heun" => SolverType::Heun,
         other => return Err(unknown("solver_type", other)),
     };
-    sampler(Algorithm::Dpmpp2mSde { noise: stochastic(inputs)?, solver })
+    sde_sampler(inputs, Algorithm::Dpmpp2mSde { noise: stochastic(inputs)?, solver })
 }
 
 fn dpmpp_sde_schema() -> Schema {
@@ -109,7 +118,7 @@ fn dpmpp_sde_schema() -> Schema {
 }
 
 fn dpmpp_sde(inputs: &Inputs) -> Result<Vec<Value>, NodeError> {
-    sampler(Algorithm::DpmppSde { noise: stochastic(inputs)?, r: inputs.float("r")? })
+    sde_sampler(inputs, Algorithm::DpmppSde { noise: stochastic(inputs)?, r: inputs.float("r")? })
 }
 
 fn dpmpp_2s_schema() -> Schema {

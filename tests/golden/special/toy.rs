@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use kiln::diffusion::schedule::{Betas, ModelSampling, Prediction};
-use kiln::diffusion::{CondEntry, DenoiseItem, DiffusionError, LatentFormat, Model, ModelHandle};
+use kiln::diffusion::{CondEntry, DenoiseItem, DiffusionError, Field, LatentFormat, Model, ModelHandle};
 use kiln::tensor::HostTensor;
 use serde_json::Value as Json;
 
@@ -21,18 +21,19 @@ impl Model for Toy {
         self
     }
 
-    fn denoise(&self, items: &[DenoiseItem<'_>], sigma: f32) -> Result<Vec<HostTensor>, DiffusionError> {
+    fn denoise(&self, items: &[DenoiseItem<'_>], sigma: f32) -> Result<Vec<Field>, DiffusionError> {
         let root = if self.sampling.is_flow() { 1.0 } else { (sigma * sigma + 1.0).sqrt() };
         let one = |item: &DenoiseItem<'_>| {
             let cond = item.cond.cond.data();
             let s = cond.iter().sum::<f32>() / cond.len() as f32;
-            item.x.map(|x| {
+            let denoised = item.x.to_host()?.map(|x| {
                 let xs = x / root;
                 let e = 0.8 * xs + 0.2 * (2.0 * xs + 0.5 * s).tanh() + 0.05 * s;
                 x - sigma * e
-            })
+            });
+            Ok(denoised.into())
         };
-        Ok(items.iter().map(one).collect())
+        items.iter().map(one).collect()
     }
 
     fn sampling(&self) -> &ModelSampling {

@@ -1,7 +1,7 @@
 //! Cases of embeddings.
 
 use super::{Case, Context, Measured};
-use crate::backend::cuda::launch::embed::{Embed, TimestepEmbedding, embed, timestep_embedding};
+use crate::backend::cuda::launch::embed::{Embed, TimestepEmbedding, Timesteps, embed, timestep_embedding};
 use crate::backend::cuda::{CudaError, Element};
 use crate::driver::DevicePtr;
 
@@ -63,7 +63,9 @@ pub(super) fn cases() -> Vec<Case> {
                 cases.extend(TOKENS.iter().map(|shape| embed_case(*shape, table, element)));
             }
         }
-        cases.extend(TIMES.iter().map(|&(count, dim)| timestep_case(count, dim, element)));
+        for is_same in [false, true] {
+            cases.extend(TIMES.iter().map(|&(count, dim)| timestep_case(count, dim, is_same, element)));
+        }
     }
     cases.push(embed_case([2, 77, 768, 49_408, 4], Element::F16, Element::F16));
     cases.push(embed_case([2, 77, 1280, 49_408, 4], Element::F16, Element::F16));
@@ -137,30 +139,37 @@ fn run_embed(
     cx.measure(out, element, &want, || embed(gpu, &op))
 }
 
-fn timestep_case(count: usize, dim: usize, element: Element) -> Case {
+fn timestep_case(count: usize, dim: usize, is_same: bool, element: Element) -> Case {
     Case {
         family: "embed",
-        name: format!("timestep_embedding_{} {count}x{dim}", element.suffix()),
+        name: format!(
+            "timestep_embedding_{} {count}x{dim}{}",
+            element.suffix(),
+            if is_same { " of one step" } else { "" }
+        ),
         quick: true,
         needs_gpu: false,
         flops: 0.0,
         bytes: (4 * count + count * dim * element.size()) as f64,
         // One rounding; sine and cosine are good to 2 ulp, and the angle is rounded as here.
         tolerance: element.rounding() * 1.01 + 3e-7,
-        run: Box::new(move |cx| run_timestep(cx, count, dim, element)),
+        run: Box::new(move |cx| run_timestep(cx, [count, dim], is_same, element)),
     }
 }
 
 fn run_timestep(
     cx: &mut Context<'_>,
-    count: usize,
-    dim: usize,
+    [count, dim]: [usize; 2],
+    is_same: bool,
     element: Element,
 ) -> Result<Measured, CudaError> {
     // The range of samplers, whole and in part, then sizes of pictures (SDXL) and beyond.
     let mut times = vec![999.0, 0.0, 1000.0, 0.5, 13.37, 4096.0, 1.0, 250_000.0];
     times.extend(cx.values(count, 500.0, Element::F32));
     times.truncate(count);
+    if is_same {
+        times.fill(981.25);
+    }
     let half = dim / 2;
     let mut want = vec![0.0; count * dim];
     for (t, row) in times.iter().zip(want.chunks_exact_mut(dim)) {
@@ -171,9 +180,12 @@ fn run_timestep(
             row[half + i] = angle.sin();
         }
     }
-    let timesteps = cx.upload(&times, Element::F32)?;
+    let timesteps = match times.first() {
+        Some(first) if is_same => Timesteps::Same(*first as f32),
+        _ => Timesteps::Each(cx.upload(&times, Element::F32)?.ptr),
+    };
     let out = cx.output(want.len() * element.size())?;
     let gpu = cx.gpu;
-    let op = TimestepEmbedding { timesteps: timesteps.ptr, out: out.ptr, count, dim, element };
+    let op = TimestepEmbedding { timesteps, out: out.ptr, count, dim, element };
     cx.measure(out, element, &want, || timestep_embedding(gpu, &op))
 }

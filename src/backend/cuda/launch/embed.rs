@@ -94,8 +94,8 @@ pub fn embed(gpu: &Gpu, op: &Embed) -> Result<(), CudaError> {
 /// Cosines, then sines of `t · 10000^(−i/half)`; a zero at the end if `dim` is odd.
 #[derive(Clone, Copy, Debug)]
 pub struct TimestepEmbedding {
-    /// f32 `[count]`, magnitudes below 2²⁰.
-    pub timesteps: DevicePtr,
+    /// Magnitudes below 2²⁰.
+    pub timesteps: Timesteps,
     /// Result `[count, dim]`.
     pub out: DevicePtr,
     /// Timesteps.
@@ -106,6 +106,15 @@ pub struct TimestepEmbedding {
     pub element: Element,
 }
 
+/// What is embedded.
+#[derive(Clone, Copy, Debug)]
+pub enum Timesteps {
+    /// The same for every row, as a step of a sampler has it: nothing is copied to the device.
+    Same(f32),
+    /// f32 `[count]`.
+    Each(DevicePtr),
+}
+
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
 struct TimestepArgs {
@@ -113,6 +122,8 @@ struct TimestepArgs {
     out: DevicePtr,
     count: i32,
     dim: i32,
+    timestep: f32,
+    unused: i32,
 }
 
 /// Queues a timestep embedding.
@@ -125,8 +136,12 @@ pub fn timestep_embedding(gpu: &Gpu, op: &TimestepEmbedding) -> Result<(), CudaE
         let reason = format!("{} timesteps of width {}", op.count, op.dim);
         return Err(CudaError::Unsupported { op: "timestep_embedding", reason });
     }
-    let args =
-        TimestepArgs { timesteps: op.timesteps, out: op.out, count: op.count as i32, dim: op.dim as i32 };
+    let (timesteps, timestep) = match op.timesteps {
+        Timesteps::Same(timestep) => (DevicePtr::NULL, timestep),
+        Timesteps::Each(timesteps) => (timesteps, 0.0),
+    };
+    let (count, dim) = (op.count as i32, op.dim as i32);
+    let args = TimestepArgs { timesteps, out: op.out, count, dim, timestep, unused: 0 };
     let name = format!("timestep_embedding_{}", op.element.suffix());
     let geometry = Geometry::line(places.div_ceil(THREADS as usize), THREADS);
     gpu.launch(&Kernel { module: MODULE, name: &name }, &geometry, &[bytes_of(&args)])
