@@ -49,6 +49,8 @@ pub struct DeviceOptions {
     pub vae: Option<Precision>,
     /// The autoencoder runs on the CPU.
     pub vae_on_cpu: bool,
+    /// Noise that samplers draw on the way comes from the GPU's generator.
+    pub gpu_noise: bool,
     /// Worker threads of the CPU backend; all cores if not given.
     pub threads: Option<usize>,
     /// Compute in bf16 (AMX tiles where the CPU has them) instead of f32.

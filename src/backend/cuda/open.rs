@@ -31,6 +31,7 @@ pub fn open_on<B: Backend + 'static>(
         error => OpenError::Tensor(error.into()),
     })?);
     let shared = Shared::new(gpu, options.memory_limit);
+    shared.set_draws_noise(options.gpu_noise);
     let mut made: Vec<(Element, Arc<dyn Backend>)> = Vec::new();
     let mut backend = |precision: Option<Precision>, default: Element| -> Arc<dyn Backend> {
         let element = precision.map_or(default, element);
