@@ -69,7 +69,7 @@ pub enum OpenError {
 /// The backends for these options.
 ///
 /// With [`Device::Auto`] a GPU that cannot be used is not an error: a log line
-/// says why, and the CPU does the work.
+/// says why (a warning, unless there is just no driver), and the CPU does the work.
 pub fn open(options: DeviceOptions) -> Result<Placement, OpenError> {
     let cpu = || cpu_backend(&options);
     match options.device {
@@ -78,7 +78,12 @@ pub fn open(options: DeviceOptions) -> Result<Placement, OpenError> {
         Device::Auto => match cuda::open(&options, cpu) {
             Ok(placement) => Ok(placement),
             Err(reason) => {
-                tracing::info!(%reason, "no GPU in use");
+                match reason {
+                    OpenError::Driver(DriverError::NoDriver { .. }) => {
+                        tracing::info!(%reason, "no GPU in use")
+                    }
+                    _ => tracing::warn!(%reason, "no GPU in use, the CPU does the work"),
+                }
                 Ok(Placement::all(cpu()?))
             }
         },

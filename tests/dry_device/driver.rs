@@ -45,12 +45,9 @@ impl DryDriver {
             let out = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("simt");
             build_simt(&kernels, &[], &out, SimtVariant::Fast).expect("the kernels compile")
         });
-        let inner = SimtDriver::open(&library, SimtOptions::default()).unwrap();
-        let info = DeviceInfo {
-            multiprocessors: MULTIPROCESSORS,
-            capability: Capability { major: 9, minor: 0 },
-            ..inner.device().clone()
-        };
+        let capability = Capability { major: 9, minor: 0 };
+        let inner = SimtDriver::open(&library, SimtOptions { capability, ..SimtOptions::default() }).unwrap();
+        let info = DeviceInfo { multiprocessors: MULTIPROCESSORS, ..inner.device().clone() };
         Self { inner, info, books: Mutex::default(), names: Mutex::default(), launches: Mutex::default() }
     }
 
@@ -81,6 +78,10 @@ impl Driver for DryDriver {
         let function = self.inner.function(module, name)?;
         self.names.lock().unwrap().insert(function, name.to_owned());
         Ok(function)
+    }
+
+    fn has_module(&self, module: &str) -> Result<bool, DriverError> {
+        self.inner.has_module(module)
     }
 
     fn function_info(&self, function: Function) -> Result<FunctionInfo, DriverError> {
