@@ -45,7 +45,8 @@ pub struct DeviceOptions {
     pub diffusion: Option<Precision>,
     /// Precision of text encoders on a GPU; f16 if not given.
     pub text: Option<Precision>,
-    /// Precision of autoencoders on a GPU; bf16 if not given, as f16 overflows in some of them.
+    /// Precision of autoencoders on a GPU; bf16 if not given, as f16 overflows in some of them; f32 before Ampere,
+    /// which has no bf16.
     pub vae: Option<Precision>,
     /// The autoencoder runs on the CPU.
     pub vae_on_cpu: bool,

@@ -6,11 +6,17 @@ use std::sync::Arc;
 use kiln::backend::cuda::{CudaBackend, Element, Gpu, Shared};
 use kiln::tensor::{Backend, DType, HostLayout, Linear, LinearParts, LinearWeight, RawTensor, Shape, Tensor};
 
-use crate::{complete, in_child, open, stand_in_alive};
+use crate::{complete, in_child, in_child_with, open, stand_in_alive};
 
 #[test]
 fn weights_pass_through_the_pinned_buffers_whole() {
     in_child("late::child_uploads_weights", complete);
+}
+
+/// The same where nobody waits for a buffer before it is filled again: the test must see it.
+#[test]
+fn a_buffer_that_is_filled_too_early_is_seen() {
+    in_child_with("late::child_uploads_weights", complete, &[("SIMULATED_CUDA_HASTY", "1")]);
 }
 
 #[test]
@@ -62,11 +68,11 @@ fn child_uploads_weights() {
     let mut out = backend.alloc(Shape { n: 1, h: 1, w: 2, c: n }).unwrap();
     backend.linear(&Linear::new(&x, &weight), &mut out).unwrap();
     let got = read(&backend, &out);
-    for (i, value) in got.iter().enumerate() {
+    let wrong = got.iter().enumerate().find(|(i, value)| {
         let (row, column) = (i / n, i % n);
-        let want = values[row * k + column % k] * (1.0 + (column / k) as f32);
-        assert_eq!(*value, want, "row {row}, column {column}");
-    }
+        **value != values[row * k + column % k] * (1.0 + (column / k) as f32)
+    });
+    assert_eq!(wrong.is_some(), std::env::var_os("SIMULATED_CUDA_HASTY").is_some(), "{wrong:?}");
     drop((x, out, weight, backend));
     assert_eq!(stand_in_alive(), 0, "objects were left behind");
 }
