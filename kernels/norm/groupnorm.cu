@@ -1,4 +1,4 @@
-// targets: sm_80
+// targets: sm_75
 // GroupNorm, optionally followed by SiLU, over NHWC; a second tensor may continue the channels of the first, and
 // groups may straddle the seam. T is half, bfloat16 or float; statistics, scale and shift are float.
 //

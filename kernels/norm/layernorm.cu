@@ -1,4 +1,4 @@
-// targets: sm_80
+// targets: sm_75
 // LayerNorm over the channels of every row: y = (x - mean) / sqrt(var + eps) * scale + shift.
 // T is half, bfloat16 or float; statistics, scale and shift are float.
 //

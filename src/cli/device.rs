@@ -57,7 +57,7 @@ pub struct DeviceArgs {
     /// Autoencoders in f16 on a GPU: finer, but some models overflow and give black pictures.
     #[arg(long, group = "vae_precision")]
     pub fp16_vae: bool,
-    /// Autoencoders in bf16 on a GPU (the default).
+    /// Autoencoders in bf16 on a GPU (the default; before Ampere it is f32).
     #[arg(long, group = "vae_precision")]
     pub bf16_vae: bool,
     /// Autoencoders in f32 on a GPU: slower, and twice the memory.

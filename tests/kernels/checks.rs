@@ -14,7 +14,7 @@ use crate::library;
 const AMPERE: Capability = Capability { major: 8, minor: 0 };
 const HOPPER: Capability = Capability { major: 9, minor: 0 };
 
-fn pass(variant: SimtVariant, options: SimtOptions, takes: impl Fn(&Case) -> bool) {
+pub(crate) fn pass(variant: SimtVariant, options: SimtOptions, takes: impl Fn(&Case) -> bool) {
     let driver = SimtDriver::open(&library(variant), options).expect("the library loads");
     let driver: Arc<dyn Driver> = Arc::new(driver);
     let before = driver.instruments().counts().bytes_in_use;

@@ -3,7 +3,8 @@
 //! - The primary context of the device, made current on whatever thread calls.
 //! - Memory from a stream-ordered pool of our own that keeps what is freed until [`Driver::trim`].
 //! - Kernels from fatbins: the modules that this binary carries, or a folder of
-//!   sources ([`Modules`]); a module is loaded when its first function is asked for.
+//!   sources ([`Modules`]); a module is loaded when its first function is asked for. One is loaded at once, to see whether
+//!   there is code for the device at all.
 //! - Streams do not wait for the default stream; graphs are captured in relaxed
 //!   mode, so that other threads may go on uploading.
 //! - Handles and device ranges are checked before the driver sees them: what a
@@ -34,7 +35,7 @@ use self::handles::Handles;
 pub use self::module::Modules;
 use self::module::{Kernel, Loader};
 use self::staging::Staging;
-use super::embedded::embedded;
+use super::embedded::{KernelBuild, embedded};
 use super::{
     Capability, DeviceInfo, DeviceMemory, DevicePtr, Driver, DriverError, Event, Function, FunctionInfo,
     Graph, Instruments, Launch, PinnedBuffer, Stream, TensorMap, TensorMapDesc,
@@ -48,9 +49,13 @@ pub fn device_count() -> Result<usize, DriverError> {
 
 /// What this build and this machine offer, in one line.
 pub fn summary() -> String {
-    let Some(build) = embedded() else { return "not built".into() };
+    summary_of(embedded(), device_count())
+}
+
+fn summary_of(build: Option<&KernelBuild>, devices: Result<usize, DriverError>) -> String {
+    let Some(build) = build else { return "not built".into() };
     let kernels = format!("{} kernel files for {} ({})", build.modules.len(), build.targets, build.compiler);
-    match device_count() {
+    match devices {
         Ok(count) => {
             let version = context::driver_version().unwrap_or(0);
             format!("{kernels}; driver {}.{}, {count} devices", version / 1000, version % 1000 / 10)
@@ -92,6 +97,7 @@ impl CudaDriver {
         context.enter()?;
         let info = context.info(ordinal)?;
         let loader = Loader::new(modules, &info)?;
+        loader.probe(&info)?;
         let pool = create_pool(ordinal)?;
         let side = create_stream()?;
         Ok(Self {
@@ -161,7 +167,8 @@ impl CudaDriver {
         stream: CUstream,
     ) -> CUresult {
         let mut attributes = [NO_ATTRIBUTE; 2];
-        let config = self.launch_config(launch, stream, &mut attributes);
+        let launch = Launch { overlaps: launch.overlaps && kernel.waits_by_itself(), ..*launch };
+        let config = self.launch_config(&launch, stream, &mut attributes);
         let mut pointers: Vec<*mut std::ffi::c_void> = params.iter().map(|p| p.as_ptr() as *mut _).collect();
         let function = kernel.raw as sys::CUfunction;
         // SAFETY: number and sizes of the parameters were checked; the driver copies them before it returns.
@@ -329,6 +336,11 @@ impl Driver for CudaDriver {
         }
         self.context.enter()?;
         self.loader.load(module, name, &self.info)
+    }
+
+    fn has_module(&self, module: &str) -> Result<bool, DriverError> {
+        self.context.enter()?;
+        self.loader.has(module, &self.info)
     }
 
     fn function_info(&self, function: Function) -> Result<FunctionInfo, DriverError> {
@@ -678,6 +690,18 @@ mod tests {
         assert_eq!(error, "fill: 49 bytes at 0x1010; the allocation before it is 64 bytes at 0x1000");
         assert!(check(0x0fff, 1).unwrap_err().to_string().contains("no device memory"));
         assert!(check(0x2000, usize::MAX).is_err());
+    }
+
+    #[test]
+    fn a_build_without_nvcc_says_so() {
+        assert_eq!(summary_of(None, Ok(1)), "not built");
+        let build = KernelBuild { compiler: "nvcc 13.0.88", targets: "sm_80 sm_90a", modules: &[] };
+        let reason = "its library is not here".into();
+        let said = summary_of(Some(&build), Err(DriverError::NoDriver { reason }));
+        assert!(
+            said.starts_with("0 kernel files for sm_80 sm_90a (nvcc 13.0.88); no CUDA driver: its"),
+            "{said}"
+        );
     }
 
     #[test]

@@ -212,8 +212,11 @@ pub(super) type LaunchFn = fn(&Gpu, &Attention, &Spec) -> Result<(), CudaError>;
 
 fn launch(gpu: &Gpu, op: &Attention, spec: &Spec) -> Result<(), CudaError> {
     match spec.forced {
-        Some((tile, splits)) => attention_as(gpu, op, &Plan::tiled(TILES[tile], spec.keys, splits)),
-        None => attention(gpu, op),
+        Some((tile, splits)) if TILES[tile].shared <= gpu.shared_memory() => {
+            attention_as(gpu, op, &Plan::tiled(TILES[tile], spec.keys, splits))
+        }
+        // A tile that the device has no room for is never chosen there.
+        _ => attention(gpu, op),
     }
 }
 

@@ -82,9 +82,9 @@ impl Case {
         }
     }
 
-    /// Whether the device has code for this case: families of sm_90a run on Hopper and under the SIMT layer only.
+    /// Whether the device has code for this case: families of sm_90a run on Hopper only, or what claims to be one.
     pub fn runs_on(&self, gpu: &Gpu) -> bool {
-        !self.family.ends_with("_sm90") || gpu.is_hopper() || gpu.driver().device().is_simulated
+        !self.family.ends_with("_sm90") || gpu.is_hopper()
     }
 }
 

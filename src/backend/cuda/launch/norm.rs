@@ -135,10 +135,11 @@ fn cluster_plan(shape: &GroupNormShape, multiprocessors: usize) -> Option<GroupN
     Some(GroupNormPlan::Cluster { slab, blocks, run, vectors })
 }
 
-fn plan(shape: &GroupNormShape, multiprocessors: usize) -> GroupNormPlan {
+fn plan(shape: &GroupNormShape, multiprocessors: usize, shared_memory: usize) -> GroupNormPlan {
     let size = shape.channels / shape.groups;
     let slab = size * VECTOR / gcd(size, VECTOR);
-    let fits = slab * shape.pixels * shape.element_bytes <= FUSED_BYTES;
+    let most = FUSED_BYTES.min(shared_memory.saturating_sub(FUSED_TABLES));
+    let fits = slab * shape.pixels * shape.element_bytes <= most;
     if shape.vector == VECTOR && fits {
         return GroupNormPlan::Fused { slab };
     }
@@ -193,7 +194,7 @@ pub fn group_norm(gpu: &Gpu, op: &GroupNorm) -> Result<(), CudaError> {
         silu: i32::from(op.silu),
     };
     let on_hopper = if gpu.is_hopper() { cluster_plan(&shape, gpu.multiprocessors()) } else { None };
-    match on_hopper.unwrap_or_else(|| plan(&shape, gpu.multiprocessors())) {
+    match on_hopper.unwrap_or_else(|| plan(&shape, gpu.multiprocessors(), gpu.shared_memory())) {
         GroupNormPlan::Cluster { slab, blocks, run, vectors } => {
             (args.slab, args.run, args.runs) = (slab as i32, run as i32, blocks as i32);
             let name = format!("groupnorm_cluster_{vectors}_{}", op.element.suffix());
@@ -382,9 +383,27 @@ mod tests {
 
     #[test]
     fn small_maps_take_one_pass() {
-        assert_eq!(plan(&shape(2, 256, 1280), 132), GroupNormPlan::Fused { slab: 40 });
-        assert_eq!(plan(&shape(2, 256, 2560), 132), GroupNormPlan::Fused { slab: 80 });
-        assert_eq!(plan(&shape(2, 1024, 640), 132), GroupNormPlan::TwoPass { run: 36, span: 18 });
+        let plan = |shape| plan(&shape, 132, 227 << 10);
+        assert_eq!(plan(shape(2, 256, 1280)), GroupNormPlan::Fused { slab: 40 });
+        assert_eq!(plan(shape(2, 256, 2560)), GroupNormPlan::Fused { slab: 80 });
+        assert_eq!(plan(shape(2, 1024, 640)), GroupNormPlan::TwoPass { run: 36, span: 18 });
+    }
+
+    #[test]
+    fn one_pass_fits_the_device() {
+        for limit in [64 << 10, 99 << 10, 163 << 10, 227 << 10] {
+            let mut most = 0;
+            for (pixels, channels) in (1..600).flat_map(|pixels| [32, 320, 1280, 2560].map(|c| (pixels, c))) {
+                if let GroupNormPlan::Fused { slab } = plan(&shape(2, pixels, channels), 40, limit) {
+                    most = most.max(FUSED_TABLES + slab * pixels * 2);
+                }
+            }
+            assert!(
+                most <= limit && most > (limit - 256).min(FUSED_TABLES + FUSED_BYTES - 256),
+                "{most} of {limit}"
+            );
+        }
+        const { assert!(STATS_BYTES <= 64 << 10 && CLUSTER_BYTES <= 227 << 10) };
     }
 
     #[test]
@@ -405,7 +424,7 @@ mod tests {
 
     #[test]
     fn large_maps_fill_the_device_twice() {
-        let GroupNormPlan::TwoPass { run, span } = plan(&shape(1, 512 * 512, 128), 132) else {
+        let GroupNormPlan::TwoPass { run, span } = plan(&shape(1, 512 * 512, 128), 132, 227 << 10) else {
             panic!("one pass over 64 MB")
         };
         assert_eq!((run, span), (993, 993));
