@@ -3,6 +3,7 @@
 use rayon::prelude::*;
 
 use super::epilogue::{EpilogueCase, Extent, Operands, rows_to_compare, upload_rows};
+use super::random::{HALVES, Shapes, distinct};
 use super::{Case, Context, Measured};
 use crate::backend::cuda::launch::elementwise::Act;
 use crate::backend::cuda::launch::epilogue::Rows;
@@ -58,6 +59,7 @@ impl Spec {
             name: self.name(),
             quick: flops < 2e7,
             needs_gpu: flops > 5e8,
+            is_random: false,
             flops,
             bytes: ((self.m * k + self.n * k + results * self.m * width) * self.element.size()) as f64,
             tolerance: Operands::tolerance(&self.epilogue, self.element, k),
@@ -68,11 +70,10 @@ impl Spec {
 
 pub(super) fn cases() -> Vec<Case> {
     let mut specs = Vec::new();
-    for element in [Element::F16, Element::BF16] {
+    for element in HALVES {
         every_tile(element, &mut specs);
         few_rows(element, &mut specs);
         odd(element, &mut specs);
-        random(element, &mut specs);
         real(element, &mut specs);
     }
     specs.into_iter().map(Spec::case).collect()
@@ -128,36 +129,35 @@ fn odd(element: Element, specs: &mut Vec<Spec>) {
     }
 }
 
-fn random(element: Element, specs: &mut Vec<Spec>) {
-    let mut state = 0x1234_5678u64;
-    let mut random = |below: usize| {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state >> 33) as usize % below
-    };
-    for _ in 0..28 {
-        let samples = [1, 1, 2, 3][random(4)];
-        let rows_per_sample = 1 + random(160);
-        let n = if random(3) == 0 { 1 + random(330) } else { 8 * (1 + random(44)) };
-        let k1 = 8 * (1 + random(60));
-        let k2 = if random(3) == 0 { 8 * (1 + random(20)) } else { 0 };
-        let force = match random(3) {
-            0 => None,
-            _ => Some((Tile::ALIGNED[random(4)], 1 + random(4))),
-        };
-        let epilogue = EpilogueCase::random(&mut random, n, true);
-        let pad = [0, 8, 24][random(3)];
-        specs.push(Spec {
-            m: samples * rows_per_sample,
-            n,
-            k1,
-            k2,
-            pad,
-            rows_per_sample,
-            force,
-            epilogue,
-            element,
-        });
+/// Of every tile as many, whole and split; of the kernel for few rows; and of what the launcher chooses.
+pub(super) fn random(shapes: &mut Shapes) -> Vec<Case> {
+    let mut cases = Vec::new();
+    for element in HALVES {
+        for tile in Tile::ALIGNED.into_iter().chain([Tile::Any]) {
+            cases.extend(distinct(shapes, |s| {
+                let spec = random_spec(s, element, 190, if tile == Tile::Any { 1 } else { 8 });
+                Spec { force: Some((tile, s.of(1..=4))), ..spec }.case()
+            }));
+        }
+        cases.extend(distinct(shapes, |s| random_spec(s, element, 190, 8).case()));
+        cases.extend(distinct(shapes, |s| {
+            let spec = random_spec(s, element, 5, 8);
+            let is_plain = !spec.epilogue.geglu;
+            Spec { epilogue: if is_plain { spec.epilogue } else { EpilogueCase::PLAIN }, ..spec }.case()
+        }));
     }
+    cases
+}
+
+/// Up to three samples of up to `rows` rows; depths and pitches in multiples of `unit`.
+fn random_spec(s: &mut Shapes, element: Element, rows: usize, unit: usize) -> Spec {
+    let (samples, rows_per_sample) = (s.pick(&[1, 1, 2, 3]), s.of(1..=rows));
+    let m = samples * rows_per_sample.div_ceil(samples);
+    let n = if s.once_in(3) { s.odd(1..=330) } else { 8 * s.of(1..=44) };
+    let k2 = if s.once_in(3) { unit * s.of(1..=160 / unit) } else { 0 };
+    let (k1, pad) = (unit * s.of(1..=256 / unit), s.pick(&[0, unit, 3 * unit]));
+    let epilogue = EpilogueCase::random(&mut |below| s.below(below), n, true);
+    Spec { m, n, k1, k2, pad, rows_per_sample: m / samples, force: None, epilogue, element }
 }
 
 /// Layers of SD1.5 at 512², cfg pair, its text encoder, and the largest and the odd ones of SDXL at 1024².
