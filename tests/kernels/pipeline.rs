@@ -23,21 +23,12 @@ use crate::library;
 
 /// The demo model's backends on a SIMT driver of their own.
 pub fn simt() -> (Arc<SimtDriver>, Placement) {
-<<<<<<< HEAD
-    simt_as(SimtOptions::default())
+    simt_in(SimtOptions::default(), Element::F16, Element::BF16)
 }
 
-fn simt_as(options: SimtOptions) -> (Arc<SimtDriver>, Placement) {
+/// The same on another device, with all but the VAE in one type, and the VAE in another.
+fn simt_in(options: SimtOptions, element: Element, vae: Element) -> (Arc<SimtDriver>, Placement) {
     let driver = Arc::new(SimtDriver::open(&library(SimtVariant::Fast), options).unwrap());
-=======
-    simt_in(Element::F16, Element::BF16)
-}
-
-/// The same with all but the VAE in one type, and the VAE in another.
-fn simt_in(element: Element, vae: Element) -> (Arc<SimtDriver>, Placement) {
-    let library = library(SimtVariant::Fast);
-    let driver = Arc::new(SimtDriver::open(&library, SimtOptions::default()).unwrap());
->>>>>>> main
     let shared = Shared::new(Arc::new(Gpu::new(driver.clone()).unwrap()), None);
     let backend = |element| Arc::new(CudaBackend::new(shared.clone(), element));
     let (nets, vae) = (backend(element), backend(vae));
@@ -143,13 +134,13 @@ fn the_demo_picture_is_that_of_the_cpu() {
     engine_on_simt.shutdown();
 }
 
-<<<<<<< HEAD
 /// The kernels of Hopper in their places: at 128², the network's middle levels and the decoder are large enough for each.
 #[test]
 fn the_demo_picture_of_a_hopper_device_is_that_of_the_cpu() {
     let (ours, theirs) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let capability = Capability { major: 9, minor: 0 };
-    let (driver, placement) = simt_as(SimtOptions { capability, ..SimtOptions::default() });
+    let options = SimtOptions { capability, ..SimtOptions::default() };
+    let (driver, placement) = simt_in(options, Element::F16, Element::BF16);
     driver.instruments().set_tracing(true);
     let prompt = workflow(128, 3, 1);
     let on_hopper = picture(&run(&engine(placement, ours.path()), prompt.clone()), ours.path());
@@ -168,21 +159,21 @@ fn the_demo_picture_of_a_hopper_device_is_that_of_the_cpu() {
         assert!(is_launched, "no {family}…{element} among {launched:?}");
     }
     assert!(driver.instruments().counts().graph_launches > 0, "steps replay a graph");
-=======
+}
+
 /// All in f32: of the 12,288 values of the picture at most one in a thousand is another one, by 1, where a value lay on
 /// the edge between two.
 #[test]
 fn in_f32_the_picture_is_that_of_the_cpu() {
     let (ours, theirs) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let prompt = workflow(64, 6, 1);
-    let on_simt = engine(simt_in(Element::F32, Element::F32).1, ours.path());
+    let on_simt = engine(simt_in(SimtOptions::default(), Element::F32, Element::F32).1, ours.path());
     let on_simt = picture(&run(&on_simt, prompt.clone()), ours.path());
     let on_cpu = picture(&run(&engine(cpu(), theirs.path()), prompt), theirs.path());
     let apart: Vec<u8> =
         on_simt.iter().zip(&on_cpu).map(|(a, b)| a.abs_diff(*b)).filter(|d| *d > 0).collect();
     println!("{} of {} values differ", apart.len(), on_cpu.len());
     assert!(apart.len() * 1000 <= on_cpu.len() && apart.iter().all(|d| *d == 1), "{apart:?}");
->>>>>>> main
 }
 
 /// Hooks inside the network and guidance that asks it again, as on the CPU.

@@ -147,6 +147,7 @@ pub(super) fn random(shapes: &mut Shapes) -> Vec<Case> {
             Spec { epilogue: if is_plain { spec.epilogue } else { EpilogueCase::PLAIN }, ..spec }.case()
         }));
     }
+    cases.extend(random_float(shapes));
     cases
 }
 
@@ -161,33 +162,35 @@ fn random_spec(s: &mut Shapes, element: Element, rows: usize, unit: usize) -> Sp
     Spec { m, n, k1, k2, pad, rows_per_sample: m / samples, force: None, epilogue, element }
 }
 
-/// Products in f32, whose launcher takes the large tile where there are enough of them, the small one elsewhere, and
-/// `any` for what is not aligned; sums of more than 256 products are split.
+/// Products in f32.
 fn float(specs: &mut Vec<Spec>) {
-    let mut state = 0x00f3_2000_u64;
-    let mut random = |below: usize| {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state >> 33) as usize % below
-    };
-    for i in 0..72 {
-        let (is_large, is_any) = (i % 3 == 0, i % 3 == 1);
-        let rows_per_sample = 1 + random(90) + if is_large { 200 } else { 0 };
-        let samples = if is_large { 2 } else { 1 + random(3) };
-        let n = if is_large { 8 * (33 + random(20)) } else { 1 + random(150) };
-        let n = if is_any || random(3) == 0 { n } else { n.next_multiple_of(16) };
-        let odd =
-            |n: usize, random: &mut dyn FnMut(usize) -> usize| if is_any { n + 1 + random(7) } else { n };
-        let k1 = odd(8 * (1 + random(if is_large { 12 } else { 100 })), &mut random);
-        let k2 = if random(3) == 0 { odd(8 * (1 + random(9)), &mut random) } else { 0 };
-        let epilogue = EpilogueCase::random(&mut random, n, true);
-        let pad = if is_any { random(4) } else { 8 * random(3) };
-        let m = samples * rows_per_sample;
-        specs.push(Spec { m, k2, pad, rows_per_sample, epilogue, ..Spec::plain(m, n, k1, Element::F32) });
-    }
     let residual = EpilogueCase { bias: true, residual: true, ..EpilogueCase::PLAIN };
     for (m, n, k) in [(8192, 320, 320), (512, 1280, 1280), (154, 3072, 768)] {
         specs.push(Spec { epilogue: residual, ..Spec::plain(m, n, k, Element::F32) });
     }
+}
+
+/// In f32, where the launcher takes the large tile where there are enough of them, the small one elsewhere, `any` for
+/// what is not aligned, and splits sums of more than 256 products.
+fn random_float(shapes: &mut Shapes) -> Vec<Case> {
+    let aligned = |s: &mut Shapes, rows| random_spec(s, Element::F32, rows, 8);
+    let mut cases = distinct(shapes, |s| aligned(s, 190).case());
+    cases.extend(distinct(shapes, |s| {
+        let spec = aligned(s, 60);
+        let rows_per_sample = s.of(129..=190);
+        let (m, n) = (2 * rows_per_sample, 16 * s.of(17..=24));
+        Spec { m, n, rows_per_sample, k1: 8 * s.of(1..=9), ..spec }.case()
+    }));
+    cases.extend(distinct(shapes, |s| {
+        let spec = random_spec(s, Element::F32, 190, 1);
+        Spec { k1: spec.k1 | 1, ..spec }.case()
+    }));
+    cases.extend(distinct(shapes, |s| {
+        let spec = aligned(s, 60);
+        let (n, k1) = (16 * s.of(1..=3), 8 * s.of(64..=100));
+        Spec { n, k1, ..spec }.case()
+    }));
+    cases
 }
 
 /// Layers of SD1.5 at 512², cfg pair, its text encoder, and the largest and the odd ones of SDXL at 1024².
