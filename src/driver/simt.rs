@@ -107,6 +107,7 @@ impl Schedule {
 struct Api {
     get_function: unsafe extern "C" fn(*const c_char, *const c_char) -> *const c_void,
     has_module: unsafe extern "C" fn(*const c_char) -> c_int,
+    kernel_name: unsafe extern "C" fn(c_int) -> *const c_char,
     param_count: unsafe extern "C" fn(*const c_void) -> c_int,
     param_size: unsafe extern "C" fn(*const c_void, c_int) -> u32,
     alloc: unsafe extern "C" fn(usize) -> u64,
@@ -185,6 +186,7 @@ impl SimtDriver {
             Api {
                 get_function: *library.get(b"simt_get_function").map_err(fail)?,
                 has_module: *library.get(b"simt_has_module").map_err(fail)?,
+                kernel_name: *library.get(b"simt_kernel_name").map_err(fail)?,
                 param_count: *library.get(b"simt_param_count").map_err(fail)?,
                 param_size: *library.get(b"simt_param_size").map_err(fail)?,
                 alloc: *library.get(b"simt_alloc").map_err(fail)?,
@@ -222,6 +224,19 @@ impl SimtDriver {
     /// Changes the order of threads for the launches to come.
     pub fn set_order(&self, order: Order, workers: usize) {
         *self.running.lock().unwrap_or_else(PoisonError::into_inner) = Schedule::new(order, workers);
+    }
+
+    /// The names of all kernels of the library, sorted.
+    pub fn kernels(&self) -> Vec<String> {
+        let mut names: Vec<String> = (0..)
+            // SAFETY: no preconditions.
+            .map(|i| unsafe { (self.api.kernel_name)(i) })
+            .take_while(|name| !name.is_null())
+            // SAFETY: a C string of the library, which is never unloaded.
+            .map(|name| unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned())
+            .collect();
+        names.sort_unstable();
+        names
     }
 
     /// Bank conflicts of `ldmatrix` in this thread's last launch: wavefronts beyond one per 8×8 matrix.
