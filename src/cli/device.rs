@@ -1,5 +1,7 @@
 //! Flags that choose the device and the precision, named as in ComfyUI.
 
+use std::path::PathBuf;
+
 use clap::ValueEnum;
 
 use crate::backend::{Device, DeviceOptions, Precision};
@@ -30,6 +32,9 @@ pub struct DeviceArgs {
     /// Index of the GPU.
     #[arg(long, value_name = "N")]
     pub cuda_device: Option<usize>,
+    /// Kernels from this folder (laid out as kernels/, or a part of it), compiled now, instead of those in the binary.
+    #[arg(long, value_name = "DIR", conflicts_with = "cpu")]
+    pub kernels_dir: Option<PathBuf>,
     /// Everything in f16 on a GPU.
     #[arg(long)]
     pub force_fp16: bool,
@@ -75,8 +80,8 @@ impl DeviceArgs {
             (true, _) | (_, DeviceName::Cpu) => Device::Cpu,
             (_, DeviceName::Simt) => Device::Simt,
             (_, DeviceName::Cuda) => Device::Cuda,
-            // A GPU that was named must be there.
-            (_, DeviceName::Auto) if self.cuda_device.is_some() => Device::Cuda,
+            // A GPU that was named, or that kernels are meant for, must be there.
+            (_, DeviceName::Auto) if self.cuda_device.is_some() || self.kernels_dir.is_some() => Device::Cuda,
             (_, DeviceName::Auto) => Device::Auto,
         };
         let precision = |is_f16: bool, is_bf16: bool| match (is_f16 || self.force_fp16, is_bf16) {
@@ -87,6 +92,7 @@ impl DeviceArgs {
         DeviceOptions {
             device,
             ordinal: self.cuda_device.unwrap_or(0),
+            kernels: self.kernels_dir.clone(),
             diffusion: precision(self.fp16_unet, self.bf16_unet),
             text: precision(self.fp16_text_enc, self.bf16_text_enc),
             vae: precision(self.fp16_vae, self.bf16_vae),

@@ -7,6 +7,8 @@
 
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
+mod tools;
+
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;

@@ -187,14 +187,6 @@ impl CudaBackend {
         Ok(Tensor::new(shape, dtype, Storage::Device(self.shared.lend(bytes)?)))
     }
 
-    /// Names what the next launches work on, for traces.
-    pub(super) fn label(&self, text: impl FnOnce() -> String) {
-        let instruments = self.shared.gpu.driver().instruments();
-        if instruments.is_tracing() {
-            instruments.set_label(text());
-        }
-    }
-
     /// Fails unless `t` has the backend's own type.
     fn own(&self, op: &'static str, t: &Tensor) -> Result<Operand, TensorError> {
         let operand = operand(op, t)?;
@@ -331,7 +323,6 @@ impl Backend for CudaBackend {
             element: self.element,
             epilogue,
         };
-        self.label(|| format!("conv {}x{} {s} -> {}", op.w.kh, op.w.kw, out.shape()));
         Ok(conv::conv(&self.shared.gpu, &launch)?)
     }
 
@@ -363,7 +354,6 @@ impl Backend for CudaBackend {
             element: self.element,
             epilogue,
         };
-        self.label(|| format!("linear {}x{}x{}", launch.m, launch.n, op.w.k));
         Ok(gemm::gemm(&self.shared.gpu, &launch)?)
     }
 
@@ -396,12 +386,6 @@ impl Backend for CudaBackend {
             scale: op.scale,
             element: self.element,
         };
-        self.label(|| {
-            format!(
-                "attention {} x {} heads, {} queries, {} keys, d {}",
-                sq.n, op.heads, launch.queries, launch.keys, launch.head_dim
-            )
-        });
         Ok(attention::attention(&self.shared.gpu, &launch)?)
     }
 
@@ -428,7 +412,6 @@ impl Backend for CudaBackend {
             silu: op.silu,
             element: self.element,
         };
-        self.label(|| format!("group_norm {}", out.shape()));
         Ok(norm::group_norm(&self.shared.gpu, &launch)?)
     }
 
@@ -452,7 +435,6 @@ impl Backend for CudaBackend {
             eps: op.eps,
             element: self.element,
         };
-        self.label(|| format!("layer_norm {s}"));
         Ok(norm::layer_norm(&self.shared.gpu, &launch)?)
     }
 
@@ -482,7 +464,6 @@ impl Backend for CudaBackend {
             act: act(function),
             element: self.element,
         };
-        self.label(|| format!("activate {}", x.shape()));
         Ok(elementwise::activate(&self.shared.gpu, &launch)?)
     }
 
@@ -499,7 +480,6 @@ impl Backend for CudaBackend {
             b,
             element: self.element,
         };
-        self.label(|| format!("axpby {}", x.shape()));
         Ok(elementwise::axpby(&self.shared.gpu, &launch)?)
     }
 
@@ -525,7 +505,6 @@ impl Backend for CudaBackend {
             },
             element: self.element,
         };
-        self.label(|| format!("resize {filter:?} {from} -> {to}"));
         Ok(image::resize(&self.shared.gpu, &launch)?)
     }
 
@@ -542,7 +521,6 @@ impl Backend for CudaBackend {
             run: op.run,
             element: self.element,
         };
-        self.label(|| format!("swap_tokens {}", out.shape()));
         Ok(copy::swap(&self.shared.gpu, &launch)?)
     }
 
@@ -562,7 +540,6 @@ impl Backend for CudaBackend {
             factor: op.factor,
             element: self.element,
         };
-        self.label(|| format!("scale_half {s}"));
         Ok(reweight::scale_half(&self.shared.gpu, &launch)?)
     }
 
@@ -579,7 +556,6 @@ impl Backend for CudaBackend {
             factor,
             element: self.element,
         };
-        self.label(|| format!("scale_low_band {s}"));
         Ok(reweight::scale_low_band(&self.shared.gpu, &launch)?)
     }
 

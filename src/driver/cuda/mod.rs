@@ -34,7 +34,6 @@ use self::handles::Handles;
 pub use self::module::Modules;
 use self::module::{Kernel, Loader};
 use self::staging::Staging;
-use super::embedded::embedded;
 use super::{
     Capability, DeviceInfo, DeviceMemory, DevicePtr, Driver, DriverError, Event, Function, FunctionInfo,
     Graph, Instruments, Launch, PinnedBuffer, Stream, TensorMap, TensorMapDesc,
@@ -46,17 +45,9 @@ pub fn device_count() -> Result<usize, DriverError> {
     context::device_count()
 }
 
-/// What this build and this machine offer, in one line.
-pub fn summary() -> String {
-    let Some(build) = embedded() else { return "not built".into() };
-    let kernels = format!("{} kernel files for {} ({})", build.modules.len(), build.targets, build.compiler);
-    match device_count() {
-        Ok(count) => {
-            let version = context::driver_version().unwrap_or(0);
-            format!("{kernels}; driver {}.{}, {count} devices", version / 1000, version % 1000 / 10)
-        }
-        Err(error) => format!("{kernels}; {error}"),
-    }
+/// The GPUs of this machine, by index; an error if there is no CUDA driver.
+pub fn devices() -> Result<Vec<DeviceInfo>, DriverError> {
+    (0..device_count()?).map(context::device).collect()
 }
 
 /// One GPU.
