@@ -45,3 +45,4 @@ template <class T> __device__ __forceinline__ void split_k(const SplitKArgs& arg
     SIMT_KERNEL(name)
 SPLIT_K(__half, split_k_f16)
 SPLIT_K(__nv_bfloat16, split_k_bf16)
+SPLIT_K(float, split_k_f32)

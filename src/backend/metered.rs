@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::tensor::{
-    Activation, Attention, Backend, BackendInfo, Body, BodyError, Conv2d, ConvWeight, Embed, Embedding,
+    Activation, Attention, Backend, BackendInfo, Body, BodyError, Cols, Conv2d, ConvWeight, Embed, Embedding,
     Filter, GroupNorm, HostLayout, LatentOps, LayerNorm, Linear, LinearParts, LinearWeight, MemoryUse,
     NormWeight, PressureHook, RawTensor, ScaleHalf, Shape, SwapTokens, Tensor, TensorError,
 };
@@ -170,6 +170,10 @@ impl Backend for Metered {
     /// The ops of `body` are counted when they run or are recorded, not when a recording is replayed.
     fn record(&self, key: u64, inputs: &[&Tensor], body: &mut Body<'_>) -> Result<Tensor, BodyError> {
         self.inner.record(key, inputs, body)
+    }
+
+    fn concat(&self, parts: &[Cols<'_>], out: &mut Tensor) -> Result<(), TensorError> {
+        self.count("copy", 0.0, || self.inner.concat(parts, out))
     }
 
     fn latent_ops(&self) -> Option<&dyn LatentOps> {

@@ -31,6 +31,8 @@ pub enum Precision {
     F16,
     /// bfloat16.
     BF16,
+    /// IEEE single precision: no tensor cores, an order of magnitude slower.
+    F32,
 }
 
 /// Which device to run on.
@@ -46,7 +48,7 @@ pub struct DeviceOptions {
     pub text: Option<Precision>,
     /// Precision of autoencoders on a GPU; bf16 if not given, as f16 overflows in some of them.
     pub vae: Option<Precision>,
-    /// The autoencoder stays on the CPU.
+    /// The autoencoder runs on the CPU.
     pub vae_on_cpu: bool,
     /// Worker threads of the CPU backend; all cores if not given.
     pub threads: Option<usize>,

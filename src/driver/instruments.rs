@@ -57,12 +57,20 @@ pub struct Instruments {
     uploaded: AtomicU64,
     downloaded: AtomicU64,
     bytes_in_use: AtomicU64,
-    /// Allocations until the first that fails, and how many fail in a row.
-    planned: Mutex<Option<(u32, u32)>>,
+    planned: Mutex<Option<Failures>>,
     tracing: AtomicBool,
     label: Mutex<String>,
     trace: Mutex<Vec<LaunchRecord>>,
     opened: Instant,
+}
+
+/// Allocations that are to fail.
+#[derive(Clone, Copy)]
+enum Failures {
+    /// After so many that do not, so many in a row.
+    Row(u32, u32),
+    /// Every one when it is asked for first; whether the next is asked for again.
+    First(bool),
 }
 
 impl Default for Instruments {
@@ -102,7 +110,13 @@ impl Instruments {
 
     /// The `n`-th allocation from now (0: the next) and `count - 1` after it fail as if the device were full.
     pub fn fail_allocations(&self, n: u32, count: u32) {
-        *self.planned.lock().unwrap_or_else(PoisonError::into_inner) = (count > 0).then_some((n, count));
+        let planned = (count > 0).then_some(Failures::Row(n, count));
+        *self.planned.lock().unwrap_or_else(PoisonError::into_inner) = planned;
+    }
+
+    /// Every allocation from now on fails, and does not when it is asked for again.
+    pub fn fail_first_tries(&self) {
+        *self.planned.lock().unwrap_or_else(PoisonError::into_inner) = Some(Failures::First(false));
     }
 
     /// No allocation is to fail any more. Returns whether all that were planned did.
@@ -115,12 +129,16 @@ impl Instruments {
         let mut planned = self.planned.lock().unwrap_or_else(PoisonError::into_inner);
         match *planned {
             None => false,
-            Some((0, count)) => {
-                *planned = (count > 1).then(|| (0, count - 1));
+            Some(Failures::First(is_retry)) => {
+                *planned = Some(Failures::First(!is_retry));
+                !is_retry
+            }
+            Some(Failures::Row(0, count)) => {
+                *planned = (count > 1).then(|| Failures::Row(0, count - 1));
                 true
             }
-            Some((n, count)) => {
-                *planned = Some((n - 1, count));
+            Some(Failures::Row(n, count)) => {
+                *planned = Some(Failures::Row(n - 1, count));
                 false
             }
         }

@@ -78,6 +78,12 @@ impl Network for Hypernetwork {
 }
 
 impl Hypernetwork {
+    /// Whether everything it does is an op of the backend.
+    pub fn stays_on_the_device(&self) -> bool {
+        let is_on_host = |step: &Step| matches!(step, Step::Linear(_, Act::Host(_)));
+        !self.networks.values().flatten().flatten().any(is_on_host)
+    }
+
     /// What keys and what values are made of, at a strength; `None` if there are no networks of that width.
     ///
     /// # Errors

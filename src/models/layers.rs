@@ -365,6 +365,15 @@ impl Ops<'_> {
         self.swap_tokens(&SwapTokens { x, rows: 1, columns: 1, run: x.tensor.shape().positions().max(1) })
     }
 
+    /// Columns of several tensors of the same rows side by side.
+    pub fn concat(&self, parts: &[Cols<'_>]) -> Result<Tensor, ModelError> {
+        let (expected, found) = (1, parts.len());
+        let what = "tensors side by side";
+        let first = parts.first().ok_or(ModelError::Input { what, expected, found })?;
+        let shape = first.tensor.shape().with_channels(parts.iter().map(|part| part.width).sum());
+        self.with(shape, |out| self.0.concat(parts, out))
+    }
+
     /// The first half of the channels scaled.
     pub fn scale_half(&self, op: &ScaleHalf<'_>) -> Result<Tensor, ModelError> {
         self.with(op.x.shape(), |out| self.0.scale_half(op, out))

@@ -1,7 +1,7 @@
 use std::sync::Arc;
 
 use super::*;
-use crate::diffusion::{CondEntry, RunInputs};
+use crate::diffusion::{CondEntry, Field, RunInputs};
 use crate::models::detect::Heads;
 
 fn config(in_channels: usize, adm_channels: Option<usize>) -> UnetConfig {

@@ -319,6 +319,8 @@ pub struct MemoryUse {
     pub activations: usize,
     /// Arena memory that is free for reuse.
     pub cached: usize,
+    /// Scratch memory of kernels.
+    pub workspace: usize,
     /// Packed weights alive.
     pub weights: usize,
     /// Highest value of `activations + cached` so far.
@@ -329,6 +331,13 @@ pub struct MemoryUse {
     pub available: usize,
     /// Memory of a device of its own; `None` if it is the machine's.
     pub device_total: Option<usize>,
+}
+
+impl MemoryUse {
+    /// All that the backend holds, in use or not.
+    pub fn held(&self) -> usize {
+        self.weights + self.activations + self.workspace + self.cached
+    }
 }
 
 /// Work that may be recorded, see [`Backend::record`].
@@ -420,6 +429,11 @@ pub trait Backend: Send + Sync {
     /// Tokens in another order; `out` has the tokens and [`SwapTokens::out_shape`].
     fn swap_tokens(&self, op: &SwapTokens<'_>, out: &mut Tensor) -> Result<(), TensorError> {
         reference::swap_tokens(self, op, out)
+    }
+
+    /// Columns of several tensors of the same rows side by side; `out` has the rows and all columns.
+    fn concat(&self, parts: &[Cols<'_>], out: &mut Tensor) -> Result<(), TensorError> {
+        reference::concat(self, parts, out)
     }
 
     /// Scales the first half of the channels; `out` has the shape of `x`.

@@ -24,6 +24,16 @@ pub fn resize(from: Shape, to: Shape) -> Result<(), TensorError> {
     size(OP, "pixels of the input (at least)", 1, from.positions().min(1))
 }
 
+/// Fails unless the parts have rows alike and `out` the rows and all columns.
+pub fn concat(parts: &[Cols<'_>], out: Shape) -> Result<(), TensorError> {
+    const OP: &str = "concat";
+    for part in parts {
+        part.check(OP)?;
+        shape(OP, out, part.tensor.shape().with_channels(out.c))?;
+    }
+    size(OP, "columns of the parts", out.c, parts.iter().map(|part| part.width).sum())
+}
+
 impl SwapTokens<'_> {
     /// Fails unless the tokens can be cut so and `out` is the shape of the result.
     pub fn check(&self, out: Shape) -> Result<(), TensorError> {

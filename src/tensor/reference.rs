@@ -8,7 +8,7 @@ use std::f64::consts::TAU;
 use rayon::prelude::*;
 
 use super::resample::{Axis, Grid};
-use super::{Backend, Filter, HostLayout, ScaleHalf, Shape, SwapTokens, Tensor, TensorError};
+use super::{Backend, Cols, Filter, HostLayout, ScaleHalf, Shape, SwapTokens, Tensor, TensorError};
 
 fn read<B: Backend + ?Sized>(backend: &B, x: &Tensor) -> Result<Vec<f32>, TensorError> {
     let mut data = vec![0f32; x.shape().len()];
@@ -55,6 +55,24 @@ pub fn swapped(x: &[f32], op: &SwapTokens<'_>) -> Vec<f32> {
         out.extend_from_slice(&x[from * pitch + op.x.start..][..width]);
     }
     out
+}
+
+/// See [`Backend::concat`].
+pub(super) fn concat<B: Backend + ?Sized>(
+    backend: &B,
+    parts: &[Cols<'_>],
+    out: &mut Tensor,
+) -> Result<(), TensorError> {
+    super::check::concat(parts, out.shape())?;
+    let data = parts.iter().map(|part| read(backend, part.tensor)).collect::<Result<Vec<_>, _>>()?;
+    let row = |row: usize| {
+        parts.iter().zip(&data).flat_map(move |(part, data)| {
+            let from = row * part.tensor.shape().c + part.start;
+            data[from..from + part.width].iter().copied()
+        })
+    };
+    let joined: Vec<f32> = (0..out.shape().rows()).flat_map(row).collect();
+    backend.upload(&joined, HostLayout::Nhwc, out)
 }
 
 /// See [`Backend::scale_half`].

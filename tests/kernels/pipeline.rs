@@ -22,12 +22,17 @@ use crate::library;
 
 /// The demo model's backends on a SIMT driver of their own.
 pub fn simt() -> (Arc<SimtDriver>, Placement) {
+    simt_in(Element::F16, Element::BF16)
+}
+
+/// The same with all but the VAE in one type, and the VAE in another.
+fn simt_in(element: Element, vae: Element) -> (Arc<SimtDriver>, Placement) {
     let library = library(SimtVariant::Fast);
     let driver = Arc::new(SimtDriver::open(&library, SimtOptions::default()).unwrap());
     let shared = Shared::new(Arc::new(Gpu::new(driver.clone()).unwrap()), None);
     let backend = |element| Arc::new(CudaBackend::new(shared.clone(), element));
-    let (f16, bf16) = (backend(Element::F16), backend(Element::BF16));
-    (driver, Placement { diffusion: f16.clone(), text: f16, vae: bf16 })
+    let (nets, vae) = (backend(element), backend(vae));
+    (driver, Placement { diffusion: nets.clone(), text: nets, vae })
 }
 
 pub fn cpu() -> Placement {
@@ -110,6 +115,11 @@ fn the_demo_picture_is_that_of_the_cpu() {
     let counts = driver.instruments().counts();
     assert!(counts.graph_launches >= 4, "steps replay a graph: {counts:?}");
 
+    // Every byte that the driver has given is one of a class.
+    let (_, memory) = engine_on_simt.device();
+    assert_eq!(memory.held() as u64, counts.bytes_in_use, "{memory:?}");
+    assert!(memory.weights > 1 << 20 && memory.workspace > 0 && memory.cached > 0, "{memory:?}");
+
     // /free gives everything back, models and caches.
     assert!(counts.bytes_in_use > 1 << 20, "{counts:?}");
     engine_on_simt.free(FreeRequest { unload_models: true, free_memory: true });
@@ -118,9 +128,25 @@ fn the_demo_picture_is_that_of_the_cpu() {
         std::thread::sleep(Duration::from_millis(2));
     }
     assert_eq!(driver.instruments().counts().bytes_in_use, 0, "device memory after /free");
+    assert_eq!(engine_on_simt.device().1.held(), 0, "what is held after /free");
     let again = picture(&run(&engine_on_simt, workflow(64, 6, 1)), ours.path());
     assert_eq!(again, on_simt, "the same picture after /free");
     engine_on_simt.shutdown();
+}
+
+/// All in f32: of the 12,288 values of the picture at most one in a thousand is another one, by 1, where a value lay on
+/// the edge between two.
+#[test]
+fn in_f32_the_picture_is_that_of_the_cpu() {
+    let (ours, theirs) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let prompt = workflow(64, 6, 1);
+    let on_simt = engine(simt_in(Element::F32, Element::F32).1, ours.path());
+    let on_simt = picture(&run(&on_simt, prompt.clone()), ours.path());
+    let on_cpu = picture(&run(&engine(cpu(), theirs.path()), prompt), theirs.path());
+    let apart: Vec<u8> =
+        on_simt.iter().zip(&on_cpu).map(|(a, b)| a.abs_diff(*b)).filter(|d| *d > 0).collect();
+    println!("{} of {} values differ", apart.len(), on_cpu.len());
+    assert!(apart.len() * 1000 <= on_cpu.len() && apart.iter().all(|d| *d == 1), "{apart:?}");
 }
 
 /// Hooks inside the network and guidance that asks it again, as on the CPU.
@@ -249,9 +275,8 @@ fn a_steady_step_stays_on_the_device() {
     engine.shutdown();
 }
 
-/// An allocation of a prompt fails, and once more on the retry: the first must not be seen, the second is an error of
-/// that prompt, and the next prompt runs. The first forty allocations and a spread of the others; all of them with
-/// `KILN_EXHAUSTIVE=1`, which takes many minutes.
+/// Every allocation of the demo workflow, from a cold start. That each of them fails once must not be seen. For every
+/// n the n-th fails, and once more on the retry: an error of that prompt alone, and the next one runs.
 #[test]
 fn an_allocation_that_fails_harms_one_prompt_at_most() {
     // The allocations are shared out: an engine with a device of its own each.
@@ -274,35 +299,58 @@ fn fail_allocations(part: u32, parts: u32) {
     };
     let good = picture(&fresh_run(), folder.path());
     let before = driver.instruments().counts().allocations;
-    assert_eq!(picture(&fresh_run(), folder.path()), good);
+    driver.instruments().fail_first_tries();
+    assert_eq!(picture(&fresh_run(), folder.path()), good, "every allocation fails once");
+    driver.instruments().cancel_failures();
     let allocations = (driver.instruments().counts().allocations - before) as u32;
     println!("{allocations} allocations of a prompt");
     assert!(allocations > 100);
     let (mut tried, mut errors) = (0, 0);
-    let is_exhaustive = std::env::var_os("KILN_EXHAUSTIVE").is_some();
-    let chosen = |n: &u32| is_exhaustive || *n < 40 || n.is_multiple_of(29);
-    for (i, n) in (0..allocations).filter(chosen).enumerate() {
-        if i as u32 % parts != part {
-            continue;
-        }
+    for n in (0..allocations).filter(|n| n % parts == part) {
         driver.instruments().fail_allocations(n, 2);
         let entry = fresh_run();
         assert!(driver.instruments().cancel_failures(), "allocation {n} was asked for");
-        // A decoder that is short of memory works in tiles: then the prompt succeeds.
+        tried += 1;
         if status(&entry) == "error" {
             errors += 1;
             let text = entry["status"].to_string();
             assert!(text.contains("out of memory"), "allocation {n}: {text}");
-        }
-        tried += 1;
-        if n % 4 < parts {
-            driver.instruments().fail_allocations(n, 1);
-            assert_eq!(picture(&fresh_run(), folder.path()), good, "allocation {n} fails once");
-            assert!(driver.instruments().cancel_failures(), "allocation {n} was asked for");
+        } else {
+            // A decoder that is short of memory works in tiles.
+            let db = psnr(&picture(&entry, folder.path()), &good);
+            assert!(db > 30.0, "allocation {n}: {db:.1} dB");
         }
     }
-    assert!(errors * 4 >= tried * 3, "{errors} errors of {tried} failures");
+    println!("{errors} errors of {tried} failures");
+    assert!(errors * 20 >= tried * 19, "{errors} errors of {tried} failures");
     assert_eq!(picture(&fresh_run(), folder.path()), good, "after all failures");
+    engine.shutdown();
+}
+
+/// A model that no prompt works with goes when another's weights find no room.
+#[test]
+fn an_allocation_that_fails_evicts_idle_models() {
+    let folder = tempfile::tempdir().unwrap();
+    let checkpoints = folder.path().join("models/checkpoints");
+    std::fs::create_dir_all(&checkpoints).unwrap();
+    std::fs::write(checkpoints.join("other.safetensors"), DEMO_BYTES).unwrap();
+    let (driver, placement) = simt();
+    let engine = engine(placement, folder.path());
+    let prompt = |name: &str| {
+        let mut prompt = workflow(16, 1, 1);
+        prompt["4"]["inputs"]["ckpt_name"] = json!(name);
+        prompt
+    };
+    let weights = || engine.device().1.weights;
+    let good = picture(&run(&engine, prompt(DEMO_CHECKPOINT)), folder.path());
+    let of_one = weights();
+    // The text encoder's first weight finds the device full.
+    driver.instruments().fail_allocations(0, 1);
+    assert_eq!(picture(&run(&engine, prompt("other.safetensors")), folder.path()), good);
+    assert!(driver.instruments().cancel_failures());
+    assert_eq!(weights(), of_one, "the first model is gone");
+    assert_eq!(picture(&run(&engine, prompt(DEMO_CHECKPOINT)), folder.path()), good);
+    assert_eq!(weights(), 2 * of_one, "without a failure both stay");
     engine.shutdown();
 }
 

@@ -79,6 +79,26 @@ fn every_launch_of_a_check_has_its_shape_and_time() {
     assert!(shapes(&events, "gemm").contains(&"linear 3x5x7"), "{:?}", shapes(&events, "gemm"));
 }
 
+/// A launcher that names no shape would leave that of the launch before it in the trace.
+#[test]
+fn every_launcher_names_its_shape() {
+    let launchers = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/backend/cuda/launch");
+    let mut count = 0;
+    for file in std::fs::read_dir(launchers).unwrap().flatten() {
+        let source = std::fs::read_to_string(file.path()).unwrap();
+        // What is queued by the caller of the file is named there.
+        for function in source.split("\npub fn ").skip(1).filter(|text| text.contains("gpu: &Gpu")) {
+            let body = function.split("\n}\n").next().unwrap_or_default();
+            if body.contains("gpu.launch(") {
+                count += 1;
+                let name = function.split('(').next().unwrap_or_default();
+                assert!(body.contains("gpu.label("), "{}: {name} names no shape", file.path().display());
+            }
+        }
+    }
+    assert!(count >= 30, "only {count} launchers were found");
+}
+
 #[test]
 fn a_benchmark_traces_each_layer_once_more_without_its_graphs() {
     if !has_simt() {

@@ -127,6 +127,7 @@ impl Arena {
         MemoryUse {
             activations: s.on_loan,
             cached: s.cached,
+            workspace: 0,
             weights: 0,
             peak: s.peak,
             system_allocations: s.system_allocations,

@@ -524,6 +524,32 @@ impl Backend for CudaBackend {
         Ok(copy::swap(&self.shared.gpu, &launch)?)
     }
 
+    fn concat(&self, parts: &[Cols<'_>], out: &mut Tensor) -> Result<(), TensorError> {
+        const OP: &str = "concat";
+        check::concat(parts, out.shape())?;
+        let Operand { ptr, element, pitch } = self.own(OP, out)?;
+        let columns = |part: &Cols<'_>| -> Result<copy::Columns, TensorError> {
+            let Operand { ptr, pitch, .. } = self.own_columns(OP, part)?;
+            Ok(copy::Columns { ptr, width: part.width, pitch })
+        };
+        self.label(|| format!("concat {}", out.shape()));
+        let mut first = 0;
+        for pair in parts.chunks(2) {
+            let (a, b) = (columns(&pair[0])?, pair.get(1).map(columns).transpose()?);
+            let launch = copy::Concat {
+                a,
+                b,
+                out: ptr.offset(first * element.size()),
+                out_pitch: pitch,
+                rows: out.shape().rows(),
+                element,
+            };
+            copy::concat(&self.shared.gpu, &launch)?;
+            first += a.width + b.map_or(0, |b| b.width);
+        }
+        Ok(())
+    }
+
     fn scale_half(&self, op: &ScaleHalf<'_>, out: &mut Tensor) -> Result<(), TensorError> {
         const OP: &str = "scale_half";
         let s = op.x.shape();

@@ -58,8 +58,8 @@ pub type Relief = Arc<dyn Fn() + Send + Sync>;
 struct Workspace {
     ptr: DevicePtr,
     bytes: usize,
-    /// Outgrown memory that captured graphs may still name.
-    outgrown: Vec<DevicePtr>,
+    /// Outgrown memory that captured graphs may still name, with its size.
+    outgrown: Vec<(DevicePtr, usize)>,
 }
 
 impl Gpu {
@@ -183,7 +183,7 @@ impl Gpu {
         if workspace.bytes < bytes {
             let ptr = self.allocate(bytes)?;
             if !workspace.ptr.is_null() {
-                let old = workspace.ptr;
+                let old = (workspace.ptr, workspace.bytes);
                 workspace.outgrown.push(old);
             }
             (workspace.ptr, workspace.bytes) = (ptr, bytes);
@@ -191,16 +191,18 @@ impl Gpu {
         Ok(workspace.ptr)
     }
 
-    /// Bytes of scratch memory, outgrown memory not counted.
+    /// Bytes of scratch memory, outgrown memory included.
     pub fn workspace_bytes(&self) -> usize {
-        self.workspace.lock().unwrap_or_else(PoisonError::into_inner).bytes
+        let workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
+        workspace.bytes + workspace.outgrown.iter().map(|(_, bytes)| bytes).sum::<usize>()
     }
 
     /// Gives the scratch memory back; no captured graph may be left.
     pub fn drop_workspace(&self) -> Result<(), CudaError> {
         let mut workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
         let Workspace { ptr, outgrown, .. } = std::mem::take(&mut *workspace);
-        for ptr in outgrown.into_iter().chain([ptr]).filter(|p| !p.is_null()) {
+        let all = outgrown.into_iter().map(|(ptr, _)| ptr).chain([ptr]);
+        for ptr in all.filter(|p| !p.is_null()) {
             self.driver.free(ptr, self.stream)?;
         }
         Ok(())

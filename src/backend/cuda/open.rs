@@ -51,6 +51,7 @@ fn element(precision: Precision) -> Element {
     match precision {
         Precision::F16 => Element::F16,
         Precision::BF16 => Element::BF16,
+        Precision::F32 => Element::F32,
     }
 }
 

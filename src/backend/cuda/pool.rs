@@ -36,7 +36,8 @@ impl Usage {
     pub fn report(&self, memory: DeviceMemory, workspace: usize) -> MemoryUse {
         let bytes = |n: u64| usize::try_from(n).unwrap_or(usize::MAX);
         MemoryUse {
-            activations: self.activations.load(Relaxed) + workspace,
+            activations: self.activations.load(Relaxed),
+            workspace,
             cached: self.cached.load(Relaxed),
             weights: self.weights.load(Relaxed),
             peak: self.peak.load(Relaxed),

@@ -1,8 +1,8 @@
 //! ComfyUI's flags that steer PyTorch, its GPU code or its package manager.
 //!
 //! Start scripts written for ComfyUI contain them. They are accepted, named in
-//! one log line, and have no effect; flags that would change what a client sees
-//! are not here.
+//! one log line, and have no effect. Those that would store weights in eight bits
+//! save memory at the price of another picture; here the picture stays.
 
 use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches};
 
@@ -24,12 +24,8 @@ const SWITCHES: &[&str] = &[
     "dont-print-server",
     "dont-upcast-attention",
     "force-channels-last",
-    "force-fp32",
     "force-non-blocking",
     "force-upcast-attention",
-    "fp32-text-enc",
-    "fp32-unet",
-    "fp64-unet",
     "fp8_e4m3fn-text-enc",
     "fp8_e4m3fn-unet",
     "fp8_e5m2-text-enc",
@@ -51,14 +47,8 @@ const SWITCHES: &[&str] = &[
     "windows-standalone-build",
 ];
 /// Flags with one value.
-const WITH_VALUE: &[&str] = &[
-    "cache-lru",
-    "default-device",
-    "default-hashing-function",
-    "front-end-version",
-    "oneapi-device-selector",
-    "reserve-vram",
-];
+const WITH_VALUE: &[&str] =
+    &["cache-lru", "default-hashing-function", "front-end-version", "oneapi-device-selector", "reserve-vram"];
 /// Flags with any number of values.
 const WITH_VALUES: &[&str] = &["directml", "fast", "whitelist-custom-nodes"];
 

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use crate::models::ModelError;
 use crate::models::layers::{Ops, fused_self_attention};
-use crate::tensor::{HostTensor, Tensor};
+use crate::tensor::{Cols, Tensor};
 
 /// A transformer block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -163,12 +163,10 @@ pub(super) fn sources(
 
 /// Equal parts of the channels of several tensors `[B, 1, S, C]` side by side: part `i` is of the `i`th.
 pub(super) fn spliced(ops: Ops<'_>, from: &[&Tensor]) -> Result<Tensor, ModelError> {
-    let all = from.iter().map(|x| ops.download_tokens(x)).collect::<Result<Vec<_>, _>>()?;
-    let shape = all.first().map(|x| x.shape().to_vec()).unwrap_or_default();
-    let width = shape.last().copied().unwrap_or(0);
-    let part = width / all.len().max(1);
-    let spliced = HostTensor::from_fn(&shape, |i| all[(i % width / part).min(all.len() - 1)].data()[i]);
-    ops.upload_tokens(&spliced)
+    let width = from.first().map_or(0, |x| x.shape().c);
+    let part = width / from.len().max(1);
+    let parts = from.iter().enumerate().map(|(i, x)| Cols::range(x, i * part, part));
+    ops.concat(&parts.collect::<Vec<_>>())
 }
 
 impl HookScope<'_> {

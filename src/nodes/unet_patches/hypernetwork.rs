@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::graph::Input;
 use crate::models::hypernetwork::Hypernetwork;
 use crate::models::layers::Ops;
-use crate::models::unet::hooks::UnetHook;
+use crate::models::unet::hooks::{HookCall, UnetHook, key_of};
 use crate::models::{ModelError, ModelFile};
 use crate::nodes::loaders::model_file;
 use crate::nodes::{Inputs, Node, NodeCtx, NodeError, NodeOutput, Schema};
@@ -50,6 +50,12 @@ struct Hook {
 }
 
 impl UnetHook for Hook {
+    /// Nonlinearities that backends don't have are computed on the host.
+    fn key(&self, _: &HookCall<'_>) -> Option<u64> {
+        let network = self.file.network::<Hypernetwork>().ok()?;
+        network.stays_on_the_device().then(|| key_of("hypernetwork", self.id))
+    }
+
     fn changes_sources(&self) -> Option<u64> {
         Some(self.id)
     }

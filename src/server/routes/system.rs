@@ -4,17 +4,18 @@ use hyper::StatusCode;
 use serde_json::{Value as Json, json};
 
 use super::{blocking, is_truthy};
-use crate::engine::{Engine, FreeRequest};
+use crate::engine::FreeRequest;
 use crate::server::http::{self, Call, Failure, Response, json_response, json_text};
 use crate::server::{COMFYUI_VERSION, host, openapi};
+use crate::tensor::{BackendInfo, MemoryUse};
 
 /// Versions of ComfyUI's web page and templates that belong to [`COMFYUI_VERSION`]; clients compare them.
 const FRONTEND_VERSION: &str = "1.27.10";
 const TEMPLATES_VERSION: &str = "0.1.95";
 
-/// The device of `/system_stats`. A CPU's memory is the machine's.
-fn device(engine: &Engine, machine: &host::Memory) -> Json {
-    let (info, memory) = engine.device();
+/// The device of `/system_stats`. A CPU's memory is the machine's; a GPU's has what kiln holds of it, class by class,
+/// besides ComfyUI's figures.
+fn device((info, memory): (BackendInfo, MemoryUse), machine: &host::Memory) -> Json {
     match memory.device_total {
         None => json!({
             "name": "cpu",
@@ -32,8 +33,14 @@ fn device(engine: &Engine, machine: &host::Memory) -> Json {
             "index": info.index,
             "vram_total": total,
             "vram_free": memory.available + memory.cached,
-            "torch_vram_total": memory.weights + memory.activations + memory.cached,
+            "torch_vram_total": memory.held(),
             "torch_vram_free": memory.cached,
+            "memory": {
+                "weights": memory.weights,
+                "activations": memory.activations,
+                "workspace": memory.workspace,
+                "cached": memory.cached,
+            },
         }),
     }
 }
@@ -56,7 +63,7 @@ pub(in crate::server) async fn stats(call: Call) -> Result<Response, Failure> {
             "embedded_python": false,
             "argv": call.app.config.argv,
         },
-        "devices": [device(&call.app.engine, &memory)],
+        "devices": [device(call.app.engine.device(), &memory)],
     });
     Ok(json_response(StatusCode::OK, &body))
 }
@@ -104,4 +111,38 @@ pub(in crate::server) async fn free(call: Call) -> Result<Response, Failure> {
         free_memory: is_truthy(body.get("free_memory")),
     });
     Ok(http::empty(StatusCode::OK))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_gpu_s_memory_by_class() {
+        let info = BackendInfo {
+            kind: "cuda",
+            name: "cuda:1 Some GPU (f16)".into(),
+            index: Some(1),
+            threads: 0,
+            element_bytes: 2,
+        };
+        let memory = MemoryUse {
+            activations: 10,
+            cached: 20,
+            workspace: 3,
+            weights: 400,
+            available: 5000,
+            device_total: Some(6000),
+            ..MemoryUse::default()
+        };
+        let device = device((info, memory), &host::Memory { total: 1, free: 1 });
+        assert_eq!(
+            device,
+            json!({
+                "name": "cuda:1 Some GPU (f16)", "type": "cuda", "index": 1,
+                "vram_total": 6000, "vram_free": 5020, "torch_vram_total": 433, "torch_vram_free": 20,
+                "memory": {"weights": 400, "activations": 10, "workspace": 3, "cached": 20},
+            })
+        );
+    }
 }

@@ -82,6 +82,25 @@ fn axpby_matches_the_reference() {
 }
 
 #[test]
+fn columns_stand_side_by_side() {
+    for b in backends() {
+        let tokens = |c: usize| Shape::tokens(2, 3, c);
+        let integers = |c: usize, first: f32| {
+            let mut t = b.alloc(tokens(c)).unwrap();
+            let values: Vec<f32> = (0..tokens(c).len()).map(|i| first + i as f32).collect();
+            b.upload(&values, HostLayout::Nhwc, &mut t).unwrap();
+            t
+        };
+        let (x, y) = (integers(3, 0.0), integers(2, 100.0));
+        let mut out = b.poisoned(tokens(4));
+        b.concat(&[Cols::range(&x, 1, 2), Cols::range(&y, 1, 1), Cols::range(&x, 0, 1)], &mut out).unwrap();
+        let row = |i: usize| [3 * i + 1, 3 * i + 2, 101 + 2 * i, 3 * i].map(|v| v as f32);
+        assert_eq!(b.get(&out), (0..6).flat_map(row).collect::<Vec<_>>());
+        assert!(b.concat(&[Cols::all(&x)], &mut out).is_err(), "too few columns");
+    }
+}
+
+#[test]
 fn transfers_transpose_exactly() {
     for b in backends() {
         let s = Shape::nhwc(2, 3, 5, 4);

@@ -131,6 +131,8 @@ pub(super) fn cases() -> Vec<Case> {
         real(element, &mut specs);
         adapters(element, &mut specs);
     }
+    edges(Element::F32, &mut specs);
+    float(&mut specs);
     specs.into_iter().map(Spec::case).collect()
 }
 
@@ -245,6 +247,42 @@ fn random(element: Element, specs: &mut Vec<Spec>) {
             ..Spec::plain(image, unit * (1 + random(12)), cout, element)
         });
     }
+}
+
+/// Convolutions in f32, whose launcher takes the large tile where there are enough of them, the small one elsewhere,
+/// and `any` for what is not aligned; sums of more than 256 products are split.
+fn float(specs: &mut Vec<Spec>) {
+    let mut state = 0x00f3_2c0d_u64;
+    let mut random = |below: usize| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) as usize % below
+    };
+    for i in 0..72 {
+        let (is_large, is_any) = (i % 3 == 0, i % 3 == 1);
+        let unit = if is_any { 1 } else { 8 };
+        let side =
+            |random: &mut dyn FnMut(usize) -> usize| if is_large { 17 + random(5) } else { 4 + random(8) };
+        let image = [1 + random(2), side(&mut random), side(&mut random)];
+        let cout = if is_large { 257 + random(100) } else { 1 + random(120) };
+        let c1 = unit * (1 + random(if is_large { 2 } else { 10 })) + usize::from(is_any);
+        let c2 = if random(3) == 0 { unit * (1 + random(4)) } else { 0 };
+        let kernel = [[3, 3], [3, 3], [2, 3], [1, 4]][random(4)];
+        let padding =
+            Padding { top: random(3), bottom: 2 + random(2), left: random(3), right: 3 + random(2) };
+        specs.push(Spec {
+            c2,
+            kernel,
+            padding,
+            stride: if is_large { 1 } else { 1 + random(2) },
+            upsample: !is_large && random(4) == 0,
+            pad: unit * random(3),
+            epilogue: EpilogueCase { geglu: false, ..EpilogueCase::random(&mut random, 1, true) },
+            ..Spec::plain(image, c1, cout, Element::F32)
+        });
+    }
+    let residual = EpilogueCase { bias: true, residual: true, ..EpilogueCase::PLAIN };
+    specs.push(Spec { epilogue: residual, ..Spec::plain([2, 64, 64], 320, 320, Element::F32) });
+    specs.push(Spec { epilogue: residual, ..Spec::plain([2, 8, 8], 1280, 1280, Element::F32) });
 }
 
 /// Layers of SD1.5 at 512², cfg pair, and of its VAE.

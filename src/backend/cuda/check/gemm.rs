@@ -75,6 +75,7 @@ pub(super) fn cases() -> Vec<Case> {
         random(element, &mut specs);
         real(element, &mut specs);
     }
+    float(&mut specs);
     specs.into_iter().map(Spec::case).collect()
 }
 
@@ -157,6 +158,35 @@ fn random(element: Element, specs: &mut Vec<Spec>) {
             epilogue,
             element,
         });
+    }
+}
+
+/// Products in f32, whose launcher takes the large tile where there are enough of them, the small one elsewhere, and
+/// `any` for what is not aligned; sums of more than 256 products are split.
+fn float(specs: &mut Vec<Spec>) {
+    let mut state = 0x00f3_2000_u64;
+    let mut random = |below: usize| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) as usize % below
+    };
+    for i in 0..72 {
+        let (is_large, is_any) = (i % 3 == 0, i % 3 == 1);
+        let rows_per_sample = 1 + random(90) + if is_large { 200 } else { 0 };
+        let samples = if is_large { 2 } else { 1 + random(3) };
+        let n = if is_large { 8 * (33 + random(20)) } else { 1 + random(150) };
+        let n = if is_any || random(3) == 0 { n } else { n.next_multiple_of(16) };
+        let odd =
+            |n: usize, random: &mut dyn FnMut(usize) -> usize| if is_any { n + 1 + random(7) } else { n };
+        let k1 = odd(8 * (1 + random(if is_large { 12 } else { 100 })), &mut random);
+        let k2 = if random(3) == 0 { odd(8 * (1 + random(9)), &mut random) } else { 0 };
+        let epilogue = EpilogueCase::random(&mut random, n, true);
+        let pad = if is_any { random(4) } else { 8 * random(3) };
+        let m = samples * rows_per_sample;
+        specs.push(Spec { m, k2, pad, rows_per_sample, epilogue, ..Spec::plain(m, n, k1, Element::F32) });
+    }
+    let residual = EpilogueCase { bias: true, residual: true, ..EpilogueCase::PLAIN };
+    for (m, n, k) in [(8192, 320, 320), (512, 1280, 1280), (154, 3072, 768)] {
+        specs.push(Spec { epilogue: residual, ..Spec::plain(m, n, k, Element::F32) });
     }
 }
 

@@ -3,10 +3,10 @@
 use bytemuck::{Pod, Zeroable, bytes_of};
 
 use super::super::{CudaError, Element, Geometry, Gpu, Kernel};
-use super::conv_sm90;
 use super::epilogue::{Epilogue, EpilogueArgs, Product, Rows, check_element, int};
 use super::gemm::{Gemm, gemm, partial_memory, sum_splits};
 use super::plan::{Plan, Problem, THREADS, Tile, plan};
+use super::{conv_f32, conv_sm90};
 use crate::driver::DevicePtr;
 
 const OP: &str = "conv";
@@ -146,7 +146,7 @@ pub fn choose(op: &Conv, multiprocessors: usize) -> Choice {
 
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
-struct ConvArgs {
+pub(super) struct ConvArgs {
     x: DevicePtr,
     x2: DevicePtr,
     w: DevicePtr,
@@ -167,16 +167,17 @@ struct ConvArgs {
     pad_top: i32,
     pad_left: i32,
     doubling: i32,
-    tiles_m: i32,
-    tiles_n: i32,
-    k_tiles_per_split: i32,
-    epilogue: EpilogueArgs,
+    pub(super) tiles_m: i32,
+    pub(super) tiles_n: i32,
+    pub(super) k_tiles_per_split: i32,
+    pub(super) epilogue: EpilogueArgs,
 }
 
 /// Queues `op`.
 pub fn conv(gpu: &Gpu, op: &Conv) -> Result<(), CudaError> {
     match op.as_gemm() {
         Some(linear) => gemm(gpu, &linear),
+        None if op.element == Element::F32 => conv_f32::conv(gpu, op),
         None if gpu.is_hopper() && conv_sm90::supports(op) => conv_sm90::conv(gpu, op),
         None => conv_by(gpu, op, choose(op, gpu.multiprocessors())),
     }
@@ -186,6 +187,7 @@ pub fn conv(gpu: &Gpu, op: &Conv) -> Result<(), CudaError> {
 pub fn conv_by(gpu: &Gpu, op: &Conv, choice: Choice) -> Result<(), CudaError> {
     gpu.label(|| op.label());
     let Choice::Tiles(plan) = choice;
+    check_element(OP, op.element)?;
     let mut args = arguments(op)?;
     let problem = op.problem();
     if problem.m == 0 || problem.n == 0 {
@@ -209,11 +211,11 @@ pub fn conv_by(gpu: &Gpu, op: &Conv, choice: Choice) -> Result<(), CudaError> {
         cluster: 1,
     };
     gpu.launch(&Kernel { module: MODULE, name: &name }, &geometry, &[bytes_of(&args)])?;
-    sum_splits(gpu, op.element, &args.epilogue, &op.epilogue, &plan, &problem)
+    sum_splits(gpu, op.element, &args.epilogue, &op.epilogue, plan.splits, &problem)
 }
 
-fn arguments(op: &Conv) -> Result<ConvArgs, CudaError> {
-    check_element(OP, op.element)?;
+/// Checks a convolution and makes the kernels' argument of it, but for tiles and splits.
+pub(super) fn arguments(op: &Conv) -> Result<ConvArgs, CudaError> {
     let unsupported = |reason: String| CudaError::Unsupported { op: OP, reason };
     let [kernel_h, kernel_w] = op.kernel;
     if !(1..=MAX_KERNEL).contains(&kernel_h) || !(1..=MAX_KERNEL).contains(&kernel_w) || op.stride == 0 {

@@ -4,8 +4,8 @@ use bytemuck::{Pod, Zeroable, bytes_of};
 
 use super::super::{CudaError, Element, Geometry, Gpu, Kernel};
 use super::epilogue::{Epilogue, EpilogueArgs, Product, Rows, check_element, int};
-use super::gemm_sm90;
 use super::plan::{Plan, Problem, THREADS, Tile, plan};
+use super::{gemm_f32, gemm_sm90};
 use crate::driver::DevicePtr;
 
 const OP: &str = "gemm";
@@ -86,7 +86,7 @@ pub fn choose(op: &Gemm, multiprocessors: usize) -> Choice {
 
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
-struct GemmArgs {
+pub(super) struct GemmArgs {
     x: DevicePtr,
     x2: DevicePtr,
     w: DevicePtr,
@@ -97,10 +97,10 @@ struct GemmArgs {
     k: i32,
     k1: i32,
     w_pitch: i32,
-    tiles_m: i32,
-    tiles_n: i32,
-    k_tiles_per_split: i32,
-    epilogue: EpilogueArgs,
+    pub(super) tiles_m: i32,
+    pub(super) tiles_n: i32,
+    pub(super) k_tiles_per_split: i32,
+    pub(super) epilogue: EpilogueArgs,
 }
 
 #[repr(C)]
@@ -113,6 +113,9 @@ struct SplitKArgs {
 
 /// Queues `op`.
 pub fn gemm(gpu: &Gpu, op: &Gemm) -> Result<(), CudaError> {
+    if op.element == Element::F32 {
+        return gemm_f32::gemm(gpu, op);
+    }
     if gpu.is_hopper() && gemm_sm90::supports(op) {
         return gemm_sm90::gemm(gpu, op);
     }
@@ -125,6 +128,7 @@ pub fn gemm_by(gpu: &Gpu, op: &Gemm, choice: Choice) -> Result<(), CudaError> {
     if op.m == 0 || op.n == 0 {
         return Ok(());
     }
+    check_element(OP, op.element)?;
     let mut args = arguments(op)?;
     match choice {
         Choice::Few => launch_few(gpu, op, &args),
@@ -147,7 +151,7 @@ pub fn gemm_by(gpu: &Gpu, op: &Gemm, choice: Choice) -> Result<(), CudaError> {
                 cluster: 1,
             };
             gpu.launch(&Kernel { module: MODULE, name: &name }, &geometry, &[bytes_of(&args)])?;
-            sum_splits(gpu, op.element, &args.epilogue, &op.epilogue, &plan, &problem)
+            sum_splits(gpu, op.element, &args.epilogue, &op.epilogue, plan.splits, &problem)
         }
     }
 }
@@ -162,8 +166,8 @@ fn launch_few(gpu: &Gpu, op: &Gemm, args: &GemmArgs) -> Result<(), CudaError> {
     gpu.launch(&Kernel { module: MODULE, name: &name }, &geometry, &[bytes_of(args)])
 }
 
-fn arguments(op: &Gemm) -> Result<GemmArgs, CudaError> {
-    check_element(OP, op.element)?;
+/// Checks a product and makes the kernels' argument of it, but for tiles and splits.
+pub(super) fn arguments(op: &Gemm) -> Result<GemmArgs, CudaError> {
     let unsupported = |reason: String| CudaError::Unsupported { op: OP, reason };
     let Problem { m, n, k } = op.problem();
     if k == 0 || op.x2.is_none() && op.k2 != 0 || op.x2.is_some() && op.k2 == 0 {
@@ -204,19 +208,19 @@ pub(super) fn partial_memory(gpu: &Gpu, plan: &Plan, problem: &Problem) -> Resul
     }
 }
 
-/// Queues the kernel that adds splits and does their epilogue, if there are splits.
+/// Queues the kernel that adds splits and does their epilogue, if there are several.
 pub(super) fn sum_splits(
     gpu: &Gpu,
     element: Element,
     args: &EpilogueArgs,
     epilogue: &Epilogue,
-    plan: &Plan,
+    splits: usize,
     problem: &Problem,
 ) -> Result<(), CudaError> {
-    if plan.splits == 1 {
+    if splits == 1 {
         return Ok(());
     }
-    let args = SplitKArgs { epilogue: *args, splits: plan.splits as i32, unused: 0 };
+    let args = SplitKArgs { epilogue: *args, splits: splits as i32, unused: 0 };
     let pieces = problem.m * epilogue.out_columns(problem.n).div_ceil(8);
     let name = format!("split_k_{}", element.suffix());
     let geometry = Geometry::line(pieces.div_ceil(SUM_THREADS), SUM_THREADS as u32);
