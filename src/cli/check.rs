@@ -1,11 +1,12 @@
 //! `kiln check`: every kernel against its reference.
 
-use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
 
-use super::gpu::{GpuArgs, trace_json};
+use super::gpu::GpuArgs;
+use super::output::say;
+use super::trace::TraceArgs;
 use crate::backend::cuda::Gpu;
 use crate::backend::cuda::check::{self, Case, Ceiling, Measured, Options};
 
@@ -32,9 +33,8 @@ pub struct CheckArgs {
     /// Only the failures and the sum.
     #[arg(long)]
     failures: bool,
-    /// Writes a trace of all launches for Chrome or Perfetto.
-    #[arg(long, value_name = "FILE")]
-    trace: Option<PathBuf>,
+    #[command(flatten)]
+    trace: TraceArgs,
 }
 
 impl CheckArgs {
@@ -49,18 +49,16 @@ impl CheckArgs {
 
 /// Runs the checks; an error if one fails.
 pub fn run(args: CheckArgs) -> Result<()> {
+    let file = args.trace.create()?;
     let driver = args.gpu.driver()?;
-    driver.instruments().set_tracing(args.trace.is_some());
+    let trace = file.map(|file| file.start(driver.clone()));
     let info = driver.device().clone();
     let gpu = Gpu::new(driver)?;
-    println!(
-        "{} (compute capability {}, {} multiprocessors)",
-        info.name, info.capability, info.multiprocessors
-    );
+    say!("{} (compute capability {}, {} multiprocessors)", info.name, info.capability, info.multiprocessors);
     let options = Options { seed: args.seed, timing: !args.no_timing && !info.is_simulated };
     let ceiling = if options.timing { check::measure_ceiling(&gpu)? } else { None };
     if let Some(ceiling) = ceiling {
-        println!("ceilings of this run: {ceiling}");
+        say!("ceilings of this run: {ceiling}");
     }
     let began = Instant::now();
     let (mut count, mut failed) = (0, 0);
@@ -77,16 +75,15 @@ pub fn run(args: CheckArgs) -> Result<()> {
             match result {
                 Ok(measured) => {
                     let place = measured.fault.filter(|_| !is_good).map(|fault| format!(": {fault}"));
-                    println!("{verdict} {}{}", line(case, &measured, ceiling), place.unwrap_or_default());
+                    say!("{verdict} {}{}", line(case, &measured, ceiling), place.unwrap_or_default());
                 }
-                Err(error) => println!("{verdict} {:<64} {error}", case.name),
+                Err(error) => say!("{verdict} {:<64} {error}", case.name),
             }
         }
     }
-    println!("{count} cases, {failed} failed, {:.1} s", began.elapsed().as_secs_f64());
-    if let Some(path) = &args.trace {
-        let trace = trace_json(&gpu.driver().instruments().take_trace());
-        std::fs::write(path, trace.to_string()).with_context(|| format!("writing {}", path.display()))?;
+    say!("{count} cases, {failed} failed, {:.1} s", began.elapsed().as_secs_f64());
+    if let Some(trace) = trace {
+        trace.finish()?;
     }
     if count == 0 {
         bail!("no case matches");

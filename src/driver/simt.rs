@@ -16,6 +16,7 @@ use std::mem::ManuallyDrop;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use super::kernel_folder::build_simt_over;
 use super::toolchain::SimtVariant;
 use super::{
     Capability, DeviceInfo, DeviceMemory, DevicePtr, Driver, DriverError, Event, Function, FunctionInfo,
@@ -43,6 +44,19 @@ pub fn built_library(variant: SimtVariant) -> Option<PathBuf> {
     };
     let named = std::env::var_os("KILN_SIMT_LIB").filter(|name| !name.is_empty());
     named.map(PathBuf::from).or_else(|| built.map(PathBuf::from)).filter(|path| path.is_file())
+}
+
+/// The library with the kernels of a folder in place of the binary's own, compiled now; else the one that was built.
+pub fn library(kernels: Option<&Path>, variant: SimtVariant) -> Result<PathBuf, DriverError> {
+    if let Some(kernels) = kernels {
+        return Ok(build_simt_over(kernels, built_library(variant).as_deref(), variant)?);
+    }
+    built_library(variant).ok_or_else(|| DriverError::NoKernels {
+        device: "the SIMT layer".into(),
+        reason: "the library is not where the build put it; name it in KILN_SIMT_LIB, or the sources with \
+                 --kernels-dir"
+            .into(),
+    })
 }
 
 /// How to open the SIMT layer.
@@ -597,10 +611,12 @@ impl Driver for SimtDriver {
         self.check_params(launch, params)?;
         let record = || Call::Launch { launch: *launch, params: params.iter().map(|p| p.to_vec()).collect() };
         self.instruments.launched(&self.name(launch.function), launch, || {
-            if !self.captured(launch.stream, record) {
-                self.run_kernel(launch, params)?;
+            if self.captured(launch.stream, record) {
+                return Ok(((), None));
             }
-            Ok(((), None))
+            let start = std::time::Instant::now();
+            self.run_kernel(launch, params)?;
+            Ok(((), Some(start.elapsed().as_secs_f64() * 1e6)))
         })
     }
 }

@@ -195,14 +195,6 @@ impl CudaBackend {
         Ok(Tensor::new(shape, dtype, Storage::Device(self.shared.lend(bytes)?)))
     }
 
-    /// Names what the next launches work on, for traces.
-    pub(super) fn label(&self, text: impl FnOnce() -> String) {
-        let instruments = self.shared.gpu.driver().instruments();
-        if instruments.is_tracing() {
-            instruments.set_label(text());
-        }
-    }
-
     /// Fails unless `t` has the backend's own type.
     fn own(&self, op: &'static str, t: &Tensor) -> Result<Operand, TensorError> {
         let operand = operand(op, t)?;
@@ -339,7 +331,6 @@ impl Backend for CudaBackend {
             element: self.element,
             epilogue,
         };
-        self.label(|| format!("conv {}x{} {s} -> {}", op.w.kh, op.w.kw, out.shape()));
         Ok(conv::conv(&self.shared.gpu, &launch)?)
     }
 
@@ -371,7 +362,6 @@ impl Backend for CudaBackend {
             element: self.element,
             epilogue,
         };
-        self.label(|| format!("linear {}x{}x{}", launch.m, launch.n, op.w.k));
         Ok(gemm::gemm(&self.shared.gpu, &launch)?)
     }
 
@@ -404,12 +394,6 @@ impl Backend for CudaBackend {
             scale: op.scale,
             element: self.element,
         };
-        self.label(|| {
-            format!(
-                "attention {} x {} heads, {} queries, {} keys, d {}",
-                sq.n, op.heads, launch.queries, launch.keys, launch.head_dim
-            )
-        });
         Ok(attention::attention(&self.shared.gpu, &launch)?)
     }
 
@@ -436,7 +420,6 @@ impl Backend for CudaBackend {
             silu: op.silu,
             element: self.element,
         };
-        self.label(|| format!("group_norm {}", out.shape()));
         Ok(norm::group_norm(&self.shared.gpu, &launch)?)
     }
 
@@ -460,7 +443,6 @@ impl Backend for CudaBackend {
             eps: op.eps,
             element: self.element,
         };
-        self.label(|| format!("layer_norm {s}"));
         Ok(norm::layer_norm(&self.shared.gpu, &launch)?)
     }
 
@@ -490,7 +472,6 @@ impl Backend for CudaBackend {
             act: act(function),
             element: self.element,
         };
-        self.label(|| format!("activate {}", x.shape()));
         Ok(elementwise::activate(&self.shared.gpu, &launch)?)
     }
 
@@ -507,7 +488,6 @@ impl Backend for CudaBackend {
             b,
             element: self.element,
         };
-        self.label(|| format!("axpby {}", x.shape()));
         Ok(elementwise::axpby(&self.shared.gpu, &launch)?)
     }
 
@@ -533,7 +513,6 @@ impl Backend for CudaBackend {
             },
             element: self.element,
         };
-        self.label(|| format!("resize {filter:?} {from} -> {to}"));
         Ok(image::resize(&self.shared.gpu, &launch)?)
     }
 
@@ -550,7 +529,6 @@ impl Backend for CudaBackend {
             run: op.run,
             element: self.element,
         };
-        self.label(|| format!("swap_tokens {}", out.shape()));
         Ok(copy::swap(&self.shared.gpu, &launch)?)
     }
 
@@ -562,7 +540,6 @@ impl Backend for CudaBackend {
             let Operand { ptr, pitch, .. } = self.own_columns(OP, part)?;
             Ok(copy::Columns { ptr, width: part.width, pitch })
         };
-        self.label(|| format!("concat {}", out.shape()));
         let mut first = 0;
         for pair in parts.chunks(2) {
             let (a, b) = (columns(&pair[0])?, pair.get(1).map(columns).transpose()?);
@@ -596,7 +573,6 @@ impl Backend for CudaBackend {
             factor: op.factor,
             element: self.element,
         };
-        self.label(|| format!("scale_half {s}"));
         Ok(reweight::scale_half(&self.shared.gpu, &launch)?)
     }
 
@@ -613,7 +589,6 @@ impl Backend for CudaBackend {
             factor,
             element: self.element,
         };
-        self.label(|| format!("scale_low_band {s}"));
         Ok(reweight::scale_low_band(&self.shared.gpu, &launch)?)
     }
 

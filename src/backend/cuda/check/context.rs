@@ -167,6 +167,11 @@ impl<'a> Context<'a> {
         if !self.options.timing {
             return Ok(None);
         }
+        // A trace has seen the launch that was checked, and would slow these down.
+        self.gpu.driver().instruments().untraced(|| self.time_rounds(launch))
+    }
+
+    fn time_rounds(&self, launch: impl Fn() -> Result<(), CudaError>) -> Result<Option<f64>, CudaError> {
         let (driver, stream) = (self.gpu.driver(), self.gpu.stream());
         let (from, to) = (driver.create_event(true)?, driver.create_event(true)?);
         let rounds = if driver.device().is_simulated { 1 } else { 11 };

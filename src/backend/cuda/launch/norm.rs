@@ -158,6 +158,9 @@ fn gcd(a: usize, b: usize) -> usize {
 
 /// Queues a GroupNorm.
 pub fn group_norm(gpu: &Gpu, op: &GroupNorm) -> Result<(), CudaError> {
+    gpu.label(|| {
+        format!("group_norm {}x{}x{} in {} groups", op.samples, op.pixels, op.c1 + op.c2, op.groups)
+    });
     if op.samples == 0 || op.pixels == 0 || op.c1 + op.c2 == 0 {
         return Ok(());
     }
@@ -353,6 +356,7 @@ fn layer_norm_variant(channels: usize, is_vector: bool) -> (usize, usize) {
 
 /// Queues a LayerNorm.
 pub fn layer_norm(gpu: &Gpu, op: &LayerNorm) -> Result<(), CudaError> {
+    gpu.label(|| format!("layer_norm {}x{}", op.rows, op.channels));
     if op.rows == 0 || op.channels == 0 {
         return Ok(());
     }
