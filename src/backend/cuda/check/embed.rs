@@ -200,7 +200,7 @@ fn run_timestep(
         }
     }
     let timesteps = match times.first() {
-        Some(first) if is_same => Timesteps::Same(*first as f32),
+        Some(first) if is_same => Timesteps::Same(*first),
         _ => Timesteps::Each(cx.upload(&times, Element::F32)?.ptr),
     };
     let out = cx.output(want.len() * element.size())?;
