@@ -20,21 +20,30 @@ use crate::backend::cuda::{self, Gpu};
 use crate::backend::metered::Metered;
 use crate::backend::{DeviceOptions, cpu_backend};
 use crate::diffusion::noise::Generator;
+use crate::diffusion::sample::{SampleRequest, sample};
+use crate::diffusion::samplers::Sampler;
+use crate::diffusion::schedule::ksampler_sigmas;
+use crate::diffusion::{CondEntry, Guidance, Guider, ModelHandle};
 use crate::driver::{Driver, LaunchRecord};
 use crate::models::text;
 use crate::models::unet::UnetInput;
 use crate::models::{ModelFile, ModelSource, ModelStore};
+use crate::nodes::sd_model::SdModel;
 use crate::tensor::{HostTensor, Placement};
 use crate::weights::OpenOptions;
 
 /// Least repetitions of a stage: fewer give no median.
 const LEAST_REPEATS: usize = 5;
+/// Steps of a sampled picture.
+const SAMPLED_STEPS: usize = 20;
+/// Width of SDXL's pooled text; other families have none and do not look.
+const POOLED_WIDTH: usize = 1280;
 
 struct Stage<'a> {
     args: &'a ModelArgs,
     driver: &'a dyn Driver,
     meter: &'a Metered,
-    checkpoint: &'a ModelFile,
+    checkpoint: &'a Arc<ModelFile>,
     ceiling: Option<Ceiling>,
     /// What was measured so far, for --json.
     rows: &'a RefCell<Vec<Json>>,
@@ -92,7 +101,7 @@ pub(super) fn run(args: &ModelArgs, options: &DeviceOptions) -> Result<()> {
             memory.peak as f64 / 1e9
         );
         say!(
-            "a step is the UNet on the cfg pair (batch 2); first: with packing of weights; allocs, syncs: of one \
+            "a step is the UNet on the cfg pair (batch 2), from host memory and back; first: with packing of weights; allocs, syncs: of one \
              repetition"
         );
     }
@@ -196,7 +205,57 @@ impl Stage<'_> {
             Ok(())
         };
         self.time(&format!("cfg step {size}"), step)?;
-        self.launches(step)
+        self.launches(step)?;
+        self.sampling(size, cond)
+    }
+
+    /// Times whole runs of a sampler as nodes make them, one picture each: steps follow each other without a wait.
+    fn sampling(&self, size: usize, cond: &Arc<HostTensor>) -> Result<()> {
+        let model = ModelHandle(Arc::new(SdModel::new(self.checkpoint.clone())?));
+        let pooled = Some(Arc::new(HostTensor::full(&[1, POOLED_WIDTH], 0.5)));
+        let prompt = Arc::new(vec![CondEntry { pooled, ..CondEntry::new(cond.clone()) }]);
+        let guidance = Guidance::Cfg { positive: prompt.clone(), negative: prompt, scale: 7.0 };
+        let sigmas = ksampler_sigmas(model.0.sampling(), "euler", "normal", SAMPLED_STEPS, 1.0)?;
+        let shape = [1, model.0.latent_channels(), size / 8, size / 8];
+        let (noise, latent) = (Generator::new(3).randn(&shape), HostTensor::zeros(&shape));
+        let sampler = Sampler::by_name("euler").context("no sampler euler")?;
+        let guider = Guider { model, guidance };
+        let request = SampleRequest {
+            guider: &guider,
+            sampler: &sampler,
+            sigmas: &sigmas,
+            noise: &noise,
+            latent: &latent,
+            mask: None,
+            seed: 3,
+        };
+        let mut times = Vec::new();
+        let mut syncs = 0;
+        // The first run captures the step.
+        for _ in 0..=LEAST_REPEATS {
+            let (before, began) = (self.driver.instruments().counts(), Instant::now());
+            sample(&request, &mut ())?;
+            times.push(began.elapsed().as_secs_f64() * 1e3);
+            syncs = self.driver.instruments().counts().syncs - before.syncs;
+        }
+        times.remove(0);
+        times.sort_by(f64::total_cmp);
+        let (ms, steps) = (times[times.len() / 2], SAMPLED_STEPS as f64);
+        if self.args.json {
+            self.rows.borrow_mut().push(json!({
+                "stage": format!("sampling {size}"), "ms": ms, "least_ms": times[0], "steps": SAMPLED_STEPS,
+                "ms_per_step": ms / steps, "syncs": syncs,
+            }));
+            return Ok(());
+        }
+        say!(
+            "{:<18} {:>9} {ms:>9.3} {:>9.3}   {SAMPLED_STEPS} steps of Euler, {:.3} ms a step, {syncs} syncs in all",
+            format!("sampling {size}"),
+            "",
+            times[0],
+            ms / steps,
+        );
+        Ok(())
     }
 
     fn decode(&self, size: usize) -> Result<()> {

@@ -48,7 +48,7 @@ pub mod regex;
 pub mod sampling;
 #[cfg(test)]
 mod sampling_tests;
-mod sd_model;
+pub(crate) mod sd_model;
 mod shapes;
 mod step_cache;
 pub mod string;
