@@ -221,7 +221,8 @@ fn random_case(s: &mut Shapes, width: usize, finish: Finish, element: Element) -
         _ => shape,
     };
     let (op, cut) = random_finish(s, finish, width, shape.kernel[0] * shape.kernel[1]);
-    case(shape, EpilogueCase { geglu: false, ..op }, Some(cut), element)
+    let op = if op.geglu { EpilogueCase { geglu: false, act: Act::Silu, ..op } } else { op };
+    case(shape, op, Some(cut), element)
 }
 
 /// The descriptor, without its operands.
