@@ -38,7 +38,8 @@ fn main() {
     println!("cargo:rustc-check-cfg=cfg(kiln_build_script)");
     println!("cargo:rustc-cfg=kiln_build_script");
     simt(&kernels, &cache.join("simt"));
-    if let Err(error) = cuda(&root, &kernels, &cache.join("cuda"), &out) {
+    let built = headers(&kernels, &out).and_then(|()| cuda(&root, &kernels, &cache.join("cuda"), &out));
+    if let Err(error) = built {
         println!("cargo:warning=the CUDA kernels could not be built; KILN_NVCC=none builds without them");
         eprintln!("{error}");
         std::process::exit(1);
@@ -72,6 +73,16 @@ fn simt(kernels: &Path, cache: &Path) {
             }
         }
     }
+}
+
+/// Writes `headers.rs`, which embeds the kernels' headers: a folder of kernels need not repeat them.
+fn headers(kernels: &Path, out: &Path) -> Result<(), ToolError> {
+    let mut text = String::from("&[\n");
+    for path in toolchain::read_dir(&kernels.join("include"))? {
+        let name = path.file_name().unwrap_or_default();
+        let _ = writeln!(text, "({name:?}, include_str!({path:?})),");
+    }
+    write(&out.join("headers.rs"), (text + "]\n").as_bytes())
 }
 
 /// Compiles the kernels for every target and writes `kernels.rs`, which embeds them.

@@ -8,8 +8,11 @@ Needs: torch with CUDA. `--device cpu` works too (small tables; to try the scrip
 """
 import argparse, csv, json, math, re, statistics, sys, time
 
-import torch
-import torch.nn.functional as F
+try:
+    import torch
+    import torch.nn.functional as F
+except ImportError:  # reading a table needs no torch
+    torch = None
 
 LAUNCHES, ROUNDS, MOST_SETS = 24, 7, 16
 
@@ -20,8 +23,8 @@ def numbers(text):
 
 def read_layers(path):
     """The rows that kiln times too: (stage, kind, extents, count, flops, bytes)."""
-    with open(path, newline="") as file:
-        for row in csv.DictReader(file):
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        for line, row in enumerate(csv.DictReader(file), 2):
             op, dims = row["op"], numbers(row["dims"] or "")
             if op == "attention":
                 kind, extents = "attention", dims
@@ -35,8 +38,10 @@ def read_layers(path):
                 kind, extents = "group_norm", [n, c, h * w, groups]
             elif op == "layer_norm":
                 kind, extents = "layer_norm", [math.prod(dims[:-1]), dims[-1]]
+            elif op.startswith("elt:"):
+                continue  # no kernel of its own in kiln
             else:
-                continue
+                raise ValueError(f"line {line} of {path}: '{op}' is not known")
             cost = float(row["GFLOP_each"]) * 1e9, float(row["min_MB_each"]) * 1e6
             yield row["stage"], kind, extents, float(row["count_per_forward"]), *cost
 
@@ -156,6 +161,8 @@ def main():
     parser.add_argument("--compile-mode", default="reduce-overhead", help="of torch.compile; max-autotune takes many minutes")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     args = parser.parse_args()
+    if torch is None:
+        sys.exit("peer_torch.py: PyTorch is not installed")
     dtype = torch.bfloat16 if args.bf16 else torch.float16
     torch.backends.cudnn.benchmark = True
     rows = []

@@ -585,6 +585,11 @@ int simt_has_module(const char* module) {
         if (is_of(*k, module)) return 1;
     return 0;
 }
+const char* simt_kernel_name(int i) {
+    for (Kernel* k = kernels; k; k = k->next)
+        if (i-- == 0) return k->name;
+    return nullptr;
+}
 int simt_param_count(const void* f) { return static_cast<const Kernel*>(f)->count; }
 uint32_t simt_param_size(const void* f, int i) { return static_cast<const Kernel*>(f)->sizes[i]; }
 const char* simt_last_error() { return last_error.c_str(); }

@@ -4,6 +4,7 @@ pub mod cpu;
 pub mod cuda;
 pub mod metered;
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::driver::DriverError;
@@ -35,7 +36,7 @@ pub enum Precision {
 }
 
 /// Which device to run on.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DeviceOptions {
     /// Kind of device.
     pub device: Device,
@@ -50,10 +51,14 @@ pub struct DeviceOptions {
     pub vae: Option<Precision>,
     /// The autoencoder runs on the CPU.
     pub vae_on_cpu: bool,
+    /// Noise that samplers draw on the way comes from the GPU's generator.
+    pub gpu_noise: bool,
     /// Worker threads of the CPU backend; all cores if not given.
     pub threads: Option<usize>,
     /// Compute in bf16 (AMX tiles where the CPU has them) instead of f32.
     pub cpu_bf16: bool,
+    /// Kernels of this folder in place of the binary's own.
+    pub kernels: Option<PathBuf>,
     /// Most bytes of activations; the machine's memory if not given.
     pub memory_limit: Option<usize>,
 }

@@ -1,11 +1,12 @@
 //! `kiln check`: every kernel against its reference.
 
-use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
 
-use super::gpu::{GpuArgs, trace_json};
+use super::gpu::GpuArgs;
+use super::output::say;
+use super::trace::TraceArgs;
 use crate::backend::cuda::Gpu;
 use crate::backend::cuda::check::{self, Case, Ceiling, Measured, Options};
 
@@ -23,7 +24,7 @@ pub struct CheckArgs {
     /// Also the cases that are too large for the SIMT layer.
     #[arg(long)]
     all: bool,
-    /// Changes every random operand.
+    /// Changes every random operand and shape.
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// No timing, no ceilings.
@@ -32,9 +33,8 @@ pub struct CheckArgs {
     /// Only the failures and the sum.
     #[arg(long)]
     failures: bool,
-    /// Writes a trace of all launches for Chrome or Perfetto.
-    #[arg(long, value_name = "FILE")]
-    trace: Option<PathBuf>,
+    #[command(flatten)]
+    trace: TraceArgs,
 }
 
 impl CheckArgs {
@@ -49,22 +49,22 @@ impl CheckArgs {
 
 /// Runs the checks; an error if one fails.
 pub fn run(args: CheckArgs) -> Result<()> {
+    let file = args.trace.create()?;
     let driver = args.gpu.driver()?;
-    driver.instruments().set_tracing(args.trace.is_some());
+    let trace = file.map(|file| file.start(driver.clone()));
     let info = driver.device().clone();
     let gpu = Gpu::new(driver)?;
-    println!(
-        "{} (compute capability {}, {} multiprocessors)",
-        info.name, info.capability, info.multiprocessors
-    );
+    say!("{} (compute capability {}, {} multiprocessors)", info.name, info.capability, info.multiprocessors);
     let options = Options { seed: args.seed, timing: !args.no_timing && !info.is_simulated };
     let ceiling = if options.timing { check::measure_ceiling(&gpu)? } else { None };
     if let Some(ceiling) = ceiling {
-        println!("ceilings of this run: {ceiling}");
+        say!("ceilings of this run: {ceiling}");
     }
     let began = Instant::now();
     let (mut count, mut failed) = (0, 0);
-    for case in check::cases().iter().filter(|case| case.runs_on(&gpu) && args.takes(case, info.is_simulated))
+    for case in check::cases_of(args.seed)
+        .iter()
+        .filter(|case| case.runs_on(&gpu) && args.takes(case, info.is_simulated))
     {
         count += 1;
         let result = check::run(&gpu, case, &options);
@@ -73,15 +73,17 @@ pub fn run(args: CheckArgs) -> Result<()> {
         if !is_good || !args.failures {
             let verdict = if is_good { "ok  " } else { "FAIL" };
             match result {
-                Ok(measured) => println!("{verdict} {}", line(case, &measured, ceiling)),
-                Err(error) => println!("{verdict} {:<64} {error}", case.name),
+                Ok(measured) => {
+                    let place = measured.fault.filter(|_| !is_good).map(|fault| format!(": {fault}"));
+                    say!("{verdict} {}{}", line(case, &measured, ceiling), place.unwrap_or_default());
+                }
+                Err(error) => say!("{verdict} {:<64} {error}", case.name),
             }
         }
     }
-    println!("{count} cases, {failed} failed, {:.1} s", began.elapsed().as_secs_f64());
-    if let Some(path) = &args.trace {
-        let trace = trace_json(&gpu.driver().instruments().take_trace());
-        std::fs::write(path, trace.to_string()).with_context(|| format!("writing {}", path.display()))?;
+    say!("{count} cases, {failed} failed, {:.1} s", began.elapsed().as_secs_f64());
+    if let Some(trace) = trace {
+        trace.finish()?;
     }
     if count == 0 {
         bail!("no case matches");

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use anyhow::{Context as _, Result};
 use serde_json::Value as Json;
 
+use super::output::say;
 use crate::graph;
 
 /// Arguments of `kiln convert`.
@@ -28,7 +29,7 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
     match &args.out {
         Some(out) => std::fs::write(out, text + "\n").with_context(|| format!("writing {}", out.display())),
         None => {
-            println!("{text}");
+            say!("{text}");
             Ok(())
         }
     }

@@ -10,6 +10,7 @@ use tokio_tungstenite::tungstenite::Message;
 
 use super::client::Client;
 use super::local::LocalServer;
+use super::output::say;
 use super::progress::Bar;
 use super::setup::RuntimeArgs;
 use crate::files::DEMO_CHECKPOINT;
@@ -63,8 +64,8 @@ async fn draw(args: &DemoArgs, folder: &Path, began: Instant) -> Result<()> {
     let server = LocalServer::start(&args.runtime, folder).await?;
     let client = Client::new(server.address());
     let stats = client.get_json("/system_stats").await?;
-    println!("kiln {} on {}", env!("CARGO_PKG_VERSION"), stats["devices"][0]["name"].as_str().unwrap_or("?"));
-    println!("server: http://{} (for this demo only)   prompt: {:?}", server.address(), args.prompt);
+    say!("kiln {} on {}", env!("CARGO_PKG_VERSION"), stats["devices"][0]["name"].as_str().unwrap_or("?"));
+    say!("server: http://{} (for this demo only)   prompt: {:?}", server.address(), args.prompt);
 
     let id = uuid::Uuid::new_v4().to_string();
     let mut socket = client.socket(&id).await?;
@@ -100,16 +101,14 @@ async fn draw(args: &DemoArgs, folder: &Path, began: Instant) -> Result<()> {
     server.stop().await;
 
     for (stage, time) in &stages.times {
-        println!("  {stage:<24} {:>7.1} ms", time.as_secs_f64() * 1e3);
+        say!("  {stage:<24} {:>7.1} ms", time.as_secs_f64() * 1e3);
     }
     let path = args.out.canonicalize().unwrap_or_else(|_| args.out.clone());
-    println!("{} ({} bytes) in {:.2} s from start", path.display(), png.len(), began.elapsed().as_secs_f64());
-    println!();
-    println!("next: kiln demo \"a purple cat on a yellow background\"   another picture");
-    println!(
-        "      kiln serve                                         ComfyUI's API on http://127.0.0.1:8188"
-    );
-    println!("      kiln run WORKFLOW.json --set 6.text=\"...\"            a workflow without a server");
+    say!("{} ({} bytes) in {:.2} s from start", path.display(), png.len(), began.elapsed().as_secs_f64());
+    say!();
+    say!("next: kiln demo \"a purple cat on a yellow background\"   another picture");
+    say!("      kiln serve                                         ComfyUI's API on http://127.0.0.1:8188");
+    say!("      kiln run WORKFLOW.json --set 6.text=\"...\"            a workflow without a server");
     Ok(())
 }
 

@@ -1,5 +1,7 @@
 //! Flags that choose the device and the precision, named as in ComfyUI.
 
+use std::path::PathBuf;
+
 use clap::ValueEnum;
 
 use crate::backend::{Device, DeviceOptions, Precision};
@@ -30,6 +32,9 @@ pub struct DeviceArgs {
     /// Index of the GPU.
     #[arg(long, value_name = "N", alias = "default-device")]
     pub cuda_device: Option<usize>,
+    /// Kernels from this folder (laid out as kernels/, or a part of it), compiled now, instead of those in the binary.
+    #[arg(long, value_name = "DIR", conflicts_with = "cpu")]
+    pub kernels_dir: Option<PathBuf>,
     /// Diffusion models in f16 on a GPU, unless a flag for them says otherwise (the default).
     #[arg(long, conflicts_with = "force_fp32")]
     pub force_fp16: bool,
@@ -66,6 +71,10 @@ pub struct DeviceArgs {
     /// Autoencoders run on the CPU.
     #[arg(long)]
     pub cpu_vae: bool,
+    /// Noise that samplers draw on the way (ancestral, LCM, …) comes from the GPU's generator, as in ComfyUI on an
+    /// NVIDIA GPU. Without it every device draws the picture of ComfyUI on a CPU.
+    #[arg(long)]
+    pub gpu_noise: bool,
     /// Worker threads of the CPU; all cores if not given.
     #[arg(long, value_name = "N")]
     pub threads: Option<usize>,
@@ -84,8 +93,8 @@ impl DeviceArgs {
             (true, _) | (_, DeviceName::Cpu) => Device::Cpu,
             (_, DeviceName::Simt) => Device::Simt,
             (_, DeviceName::Cuda) => Device::Cuda,
-            // A GPU that was named must be there.
-            (_, DeviceName::Auto) if self.cuda_device.is_some() => Device::Cuda,
+            // A GPU that was named, or that kernels are meant for, must be there.
+            (_, DeviceName::Auto) if self.cuda_device.is_some() || self.kernels_dir.is_some() => Device::Cuda,
             (_, DeviceName::Auto) => Device::Auto,
         };
         // The flag of a part, then the one for everything; ComfyUI's flag for f16 leaves autoencoders alone.
@@ -97,10 +106,12 @@ impl DeviceArgs {
         DeviceOptions {
             device,
             ordinal: self.cuda_device.unwrap_or(0),
+            kernels: self.kernels_dir.clone(),
             diffusion: precision([self.fp16_unet, self.bf16_unet, self.fp32_unet]),
             text: precision([self.fp16_text_enc, self.bf16_text_enc, self.fp32_text_enc]),
             vae: precision([self.fp16_vae, self.bf16_vae, self.fp32_vae]),
             vae_on_cpu: self.cpu_vae,
+            gpu_noise: self.gpu_noise,
             threads: self.threads,
             cpu_bf16: self.cpu_bf16,
             memory_limit: self.memory_limit.map(|mib| mib << 20),

@@ -3,13 +3,13 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use clap::ValueEnum;
 
 use crate::driver::cuda::{CudaDriver, Modules};
-use crate::driver::simt::{Order, SimtDriver, SimtOptions, built_library};
-use crate::driver::toolchain::{SimtVariant, build_simt};
-use crate::driver::{Capability, Driver, LaunchRecord};
+use crate::driver::simt::{self, Order, SimtDriver, SimtOptions};
+use crate::driver::toolchain::SimtVariant;
+use crate::driver::{Capability, Driver, DriverError};
 
 /// Where the kernels run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -41,7 +41,7 @@ pub struct GpuArgs {
     /// Index of the GPU.
     #[arg(long, value_name = "N", default_value_t = 0)]
     cuda_device: usize,
-    /// Kernels from this folder (laid out as kernels/), compiled now, instead of those in the binary.
+    /// Kernels from this folder (laid out as kernels/, or a part of it), compiled now, instead of those in the binary.
     #[arg(long, value_name = "DIR")]
     kernels_dir: Option<PathBuf>,
     /// SIMT: check every access for bounds, initialisation and races.
@@ -68,36 +68,28 @@ fn parse_capability(text: &str) -> Result<Capability, String> {
 impl GpuArgs {
     /// The driver that the flags name.
     pub fn driver(&self) -> Result<Arc<dyn Driver>> {
-        match self.device {
+        let opened = match self.device {
             Some(KernelDevice::Cuda) => self.cuda(),
             Some(KernelDevice::Simt) => self.simt(),
-            None => self.cuda().or_else(|reason| {
-                eprintln!("no GPU in use: {reason:#}");
-                self.simt()
-            }),
-        }
-    }
-
-    /// Where compiled kernels of a folder are kept.
-    fn cache() -> PathBuf {
-        std::env::temp_dir().join("kiln-kernels")
-    }
-
-    fn cuda(&self) -> Result<Arc<dyn Driver>> {
-        let modules = match &self.kernels_dir {
-            Some(kernels) => Modules::Folder { kernels: kernels.clone(), cache: Self::cache() },
-            None => Modules::Embedded,
+            None => match self.cuda() {
+                Err(reason @ (DriverError::NoDriver { .. } | DriverError::NoKernels { .. })) => {
+                    eprintln!("no GPU in use: {reason}");
+                    self.simt()
+                }
+                opened => opened,
+            },
         };
+        Ok(opened?)
+    }
+
+    fn cuda(&self) -> Result<Arc<dyn Driver>, DriverError> {
+        let modules = Modules::over(self.kernels_dir.as_deref())?;
         Ok(Arc::new(CudaDriver::open(self.cuda_device, &modules)?))
     }
 
-    fn simt(&self) -> Result<Arc<dyn Driver>> {
+    fn simt(&self) -> Result<Arc<dyn Driver>, DriverError> {
         let variant = if self.checked { SimtVariant::Checked } else { SimtVariant::Fast };
-        let library = match &self.kernels_dir {
-            Some(kernels) => build_simt(kernels, &[], &Self::cache(), variant)?,
-            None => built_library(variant)
-                .context("this build has no SIMT library; name the sources with --kernels-dir")?,
-        };
+        let library = simt::library(self.kernels_dir.as_deref(), variant)?;
         let order = match self.order {
             ThreadOrder::Forward => Order::Forward,
             ThreadOrder::Reverse => Order::Reverse,
@@ -106,21 +98,6 @@ impl GpuArgs {
         let options = SimtOptions { order, capability: self.capability, ..SimtOptions::default() };
         Ok(Arc::new(SimtDriver::open(&library, options)?))
     }
-}
-
-/// Launches as a trace that Chrome and Perfetto open.
-pub fn trace_json(records: &[LaunchRecord]) -> serde_json::Value {
-    let events: Vec<serde_json::Value> = records
-        .iter()
-        .map(|r| {
-            serde_json::json!({
-                "name": r.kernel, "cat": "kernel", "ph": "X", "ts": r.start_us, "dur": r.duration_us,
-                "pid": 0, "tid": 0,
-                "args": {"label": r.label, "grid": r.grid, "block": r.block, "shared": r.shared},
-            })
-        })
-        .collect();
-    serde_json::json!({"traceEvents": events, "displayTimeUnit": "ms"})
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
 use super::setup::{self, RuntimeArgs};
+use super::trace::TraceArgs;
 use crate::engine::{Engine, EngineConfig};
 use crate::server::{self, App, ServerConfig};
 
@@ -24,7 +25,8 @@ pub struct LocalServer {
 impl LocalServer {
     /// Starts a server whose files lie in `folder`.
     pub async fn start(args: &RuntimeArgs, folder: &Path) -> Result<Self> {
-        let services = setup::services(args, &setup::local_folders(args, &folder.join("output"), folder))?;
+        let folders = setup::local_folders(args, &folder.join("output"), folder);
+        let (services, _) = setup::services(args, &folders, &TraceArgs::default())?;
         let folders = services.folders.clone();
         let engine = Engine::new(EngineConfig::new(services, crate::nodes::registry()));
         let listener = TcpListener::bind("127.0.0.1:0").await.context("binding a loopback port")?;

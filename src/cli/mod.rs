@@ -11,13 +11,16 @@ pub mod device;
 mod gpu;
 mod info;
 pub mod local;
+pub mod output;
 mod process;
 mod progress;
 mod run;
 pub mod serve;
 pub mod setup;
 mod synth;
+pub mod trace;
 
+use std::io::Write as _;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -72,8 +75,10 @@ pub fn main() -> ExitCode {
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
+        Err(error) if output::is_closed(&error) => ExitCode::from(output::CLOSED),
         Err(error) => {
-            eprintln!("error: {error:#}");
+            // Where nobody can be told there is still the exit code.
+            let _ = writeln!(std::io::stderr(), "error: {}", output::describe(&error));
             ExitCode::FAILURE
         }
     }

@@ -6,8 +6,10 @@ use anyhow::{Context as _, Result, bail};
 use serde_json::{Map, Value as Json};
 use tokio::sync::broadcast::error::RecvError;
 
+use super::output::say;
 use super::progress::Bar;
 use super::setup::{self, RuntimeArgs};
+use super::trace::{Trace, TraceArgs};
 use crate::engine::{Engine, EngineConfig, EventKind, Submission};
 use crate::files::{Folders, Kind};
 
@@ -24,6 +26,8 @@ pub struct RunArgs {
     out: PathBuf,
     #[command(flatten)]
     runtime: RuntimeArgs,
+    #[command(flatten)]
+    trace: TraceArgs,
 }
 
 /// Runs a workflow to its end.
@@ -34,8 +38,8 @@ pub fn run(args: RunArgs) -> Result<()> {
     }
     std::fs::create_dir_all(&args.out).with_context(|| format!("making {}", args.out.display()))?;
     let scratch = tempfile::tempdir().context("making a temporary folder")?;
-    let services =
-        setup::services(&args.runtime, &setup::local_folders(&args.runtime, &args.out, scratch.path()))?;
+    let folders = setup::local_folders(&args.runtime, &args.out, scratch.path());
+    let (services, trace) = setup::services(&args.runtime, &folders, &args.trace)?;
     let folders = services.folders.clone();
     let engine = Engine::new(EngineConfig::new(services, crate::nodes::registry()));
     let mut events = engine.subscribe();
@@ -73,11 +77,11 @@ pub fn run(args: RunArgs) -> Result<()> {
     bar.clear();
     let history = engine.history_one(&accepted.prompt_id);
     engine.shutdown();
+    trace.map_or(Ok(()), Trace::finish)?;
     if let Some(failure) = failure {
         bail!(failure);
     }
-    print_outputs(&history[accepted.prompt_id.as_str()]["outputs"], &folders);
-    Ok(())
+    print_outputs(&history[accepted.prompt_id.as_str()]["outputs"], &folders)
 }
 
 fn read(path: &Path) -> Result<Map<String, Json>> {
@@ -116,7 +120,7 @@ fn apply(prompt: &mut Map<String, Json>, change: &str) -> Result<()> {
     Ok(())
 }
 
-fn print_outputs(outputs: &Json, folders: &Folders) {
+fn print_outputs(outputs: &Json, folders: &Folders) -> Result<()> {
     for (node, output) in outputs.as_object().into_iter().flatten() {
         for (kind, files) in output.as_object().into_iter().flatten() {
             for file in files.as_array().into_iter().flatten() {
@@ -125,16 +129,17 @@ fn print_outputs(outputs: &Json, folders: &Folders) {
                         let kind = Kind::from_name(file["type"].as_str().unwrap_or_default())
                             .unwrap_or(Kind::Output);
                         let root = folders.root(kind);
-                        println!(
+                        say!(
                             "{}",
                             root.join(file["subfolder"].as_str().unwrap_or_default()).join(name).display()
                         );
                     }
-                    None => println!("node {node} {kind}: {file}"),
+                    None => say!("node {node} {kind}: {file}"),
                 }
             }
         }
     }
+    Ok(())
 }
 
 #[cfg(test)]

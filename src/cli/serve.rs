@@ -19,6 +19,7 @@ use tracing_subscriber::{EnvFilter, fmt};
 pub use ignored::IgnoredFlags;
 
 use super::setup::{self, RuntimeArgs};
+use super::trace::{Trace, TraceArgs};
 
 use crate::backend;
 use crate::engine::{Engine, EngineConfig};
@@ -146,6 +147,10 @@ pub struct ServeArgs {
     #[arg(long, value_name = "DIR")]
     pub front_end_root: Option<PathBuf>,
 
+    /// Every kernel launch, for Chrome or Perfetto
+    #[command(flatten)]
+    pub trace: TraceArgs,
+
     /// ComfyUI's flags without effect here
     #[command(flatten)]
     pub ignored: IgnoredFlags,
@@ -161,7 +166,7 @@ pub fn run(args: &ServeArgs) -> anyhow::Result<()> {
     let config = ServerConfig { log, ..config(args)? };
     allow_open_files(config.limits.connections);
     // Sets up the heap, which must come before any thread.
-    let services = services(args)?;
+    let (services, trace) = services(args)?;
     if let Some(threads) = args.runtime.device.threads {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
         pool.context("--threads: the thread pool exists already")?;
@@ -186,7 +191,7 @@ pub fn run(args: &ServeArgs) -> anyhow::Result<()> {
     let outcome = runtime.block_on(serve(args, engine.clone(), folders, config));
     runtime.shutdown_timeout(Duration::from_secs(1));
     engine.shutdown();
-    outcome
+    outcome.and(trace.map_or(Ok(()), Trace::finish))
 }
 
 /// Every socket is an open file; systems often allow fewer than the server does.
@@ -227,7 +232,7 @@ fn empty(temp: &Path) {
     }
 }
 
-fn services(args: &ServeArgs) -> anyhow::Result<Services> {
+fn services(args: &ServeArgs) -> anyhow::Result<(Services, Option<Trace>)> {
     let options = FolderOptions {
         input: args.input_directory.clone(),
         output: args.output_directory.clone(),
@@ -235,15 +240,13 @@ fn services(args: &ServeArgs) -> anyhow::Result<Services> {
         user: args.user_directory.clone(),
         ..args.runtime.folders()
     };
-    Ok(Services {
-        save_metadata: !args.disable_metadata,
-        preview: match args.preview_method {
-            PreviewChoice::None => PreviewMethod::None,
-            PreviewChoice::Taesd => PreviewMethod::Taesd,
-            _ => PreviewMethod::Latent2Rgb,
-        },
-        ..setup::services(&args.runtime, &options)?
-    })
+    let (services, trace) = setup::services(&args.runtime, &options, &args.trace)?;
+    let preview = match args.preview_method {
+        PreviewChoice::None => PreviewMethod::None,
+        PreviewChoice::Taesd => PreviewMethod::Taesd,
+        _ => PreviewMethod::Latent2Rgb,
+    };
+    Ok((Services { save_metadata: !args.disable_metadata, preview, ..services }, trace))
 }
 
 fn config(args: &ServeArgs) -> anyhow::Result<ServerConfig> {

@@ -7,7 +7,8 @@ use anyhow::{Context as _, Result, bail};
 use serde_json::{Value as Json, json};
 
 use super::device::DeviceArgs;
-use crate::backend;
+use super::trace::{Trace, TraceArgs};
+use crate::backend::{self, Device, cuda};
 use crate::engine::{Engine, EngineConfig, EventKind, Submission};
 use crate::files::{DEMO_CHECKPOINT, FolderOptions, Folders};
 use crate::models::ModelStore;
@@ -57,17 +58,35 @@ impl RuntimeArgs {
     }
 }
 
-/// Services over folders and a device.
-pub fn services(args: &RuntimeArgs, folders: &FolderOptions) -> Result<Services> {
+/// The device, with its launches traced if that is asked for.
+fn open(args: &RuntimeArgs, trace: &TraceArgs) -> Result<(Placement, Option<Trace>)> {
+    let options = args.device.options();
+    if trace.trace.is_some() && options.device == Device::Cpu {
+        bail!("--trace records the kernels of a GPU or of --device simt, and this runs on the CPU");
+    }
+    let Some(file) = trace.create()? else { return Ok((backend::open(options)?, None)) };
+    let driver = cuda::open_driver(&options).context("--trace records the kernels of a GPU")?;
+    let placement = cuda::open_on(driver.clone(), &options, || backend::cpu_backend(&options))?;
+    Ok((placement, Some(file.start(driver))))
+}
+
+/// Services over folders and a device; the trace lasts until it is finished.
+pub fn services(
+    args: &RuntimeArgs,
+    folders: &FolderOptions,
+    trace: &TraceArgs,
+) -> Result<(Services, Option<Trace>)> {
     let folders = Folders::open(folders).context("setting up the folders")?;
-    let models = ModelStore::new(backend::open(args.device.options())?, OpenOptions { mmap: !args.no_mmap });
-    Ok(Services {
+    let (placement, trace) = open(args, trace)?;
+    let models = ModelStore::new(placement, OpenOptions { mmap: !args.no_mmap });
+    let services = Services {
         folders: Arc::new(folders),
         models: Arc::new(models),
         save_metadata: true,
         png_level: PNG_LEVEL,
         preview: PreviewMethod::default(),
-    })
+    };
+    Ok((services, trace))
 }
 
 /// Folders that write below `output` only: what commands without a server use.

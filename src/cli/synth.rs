@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result};
 
+use super::output::say;
 use super::progress::Bar;
 use crate::models::tiny;
 use crate::tensor::DType;
@@ -45,7 +46,7 @@ pub fn run(args: SynthArgs) -> Result<()> {
         let known = tiny::names().collect::<Vec<_>>().join(", ");
         let written = tiny::write(&name, &args.out, dtype);
         let written = written.with_context(|| format!("no tiny model '{name}'; there are {known}"))??;
-        println!("{}: {} bytes", args.out.display(), written.bytes);
+        say!("{}: {} bytes", args.out.display(), written.bytes);
         return Ok(());
     }
     let manifest = match Manifest::built_in(&name) {
@@ -65,6 +66,6 @@ pub fn run(args: SynthArgs) -> Result<()> {
     let bar = Bar::bytes();
     let written = synth::write(&manifest, &args.out, dtype, &[], |done, total| bar.set(done, total))?;
     bar.clear();
-    println!("{}: {} bytes in {:.1} s", args.out.display(), written.bytes, began.elapsed().as_secs_f64());
+    say!("{}: {} bytes in {:.1} s", args.out.display(), written.bytes, began.elapsed().as_secs_f64());
     Ok(())
 }

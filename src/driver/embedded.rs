@@ -28,6 +28,12 @@ static BUILT: Option<KernelBuild> = include!(concat!(env!("OUT_DIR"), "/kernels.
 #[cfg(not(kiln_build_script))]
 static BUILT: Option<KernelBuild> = None;
 
+/// The kernels' headers by name, for those that a folder of kernels lacks.
+#[cfg(kiln_build_script)]
+pub(super) static HEADERS: &[(&str, &str)] = include!(concat!(env!("OUT_DIR"), "/headers.rs"));
+#[cfg(not(kiln_build_script))]
+pub(super) static HEADERS: &[(&str, &str)] = &[];
+
 /// The kernels in this binary; none if there was no nvcc when it was built.
 pub fn embedded() -> Option<&'static KernelBuild> {
     BUILT.as_ref()

@@ -43,7 +43,7 @@ pub struct LaunchRecord {
     pub shared: u32,
     /// Start, microseconds since the driver was opened.
     pub start_us: f64,
-    /// Duration in microseconds on the device; in a graph capture, of the launch call.
+    /// Duration in microseconds on the device.
     pub duration_us: f64,
 }
 
@@ -180,6 +180,14 @@ impl Instruments {
         self.tracing.load(Relaxed)
     }
 
+    /// Runs `work` unrecorded: it is timed as a whole, and a recording waits for every launch.
+    pub fn untraced<T>(&self, work: impl FnOnce() -> T) -> T {
+        let was_on = self.tracing.swap(false, Relaxed);
+        let result = work();
+        self.tracing.store(was_on, Relaxed);
+        result
+    }
+
     /// Names what the next launches work on.
     pub fn set_label(&self, label: String) {
         *self.label.lock().unwrap_or_else(PoisonError::into_inner) = label;
@@ -190,8 +198,8 @@ impl Instruments {
         std::mem::take(&mut *self.trace.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Counts a launch, and records it with its time if tracing is on. `run` returns
-    /// the microseconds on the device if it knows them.
+    /// Counts a launch, and records it with its time if tracing is on. `run` returns the
+    /// microseconds on the device; none if it only went into a graph, which is no launch yet.
     pub(super) fn launched<T, E>(
         &self,
         kernel: &str,
@@ -204,7 +212,7 @@ impl Instruments {
         }
         let start = Instant::now();
         let (result, device_us) = run()?;
-        let duration_us = device_us.unwrap_or_else(|| start.elapsed().as_secs_f64() * 1e6);
+        let Some(duration_us) = device_us else { return Ok(result) };
         let label = self.label.lock().unwrap_or_else(PoisonError::into_inner).clone();
         self.trace.lock().unwrap_or_else(PoisonError::into_inner).push(LaunchRecord {
             kernel: kernel.to_owned(),

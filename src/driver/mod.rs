@@ -13,6 +13,7 @@ pub mod cuda;
 mod embedded;
 mod error;
 mod instruments;
+pub mod kernel_folder;
 pub mod nvcc;
 mod pinned;
 pub mod simt;

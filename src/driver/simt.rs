@@ -16,6 +16,7 @@ use std::mem::ManuallyDrop;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use super::kernel_folder::build_simt_over;
 use super::toolchain::SimtVariant;
 use super::{
     Capability, DeviceInfo, DeviceMemory, DevicePtr, Driver, DriverError, Event, Function, FunctionInfo,
@@ -43,6 +44,19 @@ pub fn built_library(variant: SimtVariant) -> Option<PathBuf> {
     };
     let named = std::env::var_os("KILN_SIMT_LIB").filter(|name| !name.is_empty());
     named.map(PathBuf::from).or_else(|| built.map(PathBuf::from)).filter(|path| path.is_file())
+}
+
+/// The library with the kernels of a folder in place of the binary's own, compiled now; else the one that was built.
+pub fn library(kernels: Option<&Path>, variant: SimtVariant) -> Result<PathBuf, DriverError> {
+    if let Some(kernels) = kernels {
+        return Ok(build_simt_over(kernels, built_library(variant).as_deref(), variant)?);
+    }
+    built_library(variant).ok_or_else(|| DriverError::NoKernels {
+        device: "the SIMT layer".into(),
+        reason: "the library is not where the build put it; name it in KILN_SIMT_LIB, or the sources with \
+                 --kernels-dir"
+            .into(),
+    })
 }
 
 /// How to open the SIMT layer.
@@ -107,6 +121,7 @@ impl Schedule {
 struct Api {
     get_function: unsafe extern "C" fn(*const c_char, *const c_char) -> *const c_void,
     has_module: unsafe extern "C" fn(*const c_char) -> c_int,
+    kernel_name: unsafe extern "C" fn(c_int) -> *const c_char,
     param_count: unsafe extern "C" fn(*const c_void) -> c_int,
     param_size: unsafe extern "C" fn(*const c_void, c_int) -> u32,
     alloc: unsafe extern "C" fn(usize) -> u64,
@@ -185,6 +200,7 @@ impl SimtDriver {
             Api {
                 get_function: *library.get(b"simt_get_function").map_err(fail)?,
                 has_module: *library.get(b"simt_has_module").map_err(fail)?,
+                kernel_name: *library.get(b"simt_kernel_name").map_err(fail)?,
                 param_count: *library.get(b"simt_param_count").map_err(fail)?,
                 param_size: *library.get(b"simt_param_size").map_err(fail)?,
                 alloc: *library.get(b"simt_alloc").map_err(fail)?,
@@ -222,6 +238,19 @@ impl SimtDriver {
     /// Changes the order of threads for the launches to come.
     pub fn set_order(&self, order: Order, workers: usize) {
         *self.running.lock().unwrap_or_else(PoisonError::into_inner) = Schedule::new(order, workers);
+    }
+
+    /// The names of all kernels of the library, sorted.
+    pub fn kernels(&self) -> Vec<String> {
+        let mut names: Vec<String> = (0..)
+            // SAFETY: no preconditions.
+            .map(|i| unsafe { (self.api.kernel_name)(i) })
+            .take_while(|name| !name.is_null())
+            // SAFETY: a C string of the library, which is never unloaded.
+            .map(|name| unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned())
+            .collect();
+        names.sort_unstable();
+        names
     }
 
     /// Bank conflicts of `ldmatrix` in this thread's last launch: wavefronts beyond one per 8×8 matrix.
@@ -582,10 +611,12 @@ impl Driver for SimtDriver {
         self.check_params(launch, params)?;
         let record = || Call::Launch { launch: *launch, params: params.iter().map(|p| p.to_vec()).collect() };
         self.instruments.launched(&self.name(launch.function), launch, || {
-            if !self.captured(launch.stream, record) {
-                self.run_kernel(launch, params)?;
+            if self.captured(launch.stream, record) {
+                return Ok(((), None));
             }
-            Ok(((), None))
+            let start = std::time::Instant::now();
+            self.run_kernel(launch, params)?;
+            Ok(((), Some(start.elapsed().as_secs_f64() * 1e6)))
         })
     }
 }

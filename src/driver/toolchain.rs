@@ -12,7 +12,7 @@ use std::hash::{Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, SystemTime};
 
 /// Objects that no build has used for this long are deleted.
@@ -112,6 +112,19 @@ pub(super) fn read(path: &Path) -> Result<Vec<u8>, ToolError> {
     fs::read(path).map_err(|source| ToolError::File { path: path.to_owned(), source })
 }
 
+/// What a SIMT library is made from.
+#[derive(Clone, Debug)]
+pub struct SimtSources {
+    /// Folder of the layer itself.
+    pub layer: PathBuf,
+    /// Folder of the kernels' headers.
+    pub headers: PathBuf,
+    /// Kernel files.
+    pub kernels: Vec<PathBuf>,
+    /// Where objects of the same sources may lie already, besides the folder that is written.
+    pub built: Option<PathBuf>,
+}
+
 /// Compiles the SIMT layer and all kernels under `kernels` into one shared
 /// library in `out` and returns its path.
 ///
@@ -122,19 +135,28 @@ pub fn build_simt(
     out: &Path,
     variant: SimtVariant,
 ) -> Result<PathBuf, ToolError> {
+    let mut all = kernel_sources(kernels)?;
+    all.extend(extra.iter().cloned());
+    let (layer, headers) = (kernels.join("simt"), kernels.join("include"));
+    build_simt_from(&SimtSources { layer, headers, kernels: all, built: None }, out, variant)
+}
+
+/// Compiles these sources into one shared library in `out` and returns its path.
+pub fn build_simt_from(from: &SimtSources, out: &Path, variant: SimtVariant) -> Result<PathBuf, ToolError> {
     let compiler = Cxx::find();
-    let mut sources: Vec<(PathBuf, bool)> = ["simt", "ptx_emu", "check"]
-        .iter()
-        .map(|name| (kernels.join("simt").join(format!("{name}.cpp")), false))
-        .collect();
-    sources.extend(kernel_sources(kernels)?.into_iter().chain(extra.iter().cloned()).map(|p| (p, true)));
-    let headers = headers_hash(kernels)?;
+    let layer = ["simt", "ptx_emu", "check"].map(|name| from.layer.join(format!("{name}.cpp")));
+    let kernels = from.kernels.iter().cloned().map(|path| (path, true));
+    let sources: Vec<(PathBuf, bool)> = kernels.chain(layer.map(|path| (path, false))).collect();
+    let folders = [&from.layer, &from.headers];
+    let headers = headers_hash(folders)?;
     fs::create_dir_all(out).map_err(|source| ToolError::File { path: out.to_owned(), source })?;
 
     let objects = in_parallel(&sources, |(source, is_kernel)| {
-        let flags = simt_flags(kernels, variant, *is_kernel);
+        let flags = simt_flags(folders, variant, *is_kernel);
         let hash = compiler.hash_of_object(headers, &read(source)?, &flags);
-        let object = out.join(format!("{}-{}-{hash:016x}.o", module_name(source), variant.name()));
+        let name = format!("{}-{}-{hash:016x}.o", module_name(source), variant.name());
+        let built = from.built.as_ref().map(|folder| folder.join(&name)).filter(|object| object.exists());
+        let object = built.unwrap_or_else(|| out.join(name));
         if object.exists() {
             touch(&object);
         } else {
@@ -150,7 +172,7 @@ pub fn build_simt(
     if library.exists() {
         touch(&library);
     } else {
-        run_to(&library, &kernels.join("simt"), |partial| {
+        run_to(&library, &from.layer, |partial| {
             let mut command = Command::new(&compiler.name);
             command.args(["-shared", "-Wl,-Bsymbolic", "-pthread", "-o"]).arg(partial).args(&objects);
             command
@@ -180,7 +202,7 @@ impl Cxx {
     }
 }
 
-fn simt_flags(kernels: &Path, variant: SimtVariant, is_kernel: bool) -> Vec<OsString> {
+fn simt_flags(includes: [&PathBuf; 2], variant: SimtVariant, is_kernel: bool) -> Vec<OsString> {
     let mut flags: Vec<OsString> = [
         "-std=c++20",
         "-g1",
@@ -201,9 +223,9 @@ fn simt_flags(kernels: &Path, variant: SimtVariant, is_kernel: bool) -> Vec<OsSt
     if cfg!(target_arch = "x86_64") {
         flags.push("-march=x86-64-v3".into());
     }
-    for folder in ["simt", "include"] {
+    for folder in includes {
         flags.push("-I".into());
-        flags.push(kernels.join(folder).into());
+        flags.push(folder.into());
     }
     if is_kernel {
         // Registers start as garbage that is easy to notice; a large frame cannot jump over a stack's guard page.
@@ -224,10 +246,10 @@ fn simt_flags(kernels: &Path, variant: SimtVariant, is_kernel: bool) -> Vec<OsSt
 }
 
 /// Hash of everything that sources include.
-fn headers_hash(kernels: &Path) -> Result<u64, ToolError> {
+fn headers_hash([layer, headers]: [&PathBuf; 2]) -> Result<u64, ToolError> {
     let mut all = Vec::new();
-    for folder in ["include", "simt"] {
-        for path in read_dir(&kernels.join(folder))? {
+    for folder in [headers, layer] {
+        for path in read_dir(folder)? {
             if path.extension().is_some_and(|e| e == "cuh" || e == "hpp" || e == "h") {
                 all.push((module_name(&path), read(&path)?));
             }
@@ -288,19 +310,23 @@ pub(super) fn prune(cache: &Path) {
     }
 }
 
-/// `work` on every item, on as many threads as there are cores; results in order.
+/// `work` on every item, on as many threads as there are cores; results in order. After an error nothing new begins.
 pub(super) fn in_parallel<T: Sync, R: Send>(
     items: &[T],
     work: impl Fn(&T) -> Result<R, ToolError> + Sync,
 ) -> Result<Vec<R>, ToolError> {
-    let next = AtomicUsize::new(0);
+    let (next, has_failed) = (AtomicUsize::new(0), AtomicBool::new(false));
     let results: Vec<Mutex<Option<Result<R, ToolError>>>> = items.iter().map(|_| Mutex::new(None)).collect();
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(items.len().max(1));
     std::thread::scope(|scope| {
         for _ in 0..threads {
             scope.spawn(|| {
                 while let Some(i) = Some(next.fetch_add(1, Relaxed)).filter(|i| *i < items.len()) {
+                    if has_failed.load(Relaxed) {
+                        return;
+                    }
                     let result = work(&items[i]);
+                    has_failed.fetch_or(result.is_err(), Relaxed);
                     *results[i].lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(result);
                 }
             });

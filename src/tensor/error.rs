@@ -46,7 +46,7 @@ pub enum TensorError {
     },
     /// No memory.
     #[error(
-        "out of memory: {bytes} bytes for an activation can't be had ({in_use} in use); use a smaller picture or batch, or free models"
+        "out of memory: {bytes} bytes can't be had ({in_use} in use); use a smaller picture or batch, or free models"
     )]
     OutOfMemory {
         /// Bytes asked for.

@@ -9,6 +9,7 @@
 
 mod choice;
 mod late;
+mod tools;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};

@@ -1,5 +1,6 @@
 //! The op set on the device: from tensors to launches.
 
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::latents::Pace;
@@ -23,6 +24,7 @@ pub struct Shared {
     pub(super) weights: Arc<WeightMemory>,
     pub(super) uploader: Uploader,
     pub(super) pace: Pace,
+    pub(super) draws_noise: AtomicBool,
     recorder: Recorder,
     pressure: Mutex<Vec<PressureHook>>,
 }
@@ -38,6 +40,7 @@ impl Shared {
             weights: WeightMemory::new(gpu.clone(), usage.clone()),
             uploader: Uploader::new(),
             pace: Pace::default(),
+            draws_noise: AtomicBool::new(false),
             pressure: Mutex::default(),
             gpu: gpu.clone(),
             usage,
@@ -49,6 +52,11 @@ impl Shared {
             }
         }));
         shared
+    }
+
+    /// Whether noise that samplers draw on the way comes from the device's generator.
+    pub fn set_draws_noise(&self, on: bool) {
+        self.draws_noise.store(on, Relaxed);
     }
 
     /// Lets go of cached memory, recordings and idle models.
@@ -187,14 +195,6 @@ impl CudaBackend {
         Ok(Tensor::new(shape, dtype, Storage::Device(self.shared.lend(bytes)?)))
     }
 
-    /// Names what the next launches work on, for traces.
-    pub(super) fn label(&self, text: impl FnOnce() -> String) {
-        let instruments = self.shared.gpu.driver().instruments();
-        if instruments.is_tracing() {
-            instruments.set_label(text());
-        }
-    }
-
     /// Fails unless `t` has the backend's own type.
     fn own(&self, op: &'static str, t: &Tensor) -> Result<Operand, TensorError> {
         let operand = operand(op, t)?;
@@ -331,7 +331,6 @@ impl Backend for CudaBackend {
             element: self.element,
             epilogue,
         };
-        self.label(|| format!("conv {}x{} {s} -> {}", op.w.kh, op.w.kw, out.shape()));
         Ok(conv::conv(&self.shared.gpu, &launch)?)
     }
 
@@ -363,7 +362,6 @@ impl Backend for CudaBackend {
             element: self.element,
             epilogue,
         };
-        self.label(|| format!("linear {}x{}x{}", launch.m, launch.n, op.w.k));
         Ok(gemm::gemm(&self.shared.gpu, &launch)?)
     }
 
@@ -396,12 +394,6 @@ impl Backend for CudaBackend {
             scale: op.scale,
             element: self.element,
         };
-        self.label(|| {
-            format!(
-                "attention {} x {} heads, {} queries, {} keys, d {}",
-                sq.n, op.heads, launch.queries, launch.keys, launch.head_dim
-            )
-        });
         Ok(attention::attention(&self.shared.gpu, &launch)?)
     }
 
@@ -428,7 +420,6 @@ impl Backend for CudaBackend {
             silu: op.silu,
             element: self.element,
         };
-        self.label(|| format!("group_norm {}", out.shape()));
         Ok(norm::group_norm(&self.shared.gpu, &launch)?)
     }
 
@@ -452,7 +443,6 @@ impl Backend for CudaBackend {
             eps: op.eps,
             element: self.element,
         };
-        self.label(|| format!("layer_norm {s}"));
         Ok(norm::layer_norm(&self.shared.gpu, &launch)?)
     }
 
@@ -482,7 +472,6 @@ impl Backend for CudaBackend {
             act: act(function),
             element: self.element,
         };
-        self.label(|| format!("activate {}", x.shape()));
         Ok(elementwise::activate(&self.shared.gpu, &launch)?)
     }
 
@@ -499,7 +488,6 @@ impl Backend for CudaBackend {
             b,
             element: self.element,
         };
-        self.label(|| format!("axpby {}", x.shape()));
         Ok(elementwise::axpby(&self.shared.gpu, &launch)?)
     }
 
@@ -525,7 +513,6 @@ impl Backend for CudaBackend {
             },
             element: self.element,
         };
-        self.label(|| format!("resize {filter:?} {from} -> {to}"));
         Ok(image::resize(&self.shared.gpu, &launch)?)
     }
 
@@ -542,7 +529,6 @@ impl Backend for CudaBackend {
             run: op.run,
             element: self.element,
         };
-        self.label(|| format!("swap_tokens {}", out.shape()));
         Ok(copy::swap(&self.shared.gpu, &launch)?)
     }
 
@@ -554,7 +540,6 @@ impl Backend for CudaBackend {
             let Operand { ptr, pitch, .. } = self.own_columns(OP, part)?;
             Ok(copy::Columns { ptr, width: part.width, pitch })
         };
-        self.label(|| format!("concat {}", out.shape()));
         let mut first = 0;
         for pair in parts.chunks(2) {
             let (a, b) = (columns(&pair[0])?, pair.get(1).map(columns).transpose()?);
@@ -588,7 +573,6 @@ impl Backend for CudaBackend {
             factor: op.factor,
             element: self.element,
         };
-        self.label(|| format!("scale_half {s}"));
         Ok(reweight::scale_half(&self.shared.gpu, &launch)?)
     }
 
@@ -605,7 +589,6 @@ impl Backend for CudaBackend {
             factor,
             element: self.element,
         };
-        self.label(|| format!("scale_low_band {s}"));
         Ok(reweight::scale_low_band(&self.shared.gpu, &launch)?)
     }
 

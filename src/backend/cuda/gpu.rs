@@ -127,6 +127,14 @@ impl Gpu {
         self.is_capturing.load(Relaxed)
     }
 
+    /// Names the shapes that the next launches work on, for traces. Every launcher does.
+    pub(super) fn label(&self, text: impl FnOnce() -> String) {
+        let instruments = self.driver.instruments();
+        if instruments.is_tracing() {
+            instruments.set_label(text());
+        }
+    }
+
     /// Launches a kernel on the compute stream.
     pub fn launch(
         &self,

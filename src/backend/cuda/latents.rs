@@ -1,6 +1,7 @@
 //! Samplers' arithmetic on the device: [`LatentOps`] by the kernels of `kernels/sampling/`.
 
 use std::collections::VecDeque;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Mutex, PoisonError};
 
 use super::backend::{CudaBackend, Operand, operand};
@@ -114,7 +115,6 @@ impl LatentOps for CudaBackend {
             same_shape(OP, first.extent(), x.extent())?;
             all.push(Term { factor: *factor, x: address(x)? });
         }
-        self.label(|| format!("lincomb {} of {}", terms.len(), first.extent()));
         let count = first.extent().len();
         let (head, rest) = all.split_at(all.len().min(MAX_TERMS));
         latent::lincomb(self.shared().gpu(), &latent::Lincomb { terms: head, out: to, count })?;
@@ -144,7 +144,6 @@ impl LatentOps for CudaBackend {
             mask_samples: m.n,
             mask_channels: m.c,
         };
-        self.label(|| format!("blend {s}"));
         latent::blend(self.shared().gpu(), &launch)?;
         Ok(out)
     }
@@ -169,7 +168,6 @@ impl LatentOps for CudaBackend {
             factor: op.factor,
             element,
         };
-        self.label(|| format!("model_input {extent}"));
         layout::to_nhwc(self.shared().gpu(), &launch)?;
         if let Some(beside) = op.beside {
             same_shape(OP, Shape { n: samples, c: more, ..s }, beside.extent())?;
@@ -233,7 +231,6 @@ impl LatentOps for CudaBackend {
             uncond_denoised: DevicePtr::NULL,
             step,
         };
-        self.label(|| format!("guide {s}{}", if step.is_some() { ", step" } else { "" }));
         latent::guide(self.shared().gpu(), &launch)?;
         Ok(GuideOutput { denoised, next })
     }
@@ -248,6 +245,10 @@ impl LatentOps for CudaBackend {
         let launch = PhiloxNormal { out: address(&out)?, count, state, threads };
         let state = philox::philox_normal(gpu, &launch)?;
         Ok((out, state.offset))
+    }
+
+    fn draws_noise(&self) -> bool {
+        self.shared().draws_noise.load(Relaxed)
     }
 
     fn error_sum(&self, op: &ScaledError<'_>) -> Result<f64, TensorError> {

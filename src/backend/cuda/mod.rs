@@ -23,4 +23,4 @@ pub use backend::{CudaBackend, Shared};
 pub use element::Element;
 pub use error::CudaError;
 pub use gpu::{Geometry, Gpu, Kernel};
-pub use open::{open, open_driver, open_on, simt_library};
+pub use open::{open, open_driver, open_on};

@@ -1,13 +1,12 @@
 //! From options to backends on a GPU or on the SIMT layer.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::backend::{CudaBackend, Shared};
 use super::{CudaError, Element, Gpu};
 use crate::backend::{Device, DeviceOptions, OpenError, Precision};
-use crate::driver::cuda::Modules;
-use crate::driver::simt::{SimtDriver, SimtOptions, built_library};
+use crate::driver::cuda::{CudaDriver, Modules};
+use crate::driver::simt::{self, SimtDriver, SimtOptions};
 use crate::driver::toolchain::SimtVariant;
 use crate::driver::{Capability, Driver, DriverError};
 use crate::tensor::{Backend, Placement, TensorError};
@@ -32,6 +31,7 @@ pub fn open_on<B: Backend + 'static>(
     })?);
     let vae = vae_element(gpu.capability());
     let shared = Shared::new(gpu, options.memory_limit);
+    shared.set_draws_noise(options.gpu_noise);
     let mut made: Vec<(Element, Arc<dyn Backend>)> = Vec::new();
     let mut backend = |precision: Option<Precision>, default: Element| -> Arc<dyn Backend> {
         let element = precision.map_or(default, element);
@@ -65,18 +65,14 @@ fn element(precision: Precision) -> Element {
 
 /// The driver for `options`: the SIMT layer or a GPU.
 pub fn open_driver(options: &DeviceOptions) -> Result<Arc<dyn Driver>, DriverError> {
+    let kernels = options.kernels.as_deref();
     match options.device {
-        Device::Simt => Ok(Arc::new(SimtDriver::open(&simt_library()?, SimtOptions::default())?)),
-        _ => Ok(Arc::new(crate::driver::cuda::CudaDriver::open(options.ordinal, &Modules::Embedded)?)),
+        Device::Simt => {
+            let library = simt::library(kernels, SimtVariant::Fast)?;
+            Ok(Arc::new(SimtDriver::open(&library, SimtOptions::default())?))
+        }
+        _ => Ok(Arc::new(CudaDriver::open(options.ordinal, &Modules::over(kernels)?)?)),
     }
-}
-
-/// The fast SIMT library, or an error that says how to get one.
-pub fn simt_library() -> Result<PathBuf, DriverError> {
-    built_library(SimtVariant::Fast).ok_or_else(|| DriverError::NoKernels {
-        device: "the SIMT layer".into(),
-        reason: "the library is not where the build put it; name it in KILN_SIMT_LIB".into(),
-    })
 }
 
 #[cfg(test)]

@@ -6,7 +6,8 @@
 //! that pool: they run one after the other on one stream.
 //!
 //! The first call runs the work plainly (weights are packed and scratch memory
-//! grows on the way), the second captures it, all others replay.
+//! grows on the way), the second captures it, all others replay. While launches
+//! are traced nothing is recorded: each kernel then runs and is timed by itself.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -127,8 +128,8 @@ impl Recorder {
         body: &mut Body<'_>,
         alloc: impl Fn(Shape, DType) -> Result<Tensor, TensorError>,
     ) -> Result<Tensor, BodyError> {
-        // One at a time: the flag and the pool are shared.
-        if self.is_recording() {
+        // One at a time: the flag and the pool are shared. A replay is one launch, so a trace would not see the kernels.
+        if self.is_recording() || self.gpu.driver().instruments().is_tracing() {
             return body(inputs);
         }
         let key = Key { work, element, shapes: inputs.iter().map(|t| t.shape()).collect() };

@@ -42,39 +42,51 @@ impl Context {
         Ok(())
     }
 
-    /// A number that the device reports.
-    pub(super) fn attribute(&self, attribute: Attribute) -> Result<u32, DriverError> {
-        let mut value = 0;
-        // SAFETY: `value` is written; the device exists.
-        unsafe { cu!(cuDeviceGetAttribute(&mut value, attribute, self.device)) }?;
-        Ok(u32::try_from(value).unwrap_or(0))
-    }
-
     /// What the device is.
     pub(super) fn info(&self, ordinal: usize) -> Result<DeviceInfo, DriverError> {
-        let mut name: [c_char; 256] = [0; 256];
-        // SAFETY: `name` is writable for its length.
-        unsafe { cu!(cuDeviceGetName(name.as_mut_ptr(), name.len() as c_int, self.device)) }?;
-        let name: Vec<u8> = name.iter().take_while(|c| **c != 0).map(|c| *c as u8).collect();
-        let mut memory = 0;
-        // SAFETY: `memory` is written.
-        unsafe { cu!(cuDeviceTotalMem_v2(&mut memory, self.device)) }?;
-        Ok(DeviceInfo {
-            name: String::from_utf8_lossy(&name).into_owned(),
-            ordinal,
-            capability: Capability {
-                major: self.attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
-                minor: self.attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
-            },
-            multiprocessors: self.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
-            shared_memory: self
-                .attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
-            memory: memory as u64,
-            l2_cache: self.attribute(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)?,
-            driver_version: driver_version()?,
-            is_simulated: false,
-        })
+        describe(self.device, ordinal)
     }
+}
+
+/// What the device of that index is, without a context on it. The driver must be loaded.
+pub(super) fn device(ordinal: usize) -> Result<DeviceInfo, DriverError> {
+    let mut device = 0;
+    // SAFETY: `device` is written; an index without a device is an error.
+    unsafe { cu!(cuDeviceGet(&mut device, ordinal as c_int)) }?;
+    describe(device, ordinal)
+}
+
+/// A number that a device reports.
+fn attribute(device: sys::CUdevice, attribute: Attribute) -> Result<u32, DriverError> {
+    let mut value = 0;
+    // SAFETY: `value` is written; the device exists.
+    unsafe { cu!(cuDeviceGetAttribute(&mut value, attribute, device)) }?;
+    Ok(u32::try_from(value).unwrap_or(0))
+}
+
+fn describe(device: sys::CUdevice, ordinal: usize) -> Result<DeviceInfo, DriverError> {
+    let mut name: [c_char; 256] = [0; 256];
+    // SAFETY: `name` is writable for its length.
+    unsafe { cu!(cuDeviceGetName(name.as_mut_ptr(), name.len() as c_int, device)) }?;
+    let name: Vec<u8> = name.iter().take_while(|c| **c != 0).map(|c| *c as u8).collect();
+    let mut memory = 0;
+    // SAFETY: `memory` is written.
+    unsafe { cu!(cuDeviceTotalMem_v2(&mut memory, device)) }?;
+    let number = |which| attribute(device, which);
+    Ok(DeviceInfo {
+        name: String::from_utf8_lossy(&name).into_owned(),
+        ordinal,
+        capability: Capability {
+            major: number(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+            minor: number(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+        },
+        multiprocessors: number(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+        shared_memory: number(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
+        memory: memory as u64,
+        l2_cache: number(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)?,
+        driver_version: driver_version()?,
+        is_simulated: false,
+    })
 }
 
 impl Drop for Context {

@@ -35,7 +35,6 @@ use self::handles::Handles;
 pub use self::module::Modules;
 use self::module::{Kernel, Loader};
 use self::staging::Staging;
-use super::embedded::{KernelBuild, embedded};
 use super::{
     Capability, DeviceInfo, DeviceMemory, DevicePtr, Driver, DriverError, Event, Function, FunctionInfo,
     Graph, Instruments, Launch, PinnedBuffer, Stream, TensorMap, TensorMapDesc,
@@ -47,21 +46,9 @@ pub fn device_count() -> Result<usize, DriverError> {
     context::device_count()
 }
 
-/// What this build and this machine offer, in one line.
-pub fn summary() -> String {
-    summary_of(embedded(), device_count())
-}
-
-fn summary_of(build: Option<&KernelBuild>, devices: Result<usize, DriverError>) -> String {
-    let Some(build) = build else { return "not built".into() };
-    let kernels = format!("{} kernel files for {} ({})", build.modules.len(), build.targets, build.compiler);
-    match devices {
-        Ok(count) => {
-            let version = context::driver_version().unwrap_or(0);
-            format!("{kernels}; driver {}.{}, {count} devices", version / 1000, version % 1000 / 10)
-        }
-        Err(error) => format!("{kernels}; {error}"),
-    }
+/// The GPUs of this machine, by index; an error if there is no CUDA driver.
+pub fn devices() -> Result<Vec<DeviceInfo>, DriverError> {
+    (0..device_count()?).map(context::device).collect()
 }
 
 /// One GPU.
@@ -690,18 +677,6 @@ mod tests {
         assert_eq!(error, "fill: 49 bytes at 0x1010; the allocation before it is 64 bytes at 0x1000");
         assert!(check(0x0fff, 1).unwrap_err().to_string().contains("no device memory"));
         assert!(check(0x2000, usize::MAX).is_err());
-    }
-
-    #[test]
-    fn a_build_without_nvcc_says_so() {
-        assert_eq!(summary_of(None, Ok(1)), "not built");
-        let build = KernelBuild { compiler: "nvcc 13.0.88", targets: "sm_80 sm_90a", modules: &[] };
-        let reason = "its library is not here".into();
-        let said = summary_of(Some(&build), Err(DriverError::NoDriver { reason }));
-        assert!(
-            said.starts_with("0 kernel files for sm_80 sm_90a (nvcc 13.0.88); no CUDA driver: its"),
-            "{said}"
-        );
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::ffi::CString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use cudarc::driver::sys::{
@@ -11,8 +11,9 @@ use cudarc::driver::sys::{
 };
 
 use super::super::embedded::embedded;
+use super::super::kernel_folder;
 use super::super::nvcc::{Arch, FatbinOptions, Nvcc, build_fatbins};
-use super::super::toolchain::{ToolError, kernel_sources, read};
+use super::super::toolchain::{ToolError, read};
 use super::ffi::{check, cu, describe};
 use super::handles::Handles;
 use super::{DeviceInfo, DriverError, Function, FunctionInfo, Launch};
@@ -23,7 +24,8 @@ pub enum Modules {
     /// Those that this binary carries.
     #[default]
     Embedded,
-    /// A folder of sources laid out as `kernels/`, compiled with nvcc for the present device.
+    /// Those that this binary carries, but the ones of a folder of sources laid out as `kernels/` from there,
+    /// compiled with nvcc for the present device.
     Folder {
         /// The folder.
         kernels: PathBuf,
@@ -40,24 +42,36 @@ const PROBE: &str = "elementwise";
 type Images = HashMap<String, Cow<'static, [u8]>>;
 
 impl Modules {
+    /// Those of the binary, or of the folder over them; compiled objects are kept in the user's cache.
+    pub fn over(kernels: Option<&Path>) -> Result<Self, ToolError> {
+        Ok(match kernels {
+            Some(kernels) => Self::Folder { kernels: kernels.to_owned(), cache: kernel_folder::cache()? },
+            None => Self::Embedded,
+        })
+    }
+
     /// The image of every module, compiled now if they come from a folder.
     fn images(&self, device: &DeviceInfo) -> Result<Images, DriverError> {
+        let own = || -> Images {
+            let modules = embedded().map_or(&[][..], |build| build.modules);
+            modules.iter().map(|m| (m.name.to_owned(), Cow::Borrowed(m.image))).collect()
+        };
         let images: Images = match self {
-            Self::Embedded => {
-                let modules = embedded().map_or(&[][..], |build| build.modules);
-                modules.iter().map(|m| (m.name.to_owned(), Cow::Borrowed(m.image))).collect()
-            }
+            Self::Embedded => own(),
             Self::Folder { kernels, cache } => {
+                let sources = kernel_folder::sources(kernels)?;
                 let options = FatbinOptions {
-                    includes: &[kernels.join("include")],
+                    includes: &[kernel_folder::headers(kernels, cache)?],
                     archs: &[Arch::of_device(device.capability.major, device.capability.minor)],
                     with_ptx: false,
                     with_lines: true,
                     cache,
                 };
-                let fatbins = build_fatbins(&Nvcc::find(&[])?, &kernel_sources(kernels)?, &options)?;
-                let images = fatbins.into_iter().map(|f| Ok((f.module, Cow::Owned(read(&f.image)?))));
-                images.collect::<Result<Images, ToolError>>()?
+                let mut images = own();
+                for fatbin in build_fatbins(&Nvcc::find(&[])?, &sources, &options)? {
+                    images.insert(fatbin.module, Cow::Owned(read(&fatbin.image)?));
+                }
+                images
             }
             Self::Images(images) => {
                 images.iter().map(|(name, image)| (name.clone(), Cow::Owned(image.clone()))).collect()

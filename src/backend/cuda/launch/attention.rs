@@ -56,6 +56,14 @@ pub struct Attention {
     pub element: Element,
 }
 
+impl Attention {
+    /// Its shape in words, for traces.
+    pub(super) fn label(&self) -> String {
+        let Self { batch, heads, queries, keys, head_dim, .. } = self;
+        format!("attention {batch} x {heads} heads, {queries} queries, {keys} keys, d {head_dim}")
+    }
+}
+
 /// What the choice of a kernel depends on besides the shape.
 #[derive(Clone, Copy, Debug)]
 pub struct Device {
@@ -231,6 +239,7 @@ pub fn attention(gpu: &Gpu, op: &Attention) -> Result<(), CudaError> {
 
 /// Queues the attention by a given plan.
 pub fn attention_as(gpu: &Gpu, op: &Attention, plan: &Plan) -> Result<(), CudaError> {
+    gpu.label(|| op.label());
     check(op)?;
     if op.batch == 0 || op.queries == 0 {
         return Ok(());

@@ -116,6 +116,7 @@ struct Args {
 
 /// Queues the attention; [`supports`] must hold and the device be of compute capability 9.0.
 pub fn attention(gpu: &Gpu, op: &Attention) -> Result<(), CudaError> {
+    gpu.label(|| op.label());
     let unsupported = |reason| CudaError::Unsupported { op: OP, reason };
     if let Some(reason) = refusal(op) {
         return Err(unsupported(reason));

@@ -38,6 +38,7 @@ pub fn result_bytes(gpu: &Gpu) -> usize {
 
 /// Queues `rounds` rounds of products without loads; returns the operations.
 pub fn tensor_cores(gpu: &Gpu, out: DevicePtr, rounds: i32, element: Element) -> Result<f64, CudaError> {
+    gpu.label(|| format!("ceiling {rounds} rounds {}", element.suffix()));
     let args = CeilingArgs { out, rounds, unused: 0 };
     let rounds = f64::from(rounds);
     if gpu.is_hopper() {

@@ -102,6 +102,16 @@ impl Conv {
             && self.c2.is_multiple_of(8)
     }
 
+    /// Its shape in words, for traces.
+    pub(super) fn label(&self) -> String {
+        let Self { kernel: [kh, kw], batch, height, width, c1, c2, cout, .. } = self;
+        let [to_height, to_width] = self.out_extent();
+        format!(
+            "conv {kh}x{kw} {batch}x{height}x{width}x{} -> {batch}x{to_height}x{to_width}x{cout}",
+            c1 + c2
+        )
+    }
+
     /// The linear layer that this is, if it is one.
     pub fn as_gemm(&self) -> Option<Gemm> {
         let is_linear =
@@ -175,6 +185,7 @@ pub fn conv(gpu: &Gpu, op: &Conv) -> Result<(), CudaError> {
 
 /// Queues `op` with a kernel of the caller's choice, which must fit its alignment.
 pub fn conv_by(gpu: &Gpu, op: &Conv, choice: Choice) -> Result<(), CudaError> {
+    gpu.label(|| op.label());
     let Choice::Tiles(plan) = choice;
     check_element(OP, op.element)?;
     let mut args = arguments(op)?;

@@ -12,6 +12,7 @@ const OP: &str = "conv";
 
 /// Queues `op`, whose element is f32.
 pub fn conv(gpu: &Gpu, op: &Conv) -> Result<(), CudaError> {
+    gpu.label(|| op.label());
     let mut args = arguments(op)?;
     let problem = op.problem();
     if problem.m == 0 || problem.n == 0 {

@@ -150,6 +150,7 @@ pub fn conv(gpu: &Gpu, op: &Conv) -> Result<(), CudaError> {
 
 /// Queues a convolution, cut up as the caller says.
 pub fn conv_by(gpu: &Gpu, op: &Conv, pixels: Pixels, cut: Cut) -> Result<(), CudaError> {
+    gpu.label(|| op.label());
     let boxes_fit = match pixels {
         Pixels::Im2col => true,
         Pixels::Boxes { width, height } => op.stride == 1 && width + height <= 7,

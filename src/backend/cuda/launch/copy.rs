@@ -68,6 +68,7 @@ struct ConcatArgs {
 
 /// Queues a concatenation.
 pub fn concat(gpu: &Gpu, op: &Concat) -> Result<(), CudaError> {
+    gpu.label(|| format!("concat {}x{}+{}", op.rows, op.a.width, op.b.map_or(0, |b| b.width)));
     let b = op.b.unwrap_or(Columns { ptr: DevicePtr::NULL, width: 0, pitch: 0 });
     let width = op.a.width + b.width;
     if op.rows == 0 || width == 0 {
@@ -136,6 +137,10 @@ struct WindowArgs {
 
 /// Queues a window.
 pub fn window(gpu: &Gpu, op: &Window) -> Result<(), CudaError> {
+    gpu.label(|| {
+        let ([fh, fw], [th, tw]) = (op.from, op.to);
+        format!("window {}x{fh}x{fw}x{} -> {th}x{tw}", op.samples, op.channels)
+    });
     let count = op.samples * op.to[0] * op.to[1] * op.channels;
     if count == 0 {
         return Ok(());
@@ -196,6 +201,7 @@ struct Upsample2xArgs {
 
 /// Queues a doubling.
 pub fn upsample2x(gpu: &Gpu, op: &Upsample2x) -> Result<(), CudaError> {
+    gpu.label(|| format!("upsample2x {}x{}x{}", op.rows, op.width, op.channels));
     let count = op.rows * op.width * op.channels;
     if count == 0 {
         return Ok(());
@@ -252,6 +258,7 @@ struct SwapArgs {
 
 /// Queues a change of order.
 pub fn swap(gpu: &Gpu, op: &Swap) -> Result<(), CudaError> {
+    gpu.label(|| format!("swap {}x{}", op.tokens, op.x.width));
     let count = op.tokens * op.x.width;
     if count == 0 {
         return Ok(());

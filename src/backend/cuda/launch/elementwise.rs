@@ -61,6 +61,7 @@ struct AxpbyArgs {
 
 /// Queues `out = a·x + b·y`.
 pub fn axpby(gpu: &Gpu, op: &Axpby) -> Result<(), CudaError> {
+    gpu.label(|| format!("axpby {}", op.count));
     if op.count == 0 {
         return Ok(());
     }
@@ -96,6 +97,7 @@ struct ActivateArgs {
 
 /// Queues `out = act(x)`.
 pub fn activate(gpu: &Gpu, op: &Activate) -> Result<(), CudaError> {
+    gpu.label(|| format!("activate {:?} {}", op.act, op.count));
     if op.count == 0 {
         return Ok(());
     }

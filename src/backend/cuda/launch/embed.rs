@@ -58,6 +58,7 @@ struct EmbedArgs {
 
 /// Queues an embedding.
 pub fn embed(gpu: &Gpu, op: &Embed) -> Result<(), CudaError> {
+    gpu.label(|| format!("embed {}x{} of {} rows", op.tokens, op.width, op.rows));
     if op.tokens == 0 || op.width == 0 {
         return Ok(());
     }
@@ -128,6 +129,7 @@ struct TimestepArgs {
 
 /// Queues a timestep embedding.
 pub fn timestep_embedding(gpu: &Gpu, op: &TimestepEmbedding) -> Result<(), CudaError> {
+    gpu.label(|| format!("timestep_embedding {}x{}", op.count, op.dim));
     let places = op.count * op.dim.div_ceil(2);
     if places == 0 {
         return Ok(());

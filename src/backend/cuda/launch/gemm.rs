@@ -59,6 +59,11 @@ impl Gemm {
             && self.k1.is_multiple_of(8)
             && self.k2.is_multiple_of(8)
     }
+
+    /// Its shape in words, for traces.
+    pub(super) fn label(&self) -> String {
+        format!("linear {}x{}x{}", self.m, self.n, self.k1 + self.k2)
+    }
 }
 
 /// Which kernel computes a product, and how.
@@ -119,6 +124,7 @@ pub fn gemm(gpu: &Gpu, op: &Gemm) -> Result<(), CudaError> {
 
 /// Queues `op` with a kernel of the caller's choice, which must fit its alignment.
 pub fn gemm_by(gpu: &Gpu, op: &Gemm, choice: Choice) -> Result<(), CudaError> {
+    gpu.label(|| op.label());
     if op.m == 0 || op.n == 0 {
         return Ok(());
     }

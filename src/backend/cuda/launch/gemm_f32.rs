@@ -103,6 +103,7 @@ impl Plan {
 
 /// Queues `op`, whose element is f32.
 pub fn gemm(gpu: &Gpu, op: &Gemm) -> Result<(), CudaError> {
+    gpu.label(|| op.label());
     let problem = op.problem();
     if problem.m == 0 || problem.n == 0 {
         return Ok(());

@@ -60,6 +60,7 @@ pub fn gemm(gpu: &Gpu, op: &Gemm) -> Result<(), CudaError> {
 
 /// Queues a linear layer, cut up as the caller says.
 pub fn gemm_by(gpu: &Gpu, op: &Gemm, cut: Cut) -> Result<(), CudaError> {
+    gpu.label(|| op.label());
     if !supports(op) || op.x2.is_none() != (op.k2 == 0) {
         return Err(CudaError::Unsupported { op: OP, reason: format!("not for the sm_90a kernels: {op:?}") });
     }

@@ -67,6 +67,10 @@ struct ResizeArgs {
 
 /// Queues a resize.
 pub fn resize(gpu: &Gpu, op: &Resize) -> Result<(), CudaError> {
+    gpu.label(|| {
+        let ([fh, fw], [th, tw]) = (op.from, op.to);
+        format!("resize {:?} {}x{fh}x{fw}x{} -> {th}x{tw}", op.filter, op.samples, op.channels)
+    });
     let count = op.samples * op.to[0] * op.to[1] * op.channels;
     if count == 0 {
         return Ok(());
@@ -126,6 +130,7 @@ struct ToRgb8Args {
 
 /// Queues a conversion to bytes.
 pub fn to_rgb8(gpu: &Gpu, op: &ToRgb8) -> Result<(), CudaError> {
+    gpu.label(|| format!("to_rgb8 {}x{}", op.pixels, op.channels));
     const OP: &str = "to_rgb8";
     let count = op.pixels * op.channels;
     if count == 0 {
@@ -178,6 +183,7 @@ struct FromRgb8Args {
 
 /// Queues a conversion from bytes.
 pub fn from_rgb8(gpu: &Gpu, op: &FromRgb8) -> Result<(), CudaError> {
+    gpu.label(|| format!("from_rgb8 {}x{}", op.pixels, op.channels));
     const OP: &str = "from_rgb8";
     if op.pixels == 0 || op.width == 0 {
         return Ok(());
@@ -232,6 +238,7 @@ struct PreviewArgs {
 
 /// Queues a preview.
 pub fn preview(gpu: &Gpu, op: &Preview<'_>) -> Result<(), CudaError> {
+    gpu.label(|| format!("preview {}x{}x{}", op.samples, op.factors.len(), op.pixels));
     const OP: &str = "preview";
     let count = op.samples * op.pixels;
     if count == 0 {

@@ -127,6 +127,11 @@ struct GuideArgs {
 
 /// Queues guidance.
 pub fn guide(gpu: &Gpu, op: &Guide<'_>) -> Result<(), CudaError> {
+    gpu.label(|| {
+        let step =
+            op.step.as_ref().map_or(String::new(), |s| format!(", step of {} terms", s.operands.len()));
+        format!("guide {}x{}x{}{step}", op.samples, op.channels, op.pixels)
+    });
     const OP: &str = "guide";
     let count = op.samples * op.channels * op.pixels;
     if count == 0 {
@@ -201,6 +206,7 @@ struct LincombArgs {
 
 /// Queues a linear combination.
 pub fn lincomb(gpu: &Gpu, op: &Lincomb<'_>) -> Result<(), CudaError> {
+    gpu.label(|| format!("lincomb {} of {}", op.terms.len(), op.count));
     if op.count == 0 {
         return Ok(());
     }
@@ -264,6 +270,7 @@ struct BlendArgs {
 
 /// Queues a blend.
 pub fn blend(gpu: &Gpu, op: &Blend) -> Result<(), CudaError> {
+    gpu.label(|| format!("blend {}x{}x{}", op.samples, op.channels, op.pixels));
     const OP: &str = "blend";
     let count = op.samples * op.channels * op.pixels;
     if count == 0 {

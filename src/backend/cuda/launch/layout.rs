@@ -91,6 +91,7 @@ struct ConvertArgs {
 
 /// Queues a conversion.
 pub fn convert(gpu: &Gpu, op: &Convert) -> Result<(), CudaError> {
+    gpu.label(|| format!("convert {:?} -> {:?} {}", op.from, op.to, op.count));
     if op.count == 0 {
         return Ok(());
     }
@@ -153,6 +154,7 @@ struct ToNhwcArgs {
 
 /// Queues a transpose to the device's order.
 pub fn to_nhwc(gpu: &Gpu, op: &ToNhwc) -> Result<(), CudaError> {
+    gpu.label(|| format!("to_nhwc {}x{}x{} to {} wide", op.samples, op.channels, op.pixels, op.width));
     const OP: &str = "to_nhwc";
     if op.samples == 0 || op.pixels == 0 || op.width == 0 || op.copies == 0 {
         return Ok(());
@@ -208,6 +210,7 @@ struct ToNchwArgs {
 
 /// Queues a transpose to the host's order.
 pub fn to_nchw(gpu: &Gpu, op: &ToNchw) -> Result<(), CudaError> {
+    gpu.label(|| format!("to_nchw {}x{}x{}", op.samples, op.channels, op.pixels));
     const OP: &str = "to_nchw";
     if op.samples == 0 || op.pixels == 0 || op.channels == 0 {
         return Ok(());
@@ -282,6 +285,7 @@ struct PackLinearArgs {
 
 /// Queues the packing of a matrix.
 pub fn pack_linear(gpu: &Gpu, op: &PackLinear) -> Result<(), CudaError> {
+    gpu.label(|| format!("pack_linear {:?} {}x{}", op.from, op.n, op.k));
     const OP: &str = "pack_linear";
     if op.n == 0 || op.k == 0 {
         return Ok(());
@@ -344,6 +348,7 @@ fn conv_chunk(cp: usize, taps: usize) -> usize {
 
 /// Queues the packing of a convolution's weight.
 pub fn pack_conv(gpu: &Gpu, op: &PackConv) -> Result<(), CudaError> {
+    gpu.label(|| format!("pack_conv {:?} {}x{}x{}", op.from, op.cout, op.cin, op.taps));
     const OP: &str = "pack_conv";
     if op.taps == 1 {
         let (PackConv { src, from, dst, to, .. }, row_offset) = (*op, 0);
@@ -411,6 +416,7 @@ struct PackVectorArgs {
 
 /// Queues the packing of a vector.
 pub fn pack_vector(gpu: &Gpu, op: &PackVector) -> Result<(), CudaError> {
+    gpu.label(|| format!("pack_vector {:?} {}", op.from, op.n));
     const OP: &str = "pack_vector";
     if op.n == 0 {
         return Ok(());

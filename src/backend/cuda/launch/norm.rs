@@ -158,22 +158,44 @@ fn gcd(a: usize, b: usize) -> usize {
 
 /// Queues a GroupNorm.
 pub fn group_norm(gpu: &Gpu, op: &GroupNorm) -> Result<(), CudaError> {
-    let channels = op.c1 + op.c2;
-    if op.samples == 0 || op.pixels == 0 || channels == 0 {
+    gpu.label(|| {
+        format!("group_norm {}x{}x{} in {} groups", op.samples, op.pixels, op.c1 + op.c2, op.groups)
+    });
+    if op.samples == 0 || op.pixels == 0 || op.c1 + op.c2 == 0 {
         return Ok(());
     }
     check_group_norm(op)?;
+    let (shape, multiprocessors) = (shape_of(op), gpu.multiprocessors());
+    let on_hopper = if gpu.is_hopper() { cluster_plan(&shape, multiprocessors) } else { None };
+    group_norm_as(gpu, op, on_hopper.unwrap_or_else(|| plan(&shape, multiprocessors, gpu.shared_memory())))
+}
+
+/// Queues a GroupNorm by the kernel for clusters, on a device of compute capability 9.0.
+pub fn group_norm_in_clusters(gpu: &Gpu, op: &GroupNorm) -> Result<(), CudaError> {
+    check_group_norm(op)?;
+    let plan = cluster_plan(&shape_of(op), gpu.multiprocessors()).ok_or_else(|| CudaError::Unsupported {
+        op: "group_norm",
+        reason: format!("no cluster holds a slab of {op:?}"),
+    })?;
+    group_norm_as(gpu, op, plan)
+}
+
+fn shape_of(op: &GroupNorm) -> GroupNormShape {
     let pointers = op.x.0 | op.x2.0 | op.out.0;
     let is_vector =
         op.c1.is_multiple_of(VECTOR) && op.c2.is_multiple_of(VECTOR) && pointers.is_multiple_of(16);
-    let shape = GroupNormShape {
+    GroupNormShape {
         samples: op.samples,
         pixels: op.pixels,
-        channels,
+        channels: op.c1 + op.c2,
         groups: op.groups,
         element_bytes: op.element.size(),
         vector: if is_vector { VECTOR } else { 1 },
-    };
+    }
+}
+
+fn group_norm_as(gpu: &Gpu, op: &GroupNorm, plan: GroupNormPlan) -> Result<(), CudaError> {
+    let channels = op.c1 + op.c2;
     let mut args = GroupNormArgs {
         x: op.x,
         x2: op.x2,
@@ -193,8 +215,7 @@ pub fn group_norm(gpu: &Gpu, op: &GroupNorm) -> Result<(), CudaError> {
         eps: op.eps,
         silu: i32::from(op.silu),
     };
-    let on_hopper = if gpu.is_hopper() { cluster_plan(&shape, gpu.multiprocessors()) } else { None };
-    match on_hopper.unwrap_or_else(|| plan(&shape, gpu.multiprocessors(), gpu.shared_memory())) {
+    match plan {
         GroupNormPlan::Cluster { slab, blocks, run, vectors } => {
             (args.slab, args.run, args.runs) = (slab as i32, run as i32, blocks as i32);
             let name = format!("groupnorm_cluster_{vectors}_{}", op.element.suffix());
@@ -212,7 +233,7 @@ pub fn group_norm(gpu: &Gpu, op: &GroupNorm) -> Result<(), CudaError> {
             let name = format!("groupnorm_fused_{}", op.element.suffix());
             launch_group_norm(gpu, &name, [channels / slab, op.samples], bytes, &args)
         }
-        GroupNormPlan::TwoPass { run, span } => two_pass(gpu, op, args, run, span, is_vector),
+        GroupNormPlan::TwoPass { run, span } => two_pass(gpu, op, args, run, span),
     }
 }
 
@@ -222,13 +243,13 @@ fn two_pass(
     mut args: GroupNormArgs,
     run: usize,
     span: usize,
-    is_vector: bool,
 ) -> Result<(), CudaError> {
     let (runs, moments) = (op.pixels.div_ceil(run), 8 * op.samples * op.groups);
     args.partial = gpu.workspace(moments * (runs + 1))?;
     args.merged = args.partial.offset(moments * runs);
     (args.run, args.runs, args.span) = (run as i32, runs as i32, span as i32);
-    let (path, suffix) = (if is_vector { "" } else { "_scalar" }, op.element.suffix());
+    let path = if shape_of(op).vector == VECTOR { "" } else { "_scalar" };
+    let suffix = op.element.suffix();
     let name = format!("groupnorm_stats{path}_{suffix}");
     launch_group_norm(gpu, &name, [runs, op.samples], STATS_BYTES, &args)?;
     // Every block would merge them again: above one run a multiprocessor a kernel of its own costs less.
@@ -335,6 +356,7 @@ fn layer_norm_variant(channels: usize, is_vector: bool) -> (usize, usize) {
 
 /// Queues a LayerNorm.
 pub fn layer_norm(gpu: &Gpu, op: &LayerNorm) -> Result<(), CudaError> {
+    gpu.label(|| format!("layer_norm {}x{}", op.rows, op.channels));
     if op.rows == 0 || op.channels == 0 {
         return Ok(());
     }

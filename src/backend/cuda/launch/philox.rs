@@ -66,6 +66,7 @@ struct PhiloxNormalArgs {
 
 /// Queues the numbers and returns the generator's state after them.
 pub fn philox_normal(gpu: &Gpu, op: &PhiloxNormal) -> Result<PhiloxState, CudaError> {
+    gpu.label(|| format!("philox_normal {}", op.count));
     if op.count == 0 {
         return Ok(op.state);
     }
@@ -114,6 +115,7 @@ struct PhiloxBitsArgs {
 
 /// Queues raw random words.
 pub fn philox_bits(gpu: &Gpu, op: &PhiloxBits) -> Result<(), CudaError> {
+    gpu.label(|| format!("philox_bits {}", op.count));
     if op.count == 0 {
         return Ok(());
     }

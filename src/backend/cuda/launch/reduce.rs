@@ -60,6 +60,7 @@ struct ReduceArgs {
 
 /// Queues a reduction.
 pub fn reduce(gpu: &Gpu, op: &Reduce) -> Result<(), CudaError> {
+    gpu.label(|| format!("reduce {}x{}", op.samples, op.count));
     if op.samples == 0 {
         return Ok(());
     }

@@ -54,6 +54,7 @@ struct ScaleHalfArgs {
 
 /// Queues a scaling.
 pub fn scale_half(gpu: &Gpu, op: &ScaleHalf) -> Result<(), CudaError> {
+    gpu.label(|| format!("scale_half {}x{}x{}", op.samples, op.places, op.channels));
     let each = op.places * op.channels;
     if op.samples * each == 0 {
         return Ok(());
@@ -115,6 +116,7 @@ struct LowBandArgs {
 
 /// Queues a scaling.
 pub fn scale_low_band(gpu: &Gpu, op: &ScaleLowBand) -> Result<(), CudaError> {
+    gpu.label(|| format!("scale_low_band {}x{}x{}x{}", op.samples, op.size[0], op.size[1], op.channels));
     let [h, w] = op.size;
     if op.samples * h * w * op.channels == 0 {
         return Ok(());
