@@ -532,7 +532,6 @@ impl Backend for CudaBackend {
             let Operand { ptr, pitch, .. } = self.own_columns(OP, part)?;
             Ok(copy::Columns { ptr, width: part.width, pitch })
         };
-        self.label(|| format!("concat {}", out.shape()));
         let mut first = 0;
         for pair in parts.chunks(2) {
             let (a, b) = (columns(&pair[0])?, pair.get(1).map(columns).transpose()?);
