@@ -18,7 +18,10 @@ mod nvcc;
 #[path = "src/driver/toolchain.rs"]
 mod toolchain;
 
-use nvcc::{Arch, DEFAULT_ARCHS, Fatbin, FatbinOptions, Nvcc, Targets, build_fatbins, parse_archs};
+use nvcc::{
+    ARCHS_SETTING, Arch, DEFAULT_ARCHS, Fatbin, FatbinOptions, Nvcc, Targets, build_fatbins, check_served,
+    parse_archs,
+};
 use toolchain::{SimtVariant, ToolError, build_simt, kernel_sources};
 
 fn main() {
@@ -99,7 +102,8 @@ fn cuda(root: &Path, kernels: &Path, cache: &Path, out: &Path) -> Result<(), Too
         }
     };
     println!("cargo:rerun-if-changed={}", nvcc.path().display());
-    let archs = archs(&nvcc)?;
+    let sources = kernel_sources(kernels)?;
+    let archs = archs(&nvcc, &Targets::of_files(&sources)?)?;
     let options = FatbinOptions {
         includes: &[kernels.join("include")],
         archs: &archs,
@@ -107,7 +111,7 @@ fn cuda(root: &Path, kernels: &Path, cache: &Path, out: &Path) -> Result<(), Too
         with_lines: false,
         cache,
     };
-    let fatbins = build_fatbins(&nvcc, &kernel_sources(kernels)?, &options)?;
+    let fatbins = build_fatbins(&nvcc, &sources, &options)?;
     let mut log = String::new();
     // What an earlier build left must not be taken for this one's.
     for stale in toolchain::read_dir(&folder)? {
@@ -130,18 +134,26 @@ fn cuda(root: &Path, kernels: &Path, cache: &Path, out: &Path) -> Result<(), Too
 }
 
 /// The targets asked for, or those of the usual ones that this nvcc knows.
-fn archs(nvcc: &Nvcc) -> Result<Vec<Arch>, ToolError> {
-    let asked = env::var("KILN_CUDA_ARCHS").ok().filter(|list| !list.trim().is_empty());
+fn archs(nvcc: &Nvcc, files: &[Targets]) -> Result<Vec<Arch>, ToolError> {
+    let asked = env::var(ARCHS_SETTING).ok().filter(|list| !list.trim().is_empty());
     let mut archs = parse_archs(asked.as_deref().unwrap_or(DEFAULT_ARCHS))?;
-    if let Some(unknown) = archs.iter().find(|arch| !nvcc.supports(**arch)).copied() {
+    check_served(&archs, files)?;
+    let known = nvcc.targets();
+    let is_known = |arch: &Arch| known.iter().any(|k| k.number == arch.number);
+    if let Some(unknown) = archs.iter().find(|arch| !is_known(arch)).copied() {
+        let names: Vec<String> = known.iter().map(Arch::to_string).collect();
         if asked.is_some() {
             return Err(ToolError::Setting {
-                what: "KILN_CUDA_ARCHS".into(),
+                what: ARCHS_SETTING.into(),
                 value: unknown.to_string(),
-                reason: format!("is not a target of nvcc {}", nvcc.version()),
+                reason: format!(
+                    "is not a target of nvcc {}, which knows {}",
+                    nvcc.version(),
+                    names.join(", ")
+                ),
             });
         }
-        archs.retain(|arch| nvcc.supports(*arch));
+        archs.retain(is_known);
         println!("cargo:warning=nvcc {} does not know sm_{unknown}: left out", nvcc.version());
     }
     Ok(archs)

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use kiln::cli::device::DeviceArgs;
 use kiln::cli::setup::{RuntimeArgs, services};
+use kiln::cli::trace::TraceArgs;
 use kiln::engine::{Engine, EngineConfig, Event, EventKind, Submission};
 use kiln::files::DEMO_CHECKPOINT;
 use serde_json::{Value as Json, json};
@@ -42,7 +43,7 @@ fn engine(base: &Path) -> Arc<Engine> {
         device: DeviceArgs { cpu: true, threads: Some(2), ..DeviceArgs::default() },
         ..RuntimeArgs::default()
     };
-    let services = services(&args, &args.folders()).unwrap();
+    let (services, _) = services(&args, &args.folders(), &TraceArgs::default()).unwrap();
     Engine::new(EngineConfig::new(services, kiln::nodes::registry()))
 }
 

@@ -1,4 +1,4 @@
-// targets: sm_80
+// targets: sm_75
 // Attention for what the tiled kernels do not take: any head dim, pitch and alignment, and float. Written to be right,
 // not fast: one warp a query row, no tensor cores.
 //

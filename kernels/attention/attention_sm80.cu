@@ -1,4 +1,4 @@
-// targets: sm_80
+// targets: sm_75
 // Attention with head dims up to 160 on mma.sync: FlashAttention-2 (Dao, arXiv 2307.08691) with our own blocking.
 //
 // A block of 4 warps takes 64 or 128 query rows of one head; every warp owns its rows ("narrow": 16, "wide": 32, which
@@ -370,12 +370,14 @@ template <class T> PTX void combine(const CombineArgs& args) {
     ATTENTION_T(__nv_bfloat16, name##_bf16, dim, row_tiles, keys, blocks)
 
 // attention_sm80_<query rows>x<keys>_d<head dim>
-// For Blackwell the assembler needs more registers than for Ampere: it gets shorter tiles of keys and the queries in shared
+// For Blackwell and Turing the assembler needs more registers than for Ampere: they get shorter tiles of keys and the queries in shared
 // memory (together as much as the longer tiles; their splits suit too), or one block less, so that nothing spills.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr int kKeysOf80 = 32, kBlocksOf40 = 2;
+constexpr int kKeysOf80 = 32, kBlocksOf40 = 2, kBlocksOf80 = 3;
+#elif PTX_TURING
+constexpr int kKeysOf80 = 32, kBlocksOf40 = 3, kBlocksOf80 = 2;
 #else
-constexpr int kKeysOf80 = 64, kBlocksOf40 = 3;
+constexpr int kKeysOf80 = 64, kBlocksOf40 = 3, kBlocksOf80 = 3;
 #endif
 
 ATTENTION(attention_sm80_64x64_d32, 32, 1, 64, 4)
@@ -387,7 +389,7 @@ ATTENTION(attention_sm80_64x32_d160, 160, 1, 32, 2)
 // Prompts come in multiples of 77 tokens.
 ATTENTION(attention_sm80_64x80_d40, 40, 1, 80, 3)
 ATTENTION(attention_sm80_64x80_d64, 64, 1, 80, 3)
-ATTENTION(attention_sm80_64x80_d80, 80, 1, 80, 3)
+ATTENTION(attention_sm80_64x80_d80, 80, 1, 80, kBlocksOf80)
 ATTENTION(attention_sm80_128x64_d40, 40, 2, 64, kBlocksOf40)
 ATTENTION(attention_sm80_128x64_d64, 64, 2, 64, 2)
 ATTENTION(attention_sm80_128x64_d80, 80, 2, kKeysOf80, 2)

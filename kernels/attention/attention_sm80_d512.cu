@@ -1,4 +1,4 @@
-// targets: sm_80
+// targets: sm_75
 // Attention with one wide head, up to 512 columns: that of the VAE.
 //
 // 64 query rows x 512 columns of accumulators are 128 registers of 256 threads, so a warp cannot own rows of its own as

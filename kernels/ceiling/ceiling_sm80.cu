@@ -1,4 +1,4 @@
-// targets: sm_80
+// targets: sm_75
 // What the tensor cores do with operands that never leave the registers: the ceiling that kernels are measured against.
 #include "element.cuh"
 

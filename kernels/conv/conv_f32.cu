@@ -1,4 +1,4 @@
-// targets: sm_80
+// targets: sm_75
 // Convolution in float as an implicit product (tile_f32.cuh): the arguments and the order of K, (tap, channel), are those of
 // conv_sm80.cu; a tile of K is 16 channels here. Eight channels of K belong to one tap, as channels are rounded up to 8.
 #include "tile_f32.cuh"

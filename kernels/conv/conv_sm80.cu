@@ -1,4 +1,4 @@
-// targets: sm_80
+// targets: sm_75
 // Convolution as an implicit product: out[pixel][cout] = epilogue(sum over (tap, channel) of x[pixel + tap][channel] *
 // w[cout][tap][channel]), NHWC, half or bfloat16 operands, float sums (epilogue.cuh).
 //
@@ -126,22 +126,22 @@ template <class S, bool kAny> __device__ __forceinline__ void run(const ConvArgs
 
 }  // namespace conv
 
-#define CONV(name, ANY, T, M, N, K, WM, WN, STAGES, BLOCKS)                                                   \
+#define CONV(name, ANY, T, M, N, K, WM, WN, BLOCKS)                                                           \
     extern "C" __global__ __launch_bounds__(128, BLOCKS) void name(const __grid_constant__ ConvArgs args) {                 \
         begin_kernel();                    \
-        using S = tile::Shape<T, M, N, K, WM, WN, STAGES>;                                                    \
+        using S = tile::Shape<T, M, N, K, WM, WN, tile::kRing>;                                               \
         static_assert(S::kThreads == 128);                                                                    \
         conv::run<S, ANY>(args);                                                                              \
     }                                                                                                         \
     SIMT_KERNEL(name)
 
-CONV(conv_sm80_128x160_f16, false, __half, 128, 160, 32, 64, 80, 4, 2)
-CONV(conv_sm80_128x128_f16, false, __half, 128, 128, 32, 64, 64, 4, 2)
-CONV(conv_sm80_128x80_f16, false, __half, 128, 80, 32, 32, 80, 4, 3)
-CONV(conv_sm80_64x64_f16, false, __half, 64, 64, 64, 32, 32, 4, 3)
-CONV(conv_sm80_any_f16, true, __half, 64, 64, 64, 32, 32, 4, 2)
-CONV(conv_sm80_128x160_bf16, false, __nv_bfloat16, 128, 160, 32, 64, 80, 4, 2)
-CONV(conv_sm80_128x128_bf16, false, __nv_bfloat16, 128, 128, 32, 64, 64, 4, 2)
-CONV(conv_sm80_128x80_bf16, false, __nv_bfloat16, 128, 80, 32, 32, 80, 4, 3)
-CONV(conv_sm80_64x64_bf16, false, __nv_bfloat16, 64, 64, 64, 32, 32, 4, 3)
-CONV(conv_sm80_any_bf16, true, __nv_bfloat16, 64, 64, 64, 32, 32, 4, 2)
+CONV(conv_sm80_128x160_f16, false, __half, 128, 160, 32, 64, 80, 2)
+CONV(conv_sm80_128x128_f16, false, __half, 128, 128, 32, 64, 64, 2)
+CONV(conv_sm80_128x80_f16, false, __half, 128, 80, 32, 32, 80, 3)
+CONV(conv_sm80_64x64_f16, false, __half, 64, 64, 64, 32, 32, 3)
+CONV(conv_sm80_any_f16, true, __half, 64, 64, 64, 32, 32, 2)
+CONV(conv_sm80_128x160_bf16, false, __nv_bfloat16, 128, 160, 32, 64, 80, 2)
+CONV(conv_sm80_128x128_bf16, false, __nv_bfloat16, 128, 128, 32, 64, 64, 2)
+CONV(conv_sm80_128x80_bf16, false, __nv_bfloat16, 128, 80, 32, 32, 80, 3)
+CONV(conv_sm80_64x64_bf16, false, __nv_bfloat16, 64, 64, 64, 32, 32, 3)
+CONV(conv_sm80_any_bf16, true, __nv_bfloat16, 64, 64, 64, 32, 32, 2)

@@ -1,3 +1,4 @@
+// targets: sm_75
 // Elementwise operations on flat arrays; T is half, bfloat16 or float, arithmetic is float.
 //
 // A thread takes eight neighbouring elements. `count` need not be a multiple of eight.

@@ -1,4 +1,4 @@
-// targets: sm_80
+// targets: sm_75
 // Token and position embeddings, and sinusoidal embeddings of timesteps. T is half, bfloat16 or float.
 #include "vector.cuh"
 

@@ -1,4 +1,4 @@
-// targets: sm_80
+// targets: sm_75
 // Linear layers in float: out[M,N] = epilogue((x | x2) * W^T), every operand and sum a float (tile_f32.cuh).
 //
 // The arguments are those of gemm_sm80.cu; a tile of K is 16 columns here. `any` takes what has no 16-byte vectors.

@@ -1,4 +1,4 @@
-// targets: sm_80
+// targets: sm_75
 // Linear layers: out[M,N] = epilogue((x | x2) * W^T), half or bfloat16 operands, float sums (epilogue.cuh).
 //
 // x is [M][pitch] with k1 columns, x2 the columns behind them if there are two inputs, W [N][w_pitch] with w_pitch = K rounded
@@ -11,6 +11,7 @@
 //   128x128  32   4     64 KB     244         2           512 / 384 / 410                            64
 //   128x80   32   4     52 KB     156         3           320 / 328 / 333                            49
 //   64x64    64   4     64 KB     112       2 to 3        128 / 192 / 205                            32
+// (On Turing 3 stages: 62, 50, 39 and 48 KB, one block a multiprocessor.)
 // (sm_80: 1024 multiply-adds and 128 bytes of shared memory a cycle; 40 bytes of L2 taken as a multiprocessor's share.)
 #include "tile.cuh"
 
@@ -53,7 +54,7 @@ template <class S> struct Rows {
         const T* from = (k < k1 ? row : row2) + k;
         const int64_t pass = S::kPass * (k < k1 ? pitch : pitch2);
         const uint32_t in = is_needed && k < end ? valid : 0;
-#pragma unroll
+#pragma unroll kCopies
         for (int i = 0; i < S::kRowsA; i++) cp_async_16_line(to + i * S::kPass * S::kRowBytes, from + i * pass, in >> i & 1 ? 16 : 0);
     }
     PTX void advance() { k += S::kK; }
@@ -170,10 +171,10 @@ template <class T> __device__ __forceinline__ void few_rows(const GemmArgs& args
 #define GEMM_FEW(name, T)                                                                                                        \
     extern "C" __global__ __launch_bounds__(128) void name(const __grid_constant__ GemmArgs args) { begin_kernel(); gemm::few_rows<T>(args); } \
     SIMT_KERNEL(name)
-#define GEMM(name, T, M, N, K, WM, WN, STAGES, BLOCKS)                                                        \
+#define GEMM(name, T, M, N, K, WM, WN, BLOCKS)                                                                \
     extern "C" __global__ __launch_bounds__(128, BLOCKS) void name(const __grid_constant__ GemmArgs args) {                 \
         begin_kernel();                    \
-        using S = tile::Shape<T, M, N, K, WM, WN, STAGES>;                                                    \
+        using S = tile::Shape<T, M, N, K, WM, WN, tile::kRing>;                                               \
         static_assert(S::kThreads == 128);                                                                    \
         gemm::run<S>(args, gemm::Rows<S>{});                                                                  \
     }                                                                                                         \
@@ -181,20 +182,20 @@ template <class T> __device__ __forceinline__ void few_rows(const GemmArgs& args
 #define GEMM_ANY(name, T)                                                                                    \
     extern "C" __global__ __launch_bounds__(128, 2) void name(const __grid_constant__ GemmArgs args) {                 \
         begin_kernel();                    \
-        using S = tile::Shape<T, 64, 64, 64, 32, 32, 4>;                                                      \
+        using S = tile::Shape<T, 64, 64, 64, 32, 32, tile::kRing>;                                            \
         gemm::run<S>(args, gemm::AnyRows<S>{args, 0, 0});                                                     \
     }                                                                                                         \
     SIMT_KERNEL(name)
 
-GEMM(gemm_sm80_128x160_f16, __half, 128, 160, 32, 64, 80, 4, 2)
-GEMM(gemm_sm80_128x128_f16, __half, 128, 128, 32, 64, 64, 4, 2)
-GEMM(gemm_sm80_128x80_f16, __half, 128, 80, 32, 32, 80, 4, 3)
-GEMM(gemm_sm80_64x64_f16, __half, 64, 64, 64, 32, 32, 4, 3)
+GEMM(gemm_sm80_128x160_f16, __half, 128, 160, 32, 64, 80, 2)
+GEMM(gemm_sm80_128x128_f16, __half, 128, 128, 32, 64, 64, 2)
+GEMM(gemm_sm80_128x80_f16, __half, 128, 80, 32, 32, 80, 3)
+GEMM(gemm_sm80_64x64_f16, __half, 64, 64, 64, 32, 32, 3)
 GEMM_ANY(gemm_sm80_any_f16, __half)
 GEMM_FEW(gemm_sm80_few_f16, __half)
-GEMM(gemm_sm80_128x160_bf16, __nv_bfloat16, 128, 160, 32, 64, 80, 4, 2)
-GEMM(gemm_sm80_128x128_bf16, __nv_bfloat16, 128, 128, 32, 64, 64, 4, 2)
-GEMM(gemm_sm80_128x80_bf16, __nv_bfloat16, 128, 80, 32, 32, 80, 4, 3)
-GEMM(gemm_sm80_64x64_bf16, __nv_bfloat16, 64, 64, 64, 32, 32, 4, 3)
+GEMM(gemm_sm80_128x160_bf16, __nv_bfloat16, 128, 160, 32, 64, 80, 2)
+GEMM(gemm_sm80_128x128_bf16, __nv_bfloat16, 128, 128, 32, 64, 64, 2)
+GEMM(gemm_sm80_128x80_bf16, __nv_bfloat16, 128, 80, 32, 32, 80, 3)
+GEMM(gemm_sm80_64x64_bf16, __nv_bfloat16, 64, 64, 64, 32, 32, 3)
 GEMM_ANY(gemm_sm80_any_bf16, __nv_bfloat16)
 GEMM_FEW(gemm_sm80_few_bf16, __nv_bfloat16)

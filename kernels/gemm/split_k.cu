@@ -1,4 +1,4 @@
-// targets: sm_80
+// targets: sm_75
 // The second half of a product whose K was split over blocks: adds the splits' float sums in their order, so that the same
 // operands give the same bits in every run, and does the epilogue. A thread makes eight columns of out.
 //

@@ -1,4 +1,4 @@
-// targets: sm_80
+// targets: sm_75
 // Elements moved and not changed: columns of rows, windows of maps, doubled maps, tokens in another order. A unit is 16 bytes where widths,
 // pitches and addresses are multiples of that, else 4 or 2; extents count units.
 #include "vector.cuh"

@@ -1,4 +1,4 @@
-// targets: sm_80
+// targets: sm_75
 // Resizing of NHWC maps with the arithmetic of PyTorch's `interpolate` (align_corners = false, no antialiasing):
 // source positions are computed in float, because one on the other side of an integer moves a whole pixel.
 //

@@ -1,4 +1,4 @@
-// targets: sm_80
+// targets: sm_75
 // NHWC feature maps reweighted by channel, by place and by frequency, as FreeU does (Si et al., 2023).
 //
 // `place_means` and `scale_half` scale the first half of the channels by one factor, or by place as the mean over

@@ -1,4 +1,4 @@
-// targets: sm_80
+// targets: sm_75
 // Between 8-bit pictures and the range -1..1 of models.
 //
 // To 8 bits: trunc(255 * clamp((x + 1) / 2, 0, 1)), every step rounded to float. From 8 bits: 2 (v / 255) - 1.

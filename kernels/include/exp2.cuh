@@ -6,7 +6,7 @@
 #include "ptx.cuh"
 
 PTX float max_nan(float a, float b) {  // "max.NaN": the larger, or NaN if either is
-#ifdef __CUDACC__
+#if defined(__CUDACC__) && !PTX_TURING
     float y;
     asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
     return y;

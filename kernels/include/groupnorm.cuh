@@ -12,7 +12,7 @@ struct GroupNormArgs {
     const float* scale;  // [c1 + c2]
     const float* shift;
     void* out;        // [samples][pixels][c1 + c2]
-    float2* partial;  // [samples][groups][runs]: mean, sum of squares about it
+    float2* partial;  // [samples][groups][runs]: mean from the group's pivot, sum of squares about the mean
     float2* merged;   // [samples][groups]
     int32_t pixels, c1, c2, groups;
     int32_t run, runs;  // pixels of a run, runs of a sample
@@ -41,32 +41,40 @@ template <class T> struct Column {
     }
 };
 
-// Mean and 1/deviation of the groups, as threads look them up.
+// The first value of a group in its sample. Means are kept as distances from it: however far from 0 they are, sums of
+// differences are exact, and no digit of a mean is spent on the distance.
+template <class T> PTX float pivot(const GroupNormArgs& args, int group, int size) { return to_float(*Column<T>(args, group * size).p); }
+
+// Mean (about the pivot) and 1/deviation of the groups, as threads look them up.
 PTX float2 finish(const GroupNormArgs& args, float mean, float m2, int size) {
     return make_float2(mean, rsqrtf(m2 / (float(args.pixels) * size) + args.eps));
 }
 
-// What a thread does to its channels c .. c+V: (x - center) * factor + shift. One center for all of them saves seven
-// registers; it is their first group's mean, so that far from zero nothing cancels unless the groups' means differ, too.
-template <int V> struct Affine {
-    float center, factor[V], shift[V];
+// What a thread does to its channels c .. c+V: (x - center) * factor + shift, with the mean as the center and what rounding
+// leaves out of it in the shift. One center for all channels of halves saves seven registers: it is their first group's mean, and
+// the digits that are lost where the next group's is far away lie far below a half's.
+template <class T, int V> struct Affine {
+    static constexpr int kCenters = sizeof(T) == 4 ? V : 1;
+    float center[kCenters], factor[V], shift[V];
     // `stats` is of the groups from `group` on.
     PTX Affine(const GroupNormArgs& args, const float2* stats, int c, int group, int size) {
         int g = c / size, left = size - c % size;
-        center = stats[g - group].x;
+        float from = pivot<T>(args, g, size);
+        center[0] = from + stats[g - group].x;
 #pragma unroll
         for (int i = 0; i < V; i++) {
-            if (left == 0) g++, left = size;
+            if (left == 0) g++, left = size, from = pivot<T>(args, g, size);
             left--;
             const float2 m = stats[g - group];
+            if constexpr (kCenters > 1) center[i] = from + m.x;
             factor[i] = m.y * args.scale[c + i];
-            shift[i] = args.shift[c + i] - (m.x - center) * factor[i];
+            shift[i] = args.shift[c + i] - ((from - center[i % kCenters]) + m.x) * factor[i];
         }
     }
     PTX void operator()(float (&v)[V], bool with_silu) const {
 #pragma unroll
         for (int i = 0; i < V; i++) {
-            v[i] = (v[i] - center) * factor[i] + shift[i];
+            v[i] = (v[i] - center[i % kCenters]) * factor[i] + shift[i];
             if (with_silu) v[i] = silu(v[i]);
         }
     }

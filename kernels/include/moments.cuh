@@ -35,9 +35,9 @@ template <int V> struct Tally {
             sum[i] += d, squares[i] += d * d;
         }
     }
-    // Mean and sum of squares about it of component i after n values.
-    PTX float2 component(int i, float n) const {
+    // Mean, from `origin`, and sum of squares about the mean of component i after n values.
+    PTX float2 component(int i, float n, float origin) const {
         const float shift = __fdividef(sum[i], n);
-        return make_float2(pivot[i] + shift, fmaxf(0.0f, squares[i] - sum[i] * shift));
+        return make_float2((pivot[i] - origin) + shift, fmaxf(0.0f, squares[i] - sum[i] * shift));
     }
 };

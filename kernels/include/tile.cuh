@@ -1,7 +1,7 @@
 // tile.cuh: the tensor-core main loop of sm_80 and later, shared by linear layers and convolutions.
 //
 // A block computes kM x kN of a product A * B^T whose operands both run along K. Tiles of kK come through a ring of
-// kStages in shared memory by cp.async; a warp takes kWM x kWN of the block's tile with ldmatrix and mma.m16n8k16.
+// kStages in shared memory by cp.async (on Turing, sm_75, through registers); a warp takes kWM x kWN of the block's tile with ldmatrix and mma.m16n8k16.
 //
 // Shared memory: a row of a tile is 4 or 8 chunks of 16 bytes without padding; the chunk's place is its number XOR the
 // row, so any eight consecutive rows of one chunk column lie in all banks once: neither ldmatrix nor cp.async conflicts.
@@ -14,6 +14,11 @@
 #include "epilogue.cuh"
 
 namespace tile {
+
+// Turing has 64 KB of shared memory, and copies that nobody waits for need no long ring. The host knows: Tile::shared_bytes.
+constexpr int kRing = PTX_TURING ? 3 : 4;
+// Copies between two products: those through registers one after the other, or the largest tiles would spill.
+constexpr int kCopies = PTX_TURING ? 1 : 32;
 
 template <class Element, int M, int N, int K, int WarpM, int WarpN, int Stages> struct Shape {
     using T = Element;
@@ -67,7 +72,7 @@ template <class S> struct Weights {
         const int tid = threadIdx.x;
         const uint32_t to = tile + place<S>(tid / S::kChunks, tid % S::kChunks);
         const uint32_t in = is_needed && left > 0 ? valid : 0;
-#pragma unroll
+#pragma unroll kCopies
         for (int i = 0; i < S::kRowsB; i++)
             if ((i + 1) * S::kPass <= S::kN || tid / S::kChunks + i * S::kPass < S::kN)
                 cp_async_16_line(to + i * S::kPass * S::kRowBytes, row + i * pass, in >> i & 1 ? 16 : 0);
@@ -159,7 +164,8 @@ template <class S, class A> PTX void multiply(Sums<S>& acc, Smem<S>& smem, A& a,
 #pragma unroll
             for (int pair = 0; pair < kPairs; pair++) {
                 if (pair == 0) fetch_a(ahead, (step + 1) % kSteps);
-                if (pair < kPairs - 1) fetch_b(here, step, pair + 1);
+                if (PTX_TURING) fetch_b(here, step, pair);  // when it is needed: registers are short
+                else if (pair < kPairs - 1) fetch_b(here, step, pair + 1);
                 else fetch_b(ahead, (step + 1) % kSteps, 0);
                 const uint32_t(&w)[4] = fb[(step * kPairs + pair) & 1];
 #pragma unroll

@@ -1,4 +1,4 @@
-// targets: sm_80
+// targets: sm_75
 // Element type of a flat array: from any stored type to half, bfloat16 or float, rounded to nearest even.
 #include "raw.cuh"
 

@@ -1,4 +1,4 @@
-// targets: sm_80
+// targets: sm_75
 // Weights from their stored form to the layouts of GEMM and convolution.
 //
 //   linear  [N][K]             -> rows of [*][Kp], Kp = K rounded up to 8

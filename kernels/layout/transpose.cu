@@ -1,4 +1,4 @@
-// targets: sm_80
+// targets: sm_75
 // Between the host's order, f32 [N][C][P] (P = H*W), and the device's, T [N][P][pitch].
 //
 // A block moves 128 pixels x 32 channels through shared memory, so that both sides are read and written in their own

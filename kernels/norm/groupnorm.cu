@@ -1,4 +1,4 @@
-// targets: sm_80
+// targets: sm_75
 // GroupNorm, optionally followed by SiLU, over NHWC; a second tensor may continue the channels of the first, and
 // groups may straddle the seam. T is half, bfloat16 or float; statistics, scale and shift are float.
 //
@@ -14,8 +14,8 @@
 // A block's threads lie on [pixels][channels] in memory order, so that a warp reads 512 neighbouring bytes, and a
 // thread keeps its channels, hence scale, shift and statistics stay in registers. Per element read once there are
 // about 4 instructions for statistics and 10 for SiLU, well below what bandwidth leaves time for (24 on an H200).
-// Statistics are sums about the thread's first value, merged by Chan's formula in a fixed order: exact for means far
-// from zero, the same bits in every run.
+// Statistics are sums about the thread's first value, merged by Chan's formula in a fixed order as distances from the
+// group's first value: as good for means far from zero as for others, the same bits in every run.
 #include "groupnorm.cuh"
 
 constexpr int kWarps = kThreads / 32, kMaxChannels = 4096;
@@ -45,9 +45,17 @@ struct StatsSmem {
 };
 static_assert(kThreads * 8 >= kMaxChannels);
 
-template <int V> PTX void put_entries(StatsSmem& s, const Layout& at, int t, const Tally<V>& sums, int count) {
+// Entries of the channels from c on.
+template <class T, int V> PTX void put_entries(const GroupNormArgs& args, StatsSmem& s, const Layout& at, int t, int c, const Tally<V>& sums, int count) {
+    const int size = (args.c1 + args.c2) / args.groups;
+    int g = c / size, left = size - c % size;
+    float origin = pivot<T>(args, g, size);
 #pragma unroll
-    for (int i = 0; i < V; i++) s.entry[i * at.active() + t] = count ? sums.component(i, float(count)) : make_float2(0.0f, 0.0f);
+    for (int i = 0; i < V; i++) {
+        if (left == 0) g++, left = size, origin = pivot<T>(args, g, size);
+        left--;
+        s.entry[i * at.active() + t] = count ? sums.component(i, float(count), origin) : make_float2(0.0f, 0.0f);
+    }
 }
 
 // Merges the entries of `groups` groups of `size` channels and gives each result to `put(group, moments)`.
@@ -91,7 +99,7 @@ template <class T, int V> PTX void groupnorm_stats(const GroupNormArgs& args) {
         const Column<T> column(args, t % at.width * V);
         Tally<V> sums;
         if (mine) tally(sums, column.p + size_t(first + lane) * column.pitch, at.lanes * column.pitch, mine);
-        put_entries(s, at, t, sums, mine);
+        put_entries<T>(args, s, at, t, t % at.width * V, sums, mine);
     }
     __syncthreads();
     float2* out = args.partial + size_t(blockIdx.y) * args.groups * args.runs + blockIdx.x;
@@ -143,7 +151,7 @@ template <class T, int V> PTX void groupnorm_apply(const GroupNormArgs& args) {
     for (int t = threadIdx.x; t < at.active(); t += kThreads) {
         const int lane = t / at.width, c = t % at.width * V, mine = at.pixels_of(lane, count);
         if (!mine) continue;
-        const Affine<V> affine(args, s.stats, c, 0, size);
+        const Affine<T, V> affine(args, s.stats, c, 0, size);
         const Column<T> column(args, c);
         const int step = at.lanes * column.pitch, step_out = at.lanes * channels;  // at most kMaxChannels
         const T* p = column.p + size_t(first + lane) * column.pitch;
@@ -195,14 +203,14 @@ template <class T> PTX void groupnorm_fused(const GroupNormArgs& args) {
         const int lane = t / at.width, mine = at.pixels_of(lane, args.pixels);
         Tally<V> sums;
         if (mine) tally(sums, data + lane * args.slab + t % at.width * V, at.lanes * args.slab, mine);
-        put_entries(s.stats, at, t, sums, mine);
+        put_entries<T>(args, s.stats, at, t, base + t % at.width * V, sums, mine);
     }
     __syncthreads();
     merge_groups<V>(s.stats, at, groups, size, args.pixels, [&](int g, const Moments& m) { s.group[g] = finish(args, m.mean, m.m2, size); });
     __syncthreads();
     for (int t = threadIdx.x; t < at.active(); t += kThreads) {
         const int lane = t / at.width, c = t % at.width * V;
-        const Affine<V> affine(args, s.group, base + c, first_group, size);
+        const Affine<T, V> affine(args, s.group, base + c, first_group, size);
         T* out = static_cast<T*>(args.out) + size_t(blockIdx.y) * args.pixels * channels + base + c;
         for (int p = lane; p < args.pixels; p += at.lanes) {
             float v[V];

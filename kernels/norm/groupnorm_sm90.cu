@@ -84,10 +84,10 @@ template <class T, int K> PTX void groupnorm_cluster(const GroupNormArgs& args, 
             const int pixels = max(0, min(args.run, args.pixels - rank * args.run));
             all = merge(all, {float(pixels) * size, cluster_load(&s.mean[threadIdx.x], rank), cluster_load(&s.squares[threadIdx.x], rank)});
         }
-        s.group[threadIdx.x] = finish(args, all.mean, all.m2, size);
+        s.group[threadIdx.x] = finish(args, all.mean - pivot<T>(args, base / size + threadIdx.x, size), all.m2, size);
     }
     cluster_sync();  // nobody leaves while a neighbour reads
-    const Affine<kVector> affine(args, s.group, base + c, base / size, size);
+    const Affine<T, kVector> affine(args, s.group, base + c, base / size, size);
     T* out = static_cast<T*>(args.out) + (size_t(blockIdx.y) * args.pixels + first + lane) * channels + base + c;
 #pragma unroll
     for (int i = 0; i < K; i++) {

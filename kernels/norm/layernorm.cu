@@ -1,10 +1,11 @@
-// targets: sm_80
+// targets: sm_75
 // LayerNorm over the channels of every row: y = (x - mean) / sqrt(var + eps) * scale + shift.
 // T is half, bfloat16 or float; statistics, scale and shift are float.
 //
 // layernorm_<width>: a warp takes two rows (one above 1280) and keeps them in registers, so x is read
 // once, the variance is taken about the mean, and scale and shift are read once for both rows.
 // layernorm_any: any width and alignment, a block a row, three passes of which two hit the L1 cache.
+// Both take everything as a distance from the row's first value, which is exact for a mean far from zero.
 #include "moments.cuh"
 #include "vector.cuh"
 
@@ -40,15 +41,20 @@ template <class T, int N, int R> PTX void layernorm(const LayerNormArgs& args) {
         for (int i = 0; i < N; i++)
             if (lane + 32 * i < width && row + r < args.rows) kept[r][i] = Packed<T, 8>::load(x + r * args.pitch + (lane + 32 * i) * 8);
 
-    float mean[R], rstd[R];
+    float pivot[R], mean[R], rstd[R];  // the row's first value, the mean from there on
 #pragma unroll
     for (int r = 0; r < R; r++) {
         float sum = 0.0f, squares = 0.0f, v[8];
         const bool present = row + r < args.rows;
+        v[0] = 0.0f;
+        if (lane == 0 && present) kept[r][0].unpack(v);
+        pivot[r] = __shfl_sync(~0u, v[0], 0);
 #pragma unroll
         for (int i = 0; i < N; i++) {
             if (lane + 32 * i >= width || !present) continue;
             kept[r][i].unpack(v);
+#pragma unroll
+            for (int j = 0; j < 8; j++) v[j] -= pivot[r];
             sum += ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
         }
         mean[r] = warp_sum(sum) / args.channels;
@@ -58,7 +64,7 @@ template <class T, int N, int R> PTX void layernorm(const LayerNormArgs& args) {
             kept[r][i].unpack(v);
 #pragma unroll
             for (int j = 0; j < 8; j++) {
-                const float d = v[j] - mean[r];
+                const float d = (v[j] - pivot[r]) - mean[r];
                 squares += d * d;
             }
         }
@@ -77,7 +83,7 @@ template <class T, int N, int R> PTX void layernorm(const LayerNormArgs& args) {
             if (row + r >= args.rows) continue;
             kept[r][i].unpack(v);
 #pragma unroll
-            for (int j = 0; j < 8; j++) v[j] = (v[j] - mean[r]) * rstd[r] * scale[j] + shift[j];
+            for (int j = 0; j < 8; j++) v[j] = ((v[j] - pivot[r]) - mean[r]) * rstd[r] * scale[j] + shift[j];
             store8(out + r * args.out_pitch + c, v);
         }
     }
@@ -104,18 +110,17 @@ template <class T> PTX void layernorm_any(const LayerNormArgs& args) {
     for (int64_t row = blockIdx.x; row < args.rows; row += gridDim.x) {
         const T* x = static_cast<const T*>(args.x) + row * args.pitch;
         T* out = static_cast<T*>(args.out) + row * args.out_pitch;
-        // About the row's first value: a large common offset costs no accuracy.
         const float pivot = to_float(x[0]);
         float sum = 0.0f, squares = 0.0f;
         for (int c = threadIdx.x; c < args.channels; c += kThreads) sum += to_float(x[c]) - pivot;
-        const float mean = pivot + block_sum(s, sum) / args.channels;
+        const float mean = block_sum(s, sum) / args.channels;
         for (int c = threadIdx.x; c < args.channels; c += kThreads) {
-            const float d = to_float(x[c]) - mean;
+            const float d = (to_float(x[c]) - pivot) - mean;
             squares += d * d;
         }
         const float rstd = rsqrtf(block_sum(s, squares) / args.channels + args.eps);
         for (int c = threadIdx.x; c < args.channels; c += kThreads)
-            out[c] = from_float<T>((to_float(x[c]) - mean) * rstd * args.scale[c] + args.shift[c]);
+            out[c] = from_float<T>(((to_float(x[c]) - pivot) - mean) * rstd * args.scale[c] + args.shift[c]);
     }
 }
 

@@ -1,4 +1,4 @@
-// targets: sm_80
+// targets: sm_75
 // Arithmetic of samplers on latents: guidance with the step that follows it, linear combinations, masks.
 //
 // Latents are f32 in the host's order [samples][channels][pixels], so that noise and results need no transpose; only the

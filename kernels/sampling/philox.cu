@@ -1,4 +1,4 @@
-// targets: sm_80
+// targets: sm_75
 // Random numbers by Philox4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", 2011),
 // normal ones with the values and the order of PyTorch's torch.randn(..., device='cuda').
 //

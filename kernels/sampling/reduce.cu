@@ -1,4 +1,4 @@
-// targets: sm_80
+// targets: sm_75
 // Sum, sum of squares and largest magnitude of every sample, in a fixed order: the same bits in every run.
 //
 // For adaptive solvers the values can be scaled errors, (x - low) / max(atol, rtol * max(|low|, |previous|)).

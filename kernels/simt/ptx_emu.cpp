@@ -72,6 +72,20 @@ void cp_async_wait(int keep, Loc at) {
     }
 }
 
+// What Turing has in place of cp.async: a load of 16 bytes, or none, and a store.
+void copy_16(uint32_t dst, const void* src, int src_bytes, Loc at) {
+    if (src_bytes != 0 && src_bytes != 16) fault(at, "copy of %d of 16 bytes", src_bytes);
+    uint8_t* p = smem_access(dst, 16, check::Write, at);
+    if (!src_bytes) {
+        memset(p, 0, 16);
+        return;
+    }
+    if ((uint64_t)src % 16) fault(at, "copy: misaligned global address %p", src);
+    check_global(src, 16, "copy", at);
+    if (check::on) check::access(src, 16, check::Read, check::site(at));
+    memcpy(p, src, 16);
+}
+
 // ---- "Warp-level matrix instructions": ldmatrix ---------------------------------------------------------------------
 // Row i of matrix m is the 16 bytes at the address of lane 8m+i. Lane l receives elements 2*(l%4) and 2*(l%4)+1 of
 // row l/4; with .trans, of column l/4.

@@ -469,7 +469,7 @@ void check_global(const void* p, size_t n, const char* op, Loc at) {
 }
 
 // ---- launch ----------------------------------------------------------------------------------------------------------
-Kernel::Kernel(const char* n, void (*r)(void**), int c, const uint32_t* s) : name(n), run(r), count(c), sizes(s), next(kernels) { kernels = this; }
+Kernel::Kernel(const char* f, const char* n, void (*r)(void**), int c, const uint32_t* s) : file(f), name(n), run(r), count(c), sizes(s), next(kernels) { kernels = this; }
 
 namespace {
 struct sigaction old_segv;
@@ -564,11 +564,30 @@ void run_cluster(Block& first, unsigned index) {  // index: of the first block
 
 // ---- C interface, the shape of the CUDA driver API ----------------------------------------------------------------------
 using namespace simt;
+namespace {
+bool is_of(const Kernel& k, const char* module) {  // a module's name is the stem of its file's
+    if (!module) return true;
+    const char* slash = strrchr(k.file, '/');
+    const char* stem = slash ? slash + 1 : k.file;
+    const size_t length = strlen(module);
+    return !strncmp(stem, module, length) && !strcmp(stem + length, ".cu");
+}
+}  // namespace
 extern "C" {
 
-const void* simt_get_function(const char* name) {
+const void* simt_get_function(const char* module, const char* name) {
     for (Kernel* k = kernels; k; k = k->next)
-        if (!strcmp(k->name, name)) return k;
+        if (!strcmp(k->name, name) && is_of(*k, module)) return k;
+    return nullptr;
+}
+int simt_has_module(const char* module) {
+    for (Kernel* k = kernels; k; k = k->next)
+        if (is_of(*k, module)) return 1;
+    return 0;
+}
+const char* simt_kernel_name(int i) {
+    for (Kernel* k = kernels; k; k = k->next)
+        if (i-- == 0) return k->name;
     return nullptr;
 }
 int simt_param_count(const void* f) { return static_cast<const Kernel*>(f)->count; }

@@ -6,7 +6,9 @@
 #ifdef __cplusplus
 extern "C" {
 #endif
-const void* simt_get_function(const char* name);  // null if there is no such kernel
+const void* simt_get_function(const char* module, const char* name);  // null if the file `module`.cu has no such kernel; no module: any file
+int simt_has_module(const char* module);                              // 1 if it has any
+const char* simt_kernel_name(int i);  // in no particular order; null after the last
 int simt_param_count(const void* function);
 uint32_t simt_param_size(const void* function, int i);
 uint64_t simt_alloc(size_t bytes);  // filled with 0xff: NaN as half, bfloat16 or float; 0 and simt_last_error() if there is no memory

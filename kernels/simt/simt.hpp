@@ -95,14 +95,15 @@ uint8_t* smem_at(uint32_t addr, unsigned bytes, Loc at);   // and back, with bou
 
 template <class T> T atomic_add(T* p, T v, Loc at);
 
-// Kernels by name, with a thunk that unpacks CUDA's void** kernelParams.
+// Kernels by file and name, with a thunk that unpacks CUDA's void** kernelParams.
 struct Kernel {
+    const char* file;  // the path of the source
     const char* name;
     void (*run)(void** params);
     int count;
     const uint32_t* sizes;
     Kernel* next;
-    explicit Kernel(const char* n, void (*r)(void**), int c, const uint32_t* s);
+    Kernel(const char* f, const char* n, void (*r)(void**), int c, const uint32_t* s);
 };
 template <auto F> struct Thunk;
 template <class... A, void (*F)(A...)> struct Thunk<F> {
@@ -116,7 +117,7 @@ template <class... A, void (*F)(A...)> struct Thunk<F> {
         return t;
     }
 };
-#define SIMT_KERNEL(f) static simt::Kernel simt_kernel_##f(#f, simt::Thunk<f>::run, simt::Thunk<f>::count, simt::Thunk<f>::sizes);
+#define SIMT_KERNEL(f) static simt::Kernel simt_kernel_##f(__BASE_FILE__, #f, simt::Thunk<f>::run, simt::Thunk<f>::count, simt::Thunk<f>::sizes);
 
 struct Shfl {
     uint64_t in, out;
@@ -136,6 +137,7 @@ unsigned vote(const char* op, unsigned mask, bool predicate, Loc at);  // the ba
 
 #define SIMT_LOC , simt::Loc at = simt::Loc::here()
 #define SIMT_LOC1 simt::Loc at = simt::Loc::here()
+#define SIMT_AT , at
 #define threadIdx (simt::self->tid)
 #define blockIdx (simt::self->bid)
 #define blockDim (simt::self->bdim)

@@ -46,10 +46,13 @@ pub struct DeviceOptions {
     pub diffusion: Option<Precision>,
     /// Precision of text encoders on a GPU; f16 if not given.
     pub text: Option<Precision>,
-    /// Precision of autoencoders on a GPU; bf16 if not given, as f16 overflows in some of them.
+    /// Precision of autoencoders on a GPU; bf16 if not given, as f16 overflows in some of them; f32 before Ampere,
+    /// which has no bf16.
     pub vae: Option<Precision>,
     /// The autoencoder runs on the CPU.
     pub vae_on_cpu: bool,
+    /// Noise that samplers draw on the way comes from the GPU's generator.
+    pub gpu_noise: bool,
     /// Worker threads of the CPU backend; all cores if not given.
     pub threads: Option<usize>,
     /// Compute in bf16 (AMX tiles where the CPU has them) instead of f32.
@@ -74,7 +77,7 @@ pub enum OpenError {
 /// The backends for these options.
 ///
 /// With [`Device::Auto`] a GPU that cannot be used is not an error: a log line
-/// says why, and the CPU does the work.
+/// says why (a warning, unless there is just no driver), and the CPU does the work.
 pub fn open(options: DeviceOptions) -> Result<Placement, OpenError> {
     let cpu = || cpu_backend(&options);
     match options.device {
@@ -83,7 +86,12 @@ pub fn open(options: DeviceOptions) -> Result<Placement, OpenError> {
         Device::Auto => match cuda::open(&options, cpu) {
             Ok(placement) => Ok(placement),
             Err(reason) => {
-                tracing::info!(%reason, "no GPU in use");
+                match reason {
+                    OpenError::Driver(DriverError::NoDriver { .. }) => {
+                        tracing::info!(%reason, "no GPU in use")
+                    }
+                    _ => tracing::warn!(%reason, "no GPU in use, the CPU does the work"),
+                }
                 Ok(Placement::all(cpu()?))
             }
         },

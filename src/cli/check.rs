@@ -24,7 +24,7 @@ pub struct CheckArgs {
     /// Also the cases that are too large for the SIMT layer.
     #[arg(long)]
     all: bool,
-    /// Changes every random operand.
+    /// Changes every random operand and shape.
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// No timing, no ceilings.
@@ -62,7 +62,9 @@ pub fn run(args: CheckArgs) -> Result<()> {
     }
     let began = Instant::now();
     let (mut count, mut failed) = (0, 0);
-    for case in check::cases().iter().filter(|case| case.runs_on(&gpu) && args.takes(case, info.is_simulated))
+    for case in check::cases_of(args.seed)
+        .iter()
+        .filter(|case| case.runs_on(&gpu) && args.takes(case, info.is_simulated))
     {
         count += 1;
         let result = check::run(&gpu, case, &options);
@@ -71,7 +73,10 @@ pub fn run(args: CheckArgs) -> Result<()> {
         if !is_good || !args.failures {
             let verdict = if is_good { "ok  " } else { "FAIL" };
             match result {
-                Ok(measured) => say!("{verdict} {}", line(case, &measured, ceiling)),
+                Ok(measured) => {
+                    let place = measured.fault.filter(|_| !is_good).map(|fault| format!(": {fault}"));
+                    say!("{verdict} {}{}", line(case, &measured, ceiling), place.unwrap_or_default());
+                }
                 Err(error) => say!("{verdict} {:<64} {error}", case.name),
             }
         }

@@ -62,7 +62,7 @@ pub struct DeviceArgs {
     /// Autoencoders in f16 on a GPU: finer, but some models overflow and give black pictures.
     #[arg(long, group = "vae_precision")]
     pub fp16_vae: bool,
-    /// Autoencoders in bf16 on a GPU (the default).
+    /// Autoencoders in bf16 on a GPU (the default; before Ampere it is f32).
     #[arg(long, group = "vae_precision")]
     pub bf16_vae: bool,
     /// Autoencoders in f32 on a GPU: slower, and twice the memory.
@@ -71,6 +71,10 @@ pub struct DeviceArgs {
     /// Autoencoders run on the CPU.
     #[arg(long)]
     pub cpu_vae: bool,
+    /// Noise that samplers draw on the way (ancestral, LCM, …) comes from the GPU's generator, as in ComfyUI on an
+    /// NVIDIA GPU. Without it every device draws the picture of ComfyUI on a CPU.
+    #[arg(long)]
+    pub gpu_noise: bool,
     /// Worker threads of the CPU; all cores if not given.
     #[arg(long, value_name = "N")]
     pub threads: Option<usize>,
@@ -107,6 +111,7 @@ impl DeviceArgs {
             text: precision([self.fp16_text_enc, self.bf16_text_enc, self.fp32_text_enc]),
             vae: precision([self.fp16_vae, self.bf16_vae, self.fp32_vae]),
             vae_on_cpu: self.cpu_vae,
+            gpu_noise: self.gpu_noise,
             threads: self.threads,
             cpu_bf16: self.cpu_bf16,
             memory_limit: self.memory_limit.map(|mib| mib << 20),

@@ -8,7 +8,7 @@ use anyhow::Result;
 use super::output::say;
 use super::setup::RuntimeArgs;
 use crate::backend;
-use crate::driver::{DeviceInfo, cuda, embedded};
+use crate::driver::{DeviceInfo, KernelBuild, cuda, embedded};
 use crate::models::detect;
 use crate::weights::WeightsFile;
 
@@ -39,18 +39,7 @@ fn machine(args: &RuntimeArgs) -> Result<()> {
     say!("kiln {}", env!("CARGO_PKG_VERSION"));
     let threads = if info.threads > 0 { format!(", {} threads", info.threads) } else { String::new() };
     say!("device: {} ({}{threads})", info.kind, info.name);
-    match embedded() {
-        None => say!("CUDA kernels: not built"),
-        Some(build) => {
-            let (count, targets, compiler) = (build.modules.len(), build.targets, build.compiler);
-            say!("CUDA kernels: {count} files for {targets} ({compiler})");
-            let mut families = BTreeMap::<&str, Vec<&str>>::new();
-            build.modules.iter().for_each(|m| families.entry(m.family).or_default().push(m.name));
-            for (family, names) in families {
-                say!("  {family}: {}", names.join(", "));
-            }
-        }
-    }
+    say!("{}", kernels(embedded()));
     match cuda::devices() {
         Ok(devices) => {
             if let Some(DeviceInfo { driver_version, .. }) = devices.first() {
@@ -69,4 +58,27 @@ fn machine(args: &RuntimeArgs) -> Result<()> {
     }
     say!("node classes: {}", crate::nodes::registry().len());
     Ok(())
+}
+
+/// The kernels that a build holds, by family.
+fn kernels(build: Option<&KernelBuild>) -> String {
+    let Some(build) = build else { return "CUDA: not built".into() };
+    let (count, targets, compiler) = (build.modules.len(), build.targets, build.compiler);
+    let mut families = BTreeMap::<&str, Vec<&str>>::new();
+    build.modules.iter().for_each(|m| families.entry(m.family).or_default().push(m.name));
+    let families = families.iter().map(|(family, names)| format!("\n  {family}: {}", names.join(", ")));
+    format!("CUDA: {count} kernel files for {targets} ({compiler}){}", families.collect::<String>())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::kernels;
+    use crate::driver::KernelBuild;
+
+    #[test]
+    fn a_build_says_which_kernels_it_holds() {
+        assert_eq!(kernels(None), "CUDA: not built");
+        let build = KernelBuild { compiler: "nvcc 13.0.88", targets: "sm_80 sm_90a", modules: &[] };
+        assert_eq!(kernels(Some(&build)), "CUDA: 0 kernel files for sm_80 sm_90a (nvcc 13.0.88)");
+    }
 }

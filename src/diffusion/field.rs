@@ -374,6 +374,11 @@ impl Field {
         Ok(errors.sum())
     }
 
+    /// Whether noise for it that is drawn on the way comes from its device's generator.
+    pub fn draws_noise(&self) -> bool {
+        self.on_device().and_then(|x| x.ops().ok()).is_some_and(LatentOps::draws_noise)
+    }
+
     /// Noise of an NVIDIA GPU's generator, on the device of `self`; `None` in host memory.
     pub fn gpu_noise(&self, seed: u64, offset: u64) -> Result<Option<(Self, u64)>, DiffusionError> {
         let Some(x) = self.on_device() else { return Ok(None) };

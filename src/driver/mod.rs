@@ -40,6 +40,9 @@ pub trait Driver: Send + Sync {
     /// The kernel `name` of the kernel file `module` (its file stem). Loads the module on first use.
     fn function(&self, module: &str, name: &str) -> Result<Function, DriverError>;
 
+    /// Whether the device can run what the kernel file `module` became: it is in this build, and has code for the device.
+    fn has_module(&self, module: &str) -> Result<bool, DriverError>;
+
     /// What the compiler made of a kernel.
     fn function_info(&self, function: Function) -> Result<FunctionInfo, DriverError>;
 

@@ -7,13 +7,14 @@
 //! picks the image that fits the device (CUDA Compiler Driver NVCC, "Fatbinaries").
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::toolchain::{ToolError, hash_of, in_parallel, module_name, prune, read, read_dir, run_to, touch};
 
-/// Targets compiled for when nothing else is said: every tier since Ampere.
+/// Targets compiled for when nothing else is said: every tier since Ampere. Turing (75) is there on request.
 pub const DEFAULT_ARCHS: &str = "80,86,89,90a,100a,120";
 
 const JOIN_FLAGS: [&str; 2] = ["-64", "--compress-mode=size"];
@@ -28,14 +29,15 @@ pub struct Arch {
 }
 
 impl Arch {
-    /// Reads `80` or `90a`, with or without `sm_`.
+    /// Reads `80` or `90a`, with or without `sm_`. No architecture before 90 has specific code.
     pub fn parse(text: &str) -> Option<Self> {
         let text = text.trim();
         let text = text.strip_prefix("sm_").unwrap_or(text);
         let digits = text.strip_suffix('a').unwrap_or(text);
         let is_plain = (2..=3).contains(&digits.len()) && digits.bytes().all(|b| b.is_ascii_digit());
         let number = digits.parse().ok().filter(|_| is_plain)?;
-        Some(Self { number, is_specific: digits.len() < text.len() })
+        let is_specific = digits.len() < text.len();
+        (!is_specific || number >= 90).then_some(Self { number, is_specific })
     }
 
     /// The target that fits a device best: the specific one where kernels are written for it.
@@ -53,18 +55,38 @@ impl std::fmt::Display for Arch {
 
 /// Reads a list of targets, such as [`DEFAULT_ARCHS`].
 pub fn parse_archs(list: &str) -> Result<Vec<Arch>, ToolError> {
+    let wrong = |item: &str| ToolError::Setting {
+        what: ARCHS_SETTING.into(),
+        value: item.to_owned(),
+        reason: format!("is no target; write for example {DEFAULT_ARCHS}"),
+    };
     let mut archs = Vec::new();
     for item in list.split([',', ' ']).filter(|s| !s.is_empty()) {
-        let arch = Arch::parse(item).ok_or_else(|| ToolError::Setting {
-            what: "KILN_CUDA_ARCHS".into(),
-            value: item.to_owned(),
-            reason: format!("is no target; write for example {DEFAULT_ARCHS}"),
-        })?;
-        archs.push(arch);
+        archs.push(Arch::parse(item).ok_or_else(|| wrong(item))?);
+    }
+    if archs.is_empty() {
+        return Err(wrong(list));
     }
     archs.sort();
     archs.dedup();
     Ok(archs)
+}
+
+/// The environment variable that names the targets.
+pub const ARCHS_SETTING: &str = "KILN_CUDA_ARCHS";
+
+/// An error if there is a target that none of the kernel files is for: a binary for it alone would be without kernels.
+pub fn check_served(archs: &[Arch], files: &[Targets]) -> Result<(), ToolError> {
+    let is_served = |arch: &Arch| files.iter().any(|file| !file.choose(&[*arch]).0.is_empty());
+    let Some(arch) = archs.iter().find(|arch| !is_served(arch)) else { return Ok(()) };
+    let mut allowed: Vec<String> = files.iter().map(Targets::to_string).collect();
+    allowed.sort();
+    allowed.dedup();
+    Err(ToolError::Setting {
+        what: ARCHS_SETTING.into(),
+        value: arch.to_string(),
+        reason: format!("is a target that no kernel file is for; there are files for {}", allowed.join(", ")),
+    })
 }
 
 /// What a kernel file says of its targets in its first line.
@@ -77,21 +99,25 @@ pub enum Targets {
 }
 
 impl Targets {
-    /// Reads the first line of a kernel file; `sm_80` if it says nothing.
+    /// Reads the first line of a kernel file, which must name them.
     pub fn of_source(path: &Path, text: &str) -> Result<Self, ToolError> {
         let first = text.lines().next().unwrap_or_default();
-        let Some(named) = first.strip_prefix("//").and_then(|l| l.trim().strip_prefix("targets:")) else {
-            return Ok(Self::From(80));
-        };
-        match Arch::parse(named) {
+        let named = first.strip_prefix("//").and_then(|l| l.trim().strip_prefix("targets:"));
+        match named.and_then(Arch::parse) {
             Some(arch) if arch.is_specific => Ok(Self::Only(arch)),
             Some(arch) => Ok(Self::From(arch.number)),
             None => Err(ToolError::Setting {
                 what: format!("first line of {}", path.display()),
-                value: named.trim().to_owned(),
-                reason: "is no target; write for example \"// targets: sm_80\"".into(),
+                value: named.unwrap_or(first).trim().to_owned(),
+                reason: "names no target; write for example \"// targets: sm_80\"".into(),
             }),
         }
+    }
+
+    /// The targets of every one of these kernel files.
+    pub fn of_files(sources: &[PathBuf]) -> Result<Vec<Self>, ToolError> {
+        let of = |path: &PathBuf| Self::of_source(path, &String::from_utf8_lossy(&read(path)?));
+        sources.iter().map(of).collect()
     }
 
     /// Those of `archs` that the file is compiled for, and the one whose PTX is kept for later devices.
@@ -107,6 +133,18 @@ impl Targets {
     }
 }
 
+impl std::fmt::Display for Targets {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::From(floor) => write!(f, "{floor} and later"),
+            Self::Only(arch) => write!(f, "{arch}"),
+        }
+    }
+}
+
+/// Environment variables by name.
+type Environment<'a> = &'a dyn Fn(&str) -> Option<OsString>;
+
 /// An nvcc that runs.
 #[derive(Clone, Debug)]
 pub struct Nvcc {
@@ -121,24 +159,31 @@ impl Nvcc {
     ///
     /// `KILN_NVCC=none` finds none, for a build without CUDA kernels.
     pub fn find(venvs: &[PathBuf]) -> Result<Self, ToolError> {
-        if std::env::var_os("KILN_NVCC").is_some_and(|v| v == "none") {
+        Self::find_by(&|name| std::env::var_os(name), venvs)
+    }
+
+    fn find_by(environment: Environment<'_>, venvs: &[PathBuf]) -> Result<Self, ToolError> {
+        let named = environment("KILN_NVCC").filter(|v| !v.is_empty());
+        if named.as_ref().is_some_and(|v| v == "none") {
             let looked = "KILN_NVCC=none".into();
             return Err(ToolError::Missing { tool: "nvcc", looked, hint: "unset KILN_NVCC to look for one" });
         }
-        if let Some(named) = std::env::var_os("KILN_NVCC").filter(|v| !v.is_empty()) {
+        if let Some(named) = named {
             return Self::at(Path::new(&named)).ok_or_else(|| ToolError::Missing {
                 tool: "nvcc",
                 looked: format!("KILN_NVCC={}", Path::new(&named).display()),
                 hint: "name an nvcc that runs, or unset KILN_NVCC",
             });
         }
-        candidates("nvcc", venvs).into_iter().find_map(|path| Self::at(&path)).ok_or(ToolError::Missing {
-            tool: "nvcc",
-            looked: "KILN_NVCC, CUDA_HOME, CUDA_PATH, PATH, Python's site-packages".into(),
-            hint: "install the CUDA toolkit, or: pip install 'nvidia-cuda-nvcc==13.0.*' \
+        candidates("nvcc", environment, venvs).into_iter().find_map(|path| Self::at(&path)).ok_or(
+            ToolError::Missing {
+                tool: "nvcc",
+                looked: "KILN_NVCC, CUDA_HOME, CUDA_PATH, PATH, Python's site-packages".into(),
+                hint: "install the CUDA toolkit, or: pip install 'nvidia-cuda-nvcc==13.0.*' \
                    'nvidia-nvvm==13.0.*' 'nvidia-cuda-crt==13.0.*' 'nvidia-cuda-runtime==13.0.*' \
                    'nvidia-cuda-cccl==13.0.*'",
-        })
+            },
+        )
     }
 
     fn at(path: &Path) -> Option<Self> {
@@ -158,11 +203,14 @@ impl Nvcc {
         &self.version
     }
 
-    /// Whether it compiles for `arch`.
-    pub fn supports(&self, arch: Arch) -> bool {
-        let Ok(done) = Command::new(&self.path).arg("--list-gpu-code").output() else { return false };
-        let plain = format!("sm_{}", arch.number);
-        String::from_utf8_lossy(&done.stdout).split_whitespace().any(|code| code == plain)
+    /// Architectures that it compiles for, without the specific code of some.
+    pub fn targets(&self) -> Vec<Arch> {
+        let Ok(done) = Command::new(&self.path).arg("--list-gpu-code").output() else { return Vec::new() };
+        let listed = String::from_utf8_lossy(&done.stdout);
+        let mut archs: Vec<Arch> = listed.split_whitespace().filter_map(Arch::parse).collect();
+        archs.retain(|arch| !arch.is_specific);
+        archs.sort();
+        archs
     }
 
     /// Another program of the toolkit.
@@ -174,23 +222,24 @@ impl Nvcc {
 
 /// A program of the toolkit, such as `nvdisasm`: looked for where nvcc is looked for.
 pub fn find_tool(name: &str, venvs: &[PathBuf]) -> Option<PathBuf> {
-    candidates(name, venvs).into_iter().find(|path| path.is_file())
+    let environment = |name: &str| std::env::var_os(name);
+    candidates(name, &environment, venvs).into_iter().find(|path| path.is_file())
 }
 
-fn candidates(name: &str, venvs: &[PathBuf]) -> Vec<PathBuf> {
+fn candidates(name: &str, environment: Environment<'_>, venvs: &[PathBuf]) -> Vec<PathBuf> {
     let file = format!("{name}{}", std::env::consts::EXE_SUFFIX);
     let mut found = Vec::new();
-    if let Some(nvcc) = std::env::var_os("KILN_NVCC").filter(|v| !v.is_empty() && v != "none") {
+    if let Some(nvcc) = environment("KILN_NVCC").filter(|v| !v.is_empty() && v != "none") {
         found.push(Path::new(&nvcc).with_file_name(&file));
     }
-    for home in ["CUDA_HOME", "CUDA_PATH"].iter().filter_map(std::env::var_os) {
+    for home in ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(environment) {
         found.push(Path::new(&home).join("bin").join(&file));
     }
-    if let Some(path) = std::env::var_os("PATH") {
+    if let Some(path) = environment("PATH") {
         found.extend(std::env::split_paths(&path).map(|dir| dir.join(&file)).filter(|p| p.is_file()));
     }
     found.push(Path::new("/usr/local/cuda/bin").join(&file));
-    let active = std::env::var_os("VIRTUAL_ENV").map(PathBuf::from);
+    let active = environment("VIRTUAL_ENV").map(PathBuf::from);
     for venv in active.iter().chain(venvs) {
         for lib in read_dir(&venv.join("lib")).unwrap_or_default() {
             found.extend(in_site_packages(&lib.join("site-packages"), &file));
@@ -471,13 +520,85 @@ mod tests {
         };
         assert_eq!(choose("// targets: sm_90a\n#include"), ("90a".into(), None));
         assert_eq!(choose("// targets: sm_89"), ("89,90a,100a,120".into(), Some("89".into())));
-        assert_eq!(choose("// Something else"), (DEFAULT_ARCHS.into(), Some("80".into())));
+        assert_eq!(choose("// targets: sm_75"), (DEFAULT_ARCHS.into(), Some("80".into())));
         assert!(of("// targets: sm_9x").unwrap_err().to_string().contains("sm_9x"));
-        assert!(parse_archs("80,sm90b").is_err());
+        assert!(of("// Something else").unwrap_err().to_string().contains("write for example"));
+        for malformed in ["80,sm90b", "8", "75a", "100f", ",", ""] {
+            let said = parse_archs(malformed).unwrap_err().to_string();
+            assert!(said.starts_with("KILN_CUDA_ARCHS: ") && said.contains(DEFAULT_ARCHS), "{said}");
+        }
         let hopper_alone = parse_archs("90a").unwrap();
         assert_eq!(Targets::From(80).choose(&hopper_alone), (hopper_alone, None));
         assert_eq!(Arch::of_device(9, 0).to_string(), "90a");
         assert_eq!(Arch::of_device(8, 6).to_string(), "86");
+    }
+
+    #[test]
+    fn a_target_without_kernels_is_an_error() {
+        let kernels = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
+        // Every file says what it is for, or this is an error.
+        let files = Targets::of_files(&super::super::toolchain::kernel_sources(&kernels).unwrap()).unwrap();
+        for list in [DEFAULT_ARCHS, "75", "75,80", "87", "90", "103,110,121"] {
+            check_served(&parse_archs(list).unwrap(), &files).unwrap();
+        }
+        let said = check_served(&parse_archs("70,80").unwrap(), &files).unwrap_err().to_string();
+        assert_eq!(
+            said,
+            "KILN_CUDA_ARCHS: \"70\" is a target that no kernel file is for; \
+             there are files for 75 and later, 90a"
+        );
+        // 75 is compiled for as any other, and its PTX is the lowest.
+        let asked = parse_archs("75,80,90a").unwrap();
+        let chosen = Targets::From(75).choose(&asked);
+        assert_eq!(chosen, (asked, Arch::parse("75")));
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn nvcc_is_looked_for_in_this_order() {
+        use std::os::unix::fs::PermissionsExt;
+
+        let dir = tempfile::tempdir().unwrap();
+        let make = |folder: &str, version: &str| {
+            let folder = dir.path().join(folder);
+            fs::create_dir_all(&folder).unwrap();
+            let path = folder.join("nvcc");
+            fs::write(&path, format!("#!/bin/sh\necho 'Cuda compilation tools, release 1, V{version}'\n"))
+                .unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+            path
+        };
+        let named = make("named", "1.0");
+        make("home/bin", "2.0");
+        make("path-variable/bin", "3.0");
+        let on_path = make("on-path", "4.0");
+        make("venv/lib/python3/site-packages/nvidia/cu12/bin", "5.0");
+        make("venv/lib/python3/site-packages/nvidia/cu13/bin", "6.0");
+        let place = |name: &str| Some(dir.path().join(name).into_os_string());
+        let mut variables: BTreeMap<&str, Option<OsString>> = BTreeMap::from([
+            ("KILN_NVCC", Some(named.into_os_string())),
+            ("CUDA_HOME", place("home")),
+            ("CUDA_PATH", place("path-variable")),
+            ("PATH", on_path.parent().map(|p| p.as_os_str().to_owned())),
+        ]);
+        let venvs = [dir.path().join("venv")];
+        let mut found = Vec::new();
+        for next in ["", "KILN_NVCC", "CUDA_HOME", "CUDA_PATH", "PATH"] {
+            variables.remove(next);
+            let nvcc = Nvcc::find_by(&|name| variables.get(name).cloned().flatten(), &venvs).unwrap();
+            found.push(nvcc.version().to_owned());
+        }
+        let is_installed = Path::new("/usr/local/cuda/bin/nvcc").is_file();
+        assert_eq!(found[..4], ["1.0", "2.0", "3.0", "4.0"]);
+        // Of the wheels the newest; a toolkit where the installer puts it comes before them.
+        assert!(is_installed || found[4] == "6.0", "{found:?}");
+
+        // A name that leads nowhere is an error, not a reason to look elsewhere; `none` finds none.
+        for (value, said) in [("none", "KILN_NVCC=none"), ("/nowhere/nvcc", "KILN_NVCC=/nowhere/nvcc")] {
+            let only = |name: &str| (name == "KILN_NVCC").then(|| value.into());
+            let error = Nvcc::find_by(&only, &venvs).unwrap_err().to_string();
+            assert!(error.contains(said), "{error}");
+        }
     }
 
     #[test]

@@ -40,6 +40,7 @@ pub fn built_library(variant: SimtVariant) -> Option<PathBuf> {
     let built = match variant {
         SimtVariant::Fast => option_env!("KILN_SIMT_FAST"),
         SimtVariant::Checked => option_env!("KILN_SIMT_CHECKED"),
+        SimtVariant::Turing => None,
     };
     let named = std::env::var_os("KILN_SIMT_LIB").filter(|name| !name.is_empty());
     named.map(PathBuf::from).or_else(|| built.map(PathBuf::from)).filter(|path| path.is_file())
@@ -71,6 +72,8 @@ pub struct SimtOptions {
     pub multiprocessors: u32,
     /// Device memory to claim, in bytes.
     pub memory: u64,
+    /// Most shared memory of a block to claim, in bytes; that of the capability if not given.
+    pub shared_memory: Option<u32>,
 }
 
 impl Default for SimtOptions {
@@ -81,6 +84,7 @@ impl Default for SimtOptions {
             capability: Capability { major: 8, minor: 0 },
             multiprocessors: 8,
             memory: 8 << 30,
+            shared_memory: None,
         }
     }
 }
@@ -115,7 +119,9 @@ impl Schedule {
 
 /// The functions of `kernels/simt/simt.h`.
 struct Api {
-    get_function: unsafe extern "C" fn(*const c_char) -> *const c_void,
+    get_function: unsafe extern "C" fn(*const c_char, *const c_char) -> *const c_void,
+    has_module: unsafe extern "C" fn(*const c_char) -> c_int,
+    kernel_name: unsafe extern "C" fn(c_int) -> *const c_char,
     param_count: unsafe extern "C" fn(*const c_void) -> c_int,
     param_size: unsafe extern "C" fn(*const c_void, c_int) -> u32,
     alloc: unsafe extern "C" fn(usize) -> u64,
@@ -162,7 +168,7 @@ enum Call {
 struct State {
     sizes: HashMap<u64, usize>,
     in_use: u64,
-    functions: HashMap<String, Function>,
+    functions: HashMap<String, HashMap<String, Function>>,
     names: HashMap<u64, String>,
     events: HashMap<u64, std::time::Instant>,
     next: u64,
@@ -193,6 +199,8 @@ impl SimtDriver {
         let api = unsafe {
             Api {
                 get_function: *library.get(b"simt_get_function").map_err(fail)?,
+                has_module: *library.get(b"simt_has_module").map_err(fail)?,
+                kernel_name: *library.get(b"simt_kernel_name").map_err(fail)?,
                 param_count: *library.get(b"simt_param_count").map_err(fail)?,
                 param_size: *library.get(b"simt_param_size").map_err(fail)?,
                 alloc: *library.get(b"simt_alloc").map_err(fail)?,
@@ -212,7 +220,7 @@ impl SimtDriver {
             ordinal: 0,
             capability: options.capability,
             multiprocessors: options.multiprocessors,
-            shared_memory: 227 << 10,
+            shared_memory: options.shared_memory.unwrap_or(options.capability.shared_memory()),
             memory: options.memory,
             l2_cache: 0,
             driver_version: 0,
@@ -230,6 +238,19 @@ impl SimtDriver {
     /// Changes the order of threads for the launches to come.
     pub fn set_order(&self, order: Order, workers: usize) {
         *self.running.lock().unwrap_or_else(PoisonError::into_inner) = Schedule::new(order, workers);
+    }
+
+    /// The names of all kernels of the library, sorted.
+    pub fn kernels(&self) -> Vec<String> {
+        let mut names: Vec<String> = (0..)
+            // SAFETY: no preconditions.
+            .map(|i| unsafe { (self.api.kernel_name)(i) })
+            .take_while(|name| !name.is_null())
+            // SAFETY: a C string of the library, which is never unloaded.
+            .map(|name| unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned())
+            .collect();
+        names.sort_unstable();
+        names
     }
 
     /// Bank conflicts of `ldmatrix` in this thread's last launch: wavefronts beyond one per 8×8 matrix.
@@ -294,6 +315,10 @@ impl SimtDriver {
     fn check_params(&self, launch: &Launch, params: &[&[u8]]) -> Result<(), DriverError> {
         let function = launch.function.0 as *const c_void;
         let wrong = |reason| DriverError::Parameters { kernel: self.name(launch.function), reason };
+        let (asked, limit) = (launch.shared, self.info.shared_memory);
+        if asked > limit {
+            return Err(wrong(format!("{asked} bytes of shared memory, {limit} are possible")));
+        }
         // SAFETY: a `Function` of this driver is a kernel of the loaded library.
         let declared = unsafe { (self.api.param_count)(function) };
         if declared as usize != params.len() {
@@ -337,20 +362,27 @@ impl Driver for SimtDriver {
 
     fn function(&self, module: &str, name: &str) -> Result<Function, DriverError> {
         let mut state = self.state();
-        if let Some(function) = state.functions.get(name) {
+        if let Some(function) = state.functions.get(module).and_then(|names| names.get(name)) {
             return Ok(*function);
         }
         let missing = || DriverError::NoFunction { module: module.to_owned(), name: name.to_owned() };
+        let c_module = CString::new(module).map_err(|_| missing())?;
         let c_name = CString::new(name).map_err(|_| missing())?;
-        // SAFETY: a C string.
-        let found = unsafe { (self.api.get_function)(c_name.as_ptr()) };
+        // SAFETY: C strings.
+        let found = unsafe { (self.api.get_function)(c_module.as_ptr(), c_name.as_ptr()) };
         if found.is_null() {
             return Err(missing());
         }
         let function = Function(found as u64);
-        state.functions.insert(name.to_owned(), function);
+        state.functions.entry(module.to_owned()).or_default().insert(name.to_owned(), function);
         state.names.insert(function.0, name.to_owned());
         Ok(function)
+    }
+
+    fn has_module(&self, module: &str) -> Result<bool, DriverError> {
+        let Ok(module) = CString::new(module) else { return Ok(false) };
+        // SAFETY: a C string.
+        Ok(unsafe { (self.api.has_module)(module.as_ptr()) } == 1)
     }
 
     fn function_info(&self, _function: Function) -> Result<FunctionInfo, DriverError> {

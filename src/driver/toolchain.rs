@@ -2,7 +2,8 @@
 //!
 //! Used by the build script and, for kernels from a folder, at run time. Every
 //! object is kept under a name that holds the hash of everything it was made
-//! from, so that nothing is compiled twice.
+//! from — source, our headers, flags, and the compiler's version, which stands
+//! for its own headers — so that nothing is compiled twice.
 
 use std::collections::hash_map::DefaultHasher;
 use std::ffi::OsString;
@@ -65,6 +66,8 @@ pub enum SimtVariant {
     Fast,
     /// Every access of a kernel is checked for bounds, initialisation and races.
     Checked,
+    /// As fast, with the bodies for Turing (sm_75).
+    Turing,
 }
 
 impl SimtVariant {
@@ -73,6 +76,7 @@ impl SimtVariant {
         match self {
             Self::Fast => "fast",
             Self::Checked => "checked",
+            Self::Turing => "turing",
         }
     }
 }
@@ -139,7 +143,7 @@ pub fn build_simt(
 
 /// Compiles these sources into one shared library in `out` and returns its path.
 pub fn build_simt_from(from: &SimtSources, out: &Path, variant: SimtVariant) -> Result<PathBuf, ToolError> {
-    let compiler = cxx();
+    let compiler = Cxx::find();
     let layer = ["simt", "ptx_emu", "check"].map(|name| from.layer.join(format!("{name}.cpp")));
     let kernels = from.kernels.iter().cloned().map(|path| (path, true));
     let sources: Vec<(PathBuf, bool)> = kernels.chain(layer.map(|path| (path, false))).collect();
@@ -149,7 +153,7 @@ pub fn build_simt_from(from: &SimtSources, out: &Path, variant: SimtVariant) -> 
 
     let objects = in_parallel(&sources, |(source, is_kernel)| {
         let flags = simt_flags(folders, variant, *is_kernel);
-        let hash = hash_of(&(headers, read(source)?, &flags, &compiler));
+        let hash = compiler.hash_of_object(headers, &read(source)?, &flags);
         let name = format!("{}-{}-{hash:016x}.o", module_name(source), variant.name());
         let built = from.built.as_ref().map(|folder| folder.join(&name)).filter(|object| object.exists());
         let object = built.unwrap_or_else(|| out.join(name));
@@ -157,7 +161,7 @@ pub fn build_simt_from(from: &SimtSources, out: &Path, variant: SimtVariant) -> 
             touch(&object);
         } else {
             run_to(&object, source, |partial| {
-                let mut command = Command::new(&compiler);
+                let mut command = Command::new(&compiler.name);
                 command.args(&flags).arg("-c").arg(source).arg("-o").arg(partial);
                 command
             })?;
@@ -169,7 +173,7 @@ pub fn build_simt_from(from: &SimtSources, out: &Path, variant: SimtVariant) -> 
         touch(&library);
     } else {
         run_to(&library, &from.layer, |partial| {
-            let mut command = Command::new(&compiler);
+            let mut command = Command::new(&compiler.name);
             command.args(["-shared", "-Wl,-Bsymbolic", "-pthread", "-o"]).arg(partial).args(&objects);
             command
         })?;
@@ -178,9 +182,24 @@ pub fn build_simt_from(from: &SimtSources, out: &Path, variant: SimtVariant) -> 
     Ok(library)
 }
 
-/// The C++ compiler: `CXX`, or `c++`.
-fn cxx() -> OsString {
-    std::env::var_os("CXX").unwrap_or_else(|| "c++".into())
+/// The C++ compiler.
+struct Cxx {
+    /// `CXX`, or `c++`.
+    name: OsString,
+    /// What it says of its version; empty if it does not run.
+    version: Vec<u8>,
+}
+
+impl Cxx {
+    fn find() -> Self {
+        let name = std::env::var_os("CXX").unwrap_or_else(|| "c++".into());
+        let asked = Command::new(&name).arg("--version").output();
+        Self { version: asked.map(|done| done.stdout).unwrap_or_default(), name }
+    }
+
+    fn hash_of_object(&self, headers: u64, source: &[u8], flags: &[OsString]) -> u64 {
+        hash_of(&(headers, source, flags, &self.name, &self.version))
+    }
 }
 
 fn simt_flags(includes: [&PathBuf; 2], variant: SimtVariant, is_kernel: bool) -> Vec<OsString> {
@@ -212,8 +231,10 @@ fn simt_flags(includes: [&PathBuf; 2], variant: SimtVariant, is_kernel: bool) ->
         // Registers start as garbage that is easy to notice; a large frame cannot jump over a stack's guard page.
         let more = ["-O2", "-x", "c++", "-ftrivial-auto-var-init=pattern", "-fstack-clash-protection"];
         flags.extend(more.iter().map(Into::into));
-        if variant == SimtVariant::Checked {
-            flags.push("-fsanitize=thread".into());
+        match variant {
+            SimtVariant::Fast => {}
+            SimtVariant::Checked => flags.push("-fsanitize=thread".into()),
+            SimtVariant::Turing => flags.push("-DSIMT_TURING".into()),
         }
     } else {
         flags.push("-O3".into());
@@ -315,4 +336,20 @@ pub(super) fn in_parallel<T: Sync, R: Send>(
         .into_iter()
         .filter_map(|slot| slot.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner))
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_object_is_made_anew_by_another_compiler() {
+        let compiler = Cxx::find();
+        assert!(!compiler.version.is_empty(), "c++ says no version");
+        let hash = |compiler: &Cxx, source: &[u8]| compiler.hash_of_object(1, source, &["-O2".into()]);
+        let updated = Cxx { name: compiler.name.clone(), version: b"c++ 99".to_vec() };
+        assert_eq!(hash(&compiler, b"x"), hash(&Cxx::find(), b"x"));
+        assert_ne!(hash(&compiler, b"x"), hash(&updated, b"x"));
+        assert_ne!(hash(&compiler, b"x"), hash(&compiler, b"y"));
+    }
 }

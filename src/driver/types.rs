@@ -45,6 +45,22 @@ pub struct Capability {
     pub minor: u32,
 }
 
+impl Capability {
+    /// Most dynamic shared memory of one block on such a device, in bytes (CUDA C++ Programming Guide, "Technical
+    /// Specifications per Compute Capability"); of later devices what the least of them has.
+    pub fn shared_memory(self) -> u32 {
+        let kib = match (self.major, self.minor) {
+            (0..=6, _) => 48,
+            (7, 0 | 2) => 96,
+            (7, _) => 64,
+            (8, 0 | 7) => 163,
+            (9..=11, _) => 227,
+            _ => 99,
+        };
+        kib << 10
+    }
+}
+
 impl std::fmt::Display for Capability {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}.{}", self.major, self.minor)
@@ -94,6 +110,9 @@ pub struct FunctionInfo {
     pub static_shared: u32,
     /// Most threads of a block.
     pub max_threads: u32,
+    /// Virtual architecture that the compiler wrote it for, such as 90: what `__CUDA_ARCH__` was, divided by ten. It is less
+    /// than the device's capability where the driver translated PTX of an earlier one.
+    pub compiled_for: u32,
 }
 
 /// How to launch a kernel.

@@ -139,6 +139,12 @@ pub trait LatentOps: Send + Sync {
     /// `offset`, and the offset behind them.
     fn randn(&self, shape: [usize; 4], seed: u64, offset: u64) -> Result<(Planes, u64), TensorError>;
 
+    /// Whether the noise that samplers draw on the way is the device's own, as in ComfyUI on a GPU, instead of the
+    /// CPU generator's.
+    fn draws_noise(&self) -> bool {
+        false
+    }
+
     /// `Σ ((high − low)/max(atol, rtol·max(|low|, |previous|)))²` over all elements; waits for it.
     fn error_sum(&self, op: &ScaledError<'_>) -> Result<f64, TensorError>;
 

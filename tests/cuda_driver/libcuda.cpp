@@ -2,10 +2,16 @@
 //
 // The seam below the real driver code: with it, CudaDriver itself runs without a GPU. It is stricter than the
 // vendor's library where that is silent: every call needs a current context, a destroyed object is an error, and
-// queued work is done as late as possible, at the next wait, so that a missing wait shows. Written from the "CUDA
-// Driver API" manual; only what the tests of this folder need.
+// queued work is done as late as possible, when somebody waits for its own stream, so that a missing wait shows.
+// Written from the "CUDA Driver API" manual; only what the tests of this folder need.
 //
-// Environment: SIMULATED_CUDA_SIMT names the SIMT library, SIMULATED_CUDA_MEMORY the bytes of the device.
+// A module is a fatbin, of which only the magic number is looked at and whose kernels may be any, or an image of the
+// tests: the magic number, kTestImage, and the module's name, whose kernels are those of that file.
+//
+// Environment: SIMULATED_CUDA_SIMT names the SIMT library, SIMULATED_CUDA_MEMORY the bytes of the device,
+// SIMULATED_CUDA_COMPILED_FOR what kernels were compiled for (90), SIMULATED_CUDA_UNFIT modules without code for the
+// device ("all", or names between commas); with SIMULATED_CUDA_HASTY an event that is asked says that it is over when it is
+// not, as if nobody had asked.
 #include <dlfcn.h>
 
 #include <cstdint>
@@ -23,7 +29,7 @@
 #include "simt.h"
 
 #define API extern "C" __attribute__((visibility("default"))) int
-enum { kOk = 0, kInvalidValue = 1, kOutOfMemory = 2, kNoDevice = 100, kInvalidDevice = 101, kInvalidImage = 200, kInvalidContext = 201,
+enum { kOk = 0, kInvalidValue = 1, kOutOfMemory = 2, kNoDevice = 100, kInvalidDevice = 101, kInvalidImage = 200, kInvalidContext = 201, kNoBinary = 209,
        kInvalidHandle = 400, kNotFound = 500, kNotReady = 600, kLaunchFailed = 719, kNotPermitted = 800, kStreamCapture = 901,
        kInvalidClusterSize = 912 };
 
@@ -43,14 +49,16 @@ struct Layer {
     decltype(simt_tensor_map)* tensor_map;
 };
 
-struct Stream { bool is_capturing = false; std::vector<std::function<int()>> recorded; };
-struct Event { bool is_timed; bool is_recorded = false, is_done = true; };
+constexpr uint32_t kTestImage = 0x7e57;
+struct Stream { bool is_capturing = false; std::vector<std::function<int()>> recorded; std::deque<std::function<int()>> queue; };
+struct Event { bool is_timed; Stream* stream = nullptr; uint64_t recorded = 0, done = 0; };  // how often
+struct Module { std::string name; };
 struct Graph { std::vector<std::function<int()>> calls; };
 struct Function { const void* kernel; std::string name; bool is_loaded = false; int dynamic_shared = 48 << 10; };
 
 std::recursive_mutex lock;
 Layer layer;
-std::deque<std::function<int()>> queue;  // of all streams, in the order of the calls
+std::set<Stream*> streams;
 int sticky = kOk;                        // a failed kernel spoils the context
 std::set<void*> alive;                   // streams, events, graphs, functions and the rest
 std::map<uint64_t, size_t> allocations, leaving;
@@ -67,18 +75,25 @@ struct Guard {
 #define ENTER Guard guard; if (!current) return kInvalidContext; if (sticky) return sticky
 #define ALIVE(p) if (!alive.count(p)) return kInvalidHandle
 
+void run_next(Stream* s) {
+    auto call = std::move(s->queue.front());
+    s->queue.pop_front();
+    if (int error = call(); error && !sticky) sticky = error;
+}
+void flush(Stream* s) {
+    while (!s->queue.empty()) run_next(s);
+}
 void flush() {
-    while (!queue.empty()) {
-        auto call = std::move(queue.front());
-        queue.pop_front();
-        if (int error = call(); error && !sticky) sticky = error;
-    }
+    for (Stream* s : streams) flush(s);
+}
+void wait_for(Event* e, uint64_t record) {
+    while (e->done < record && !e->stream->queue.empty()) run_next(e->stream);
 }
 int enqueue(void* stream, std::function<int()> call) {
     ALIVE(stream);
     auto* s = static_cast<Stream*>(stream);
     if (s->is_capturing) s->recorded.push_back(std::move(call));
-    else queue.push_back(std::move(call));
+    else s->queue.push_back(std::move(call));
     return kOk;
 }
 int make(void** out, void* object) { alive.insert(object); *out = object; return kOk; }
@@ -124,16 +139,21 @@ API cuCtxGetCurrent(void** context) { *context = current; return kOk; }
 API cuCtxSetCurrent(void* context) { current = context; return kOk; }
 API cuCtxSynchronize() { ENTER; flush(); return sticky; }
 
-API cuStreamCreate(void** stream, unsigned flags) { ENTER; return flags == 1 ? make(stream, new Stream) : kInvalidValue; }
-API cuStreamDestroy_v2(void* stream) { ENTER; flush(); return destroy(stream); }
+API cuStreamCreate(void** stream, unsigned flags) { ENTER; if (flags != 1) return kInvalidValue; auto* s = new Stream; streams.insert(s); return make(stream, s); }
+API cuStreamDestroy_v2(void* stream) { ENTER; ALIVE(stream); flush(static_cast<Stream*>(stream)); streams.erase(static_cast<Stream*>(stream)); return destroy(stream); }
 API cuStreamSynchronize(void* stream) {
     ENTER;
     ALIVE(stream);
     if (static_cast<Stream*>(stream)->is_capturing) return kStreamCapture;
-    flush();
+    flush(static_cast<Stream*>(stream));
     return sticky;
 }
-API cuStreamWaitEvent(void* stream, void* event, unsigned) { ENTER; ALIVE(stream); ALIVE(event); return kOk; }
+API cuStreamWaitEvent(void* stream, void* event, unsigned) {
+    ENTER;
+    ALIVE(event);
+    auto* e = static_cast<Event*>(event);
+    return enqueue(stream, [e, record = e->recorded] { wait_for(e, record); return kOk; });
+}
 
 API cuEventCreate(void** event, unsigned flags) { ENTER; return make(event, new Event{flags != 2}); }
 API cuEventDestroy_v2(void* event) { ENTER; return destroy(event); }
@@ -141,18 +161,19 @@ API cuEventRecord(void* event, void* stream) {
     ENTER;
     ALIVE(event);
     auto* e = static_cast<Event*>(event);
-    e->is_recorded = true, e->is_done = false;
-    return enqueue(stream, [e] { e->is_done = true; return kOk; });
+    e->stream = static_cast<Stream*>(stream);
+    return enqueue(stream, [e, record = ++e->recorded] { e->done = record; return kOk; });
 }
-API cuEventQuery(void* event) { ENTER; ALIVE(event); return static_cast<Event*>(event)->is_done ? kOk : kNotReady; }
-API cuEventSynchronize(void* event) { ENTER; ALIVE(event); flush(); return sticky; }
+static bool is_done(const Event* e) { return e->done == e->recorded; }
+API cuEventQuery(void* event) { ENTER; ALIVE(event); return getenv("SIMULATED_CUDA_HASTY") || is_done(static_cast<Event*>(event)) ? kOk : kNotReady; }
+API cuEventSynchronize(void* event) { ENTER; ALIVE(event); auto* e = static_cast<Event*>(event); wait_for(e, e->recorded); return sticky; }
 API cuEventElapsedTime_v2(float* ms, void* from, void* to) {
     ENTER;
     ALIVE(from);
     ALIVE(to);
     for (auto* e : {static_cast<Event*>(from), static_cast<Event*>(to)})
-        if (!e->is_timed || !e->is_recorded) return kInvalidHandle;
-        else if (!e->is_done) return kNotReady;
+        if (!e->is_timed || !e->recorded) return kInvalidHandle;
+        else if (!is_done(e)) return kNotReady;
     *ms = 0.5f;
     return kOk;
 }
@@ -212,14 +233,21 @@ API cuMemsetD8Async(uint64_t dst, unsigned char value, size_t bytes, void* strea
 
 API cuModuleLoadData(void** module, const void* image) {
     ENTER;
-    if (uint64_t(image) % 8 || *static_cast<const uint32_t*>(image) != 0xba55ed50) return kInvalidImage;
-    return make(module, new int);
+    const auto* words = static_cast<const uint32_t*>(image);
+    if (uint64_t(image) % 8 || words[0] != 0xba55ed50) return kInvalidImage;
+    const std::string name = words[1] == kTestImage ? reinterpret_cast<const char*>(words + 2) : "";
+    const char* unfit = getenv("SIMULATED_CUDA_UNFIT");
+    const std::string list = "," + std::string(unfit ? unfit : "") + ",";
+    if (list == ",all," || (!name.empty() && list.find("," + name + ",") != std::string::npos)) return kNoBinary;
+    calls += "load " + name + "\n";
+    return make(module, new Module{name});
 }
 API cuModuleUnload(void* module) { ENTER; return destroy(module); }
 API cuModuleGetFunction(void** function, void* module, const char* name) {
     ENTER;
     ALIVE(module);
-    const void* kernel = layer.function(name);
+    const std::string& file = static_cast<Module*>(module)->name;
+    const void* kernel = layer.function(file.empty() ? nullptr : file.c_str(), name);
     if (!kernel) return kNotFound;
     *function = new Function{kernel, name};
     return kOk;
@@ -227,7 +255,9 @@ API cuModuleGetFunction(void** function, void* module, const char* name) {
 API cuFuncLoad(void* function) { ENTER; static_cast<Function*>(function)->is_loaded = true; return kOk; }
 API cuFuncGetAttribute(int* value, int attribute, void*) {
     ENTER;
-    *value = attribute == 0 ? 1024 : attribute == 4 ? 32 : 0;  // most threads, registers
+    const char* compiled_for = getenv("SIMULATED_CUDA_COMPILED_FOR");
+    *value = attribute == 0 ? 1024 : attribute == 4 ? 32 : 0;                         // most threads, registers
+    if (attribute == 5) *value = compiled_for ? atoi(compiled_for) : 90;  // "PTX_VERSION"
     return kOk;
 }
 API cuFuncSetAttribute(void* function, int attribute, int value) {

@@ -7,6 +7,8 @@
 
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
+mod choice;
+mod late;
 mod tools;
 
 use std::collections::HashMap;
@@ -48,6 +50,11 @@ fn skip(reason: &str) {
 
 /// Runs one of the ignored tests with that library in place of the driver.
 fn in_child(test: &str, library: impl FnOnce() -> PathBuf) {
+    in_child_with(test, library, &[]);
+}
+
+/// The same with more environment variables.
+fn in_child_with(test: &str, library: impl FnOnce() -> PathBuf, environment: &[(&str, &str)]) {
     let Some(simt) = built_library(SimtVariant::Fast) else {
         skip("the build script made no SIMT layer");
         return;
@@ -57,6 +64,7 @@ fn in_child(test: &str, library: impl FnOnce() -> PathBuf) {
         .env("LD_LIBRARY_PATH", library())
         .env("SIMULATED_CUDA_SIMT", simt)
         .env("SIMULATED_CUDA_MEMORY", MEMORY.to_string())
+        .envs(environment.iter().copied())
         .output()
         .unwrap();
     let said = String::from_utf8_lossy(&child.stdout);
@@ -120,12 +128,17 @@ fn kernels_come_from_a_folder() {
     in_child("child_compiles_a_folder", complete);
 }
 
-/// Opens the simulated GPU; an image is only a fatbin's magic number, the kernels are those of the SIMT layer.
-fn open() -> CudaDriver {
-    let image = [0x50, 0xed, 0x55, 0xba, 1, 0, 16, 0].to_vec();
+/// Images of all kernel files that `takes`: each names the file, its kernels are those of the SIMT layer.
+fn images(takes: impl Fn(&str) -> bool) -> Modules {
     let sources = kernel_sources(&Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels")).unwrap();
-    let modules = sources.iter().map(|source| (module_name(source), image.clone()));
-    CudaDriver::open(0, &Modules::Images(modules.collect())).unwrap()
+    let names = sources.iter().map(|source| module_name(source)).filter(|name| takes(name));
+    let image = |name: &str| [&[0x50, 0xed, 0x55, 0xba, 0x57, 0x7e, 0, 0], name.as_bytes(), &[0]].concat();
+    Modules::Images(names.map(|name| (name.clone(), image(&name))).collect())
+}
+
+/// Opens the simulated GPU.
+fn open() -> CudaDriver {
+    CudaDriver::open(0, &images(|_| true)).unwrap()
 }
 
 /// What the library that stands in says of itself.
@@ -331,6 +344,7 @@ fn child_launches() {
     let stream = gpu.stream();
     assert!(matches!(driver.function("elementwise", "absent"), Err(DriverError::NoFunction { .. })));
     assert!(matches!(driver.function("absent", "axpby_f32"), Err(DriverError::NoFunction { .. })));
+    assert!(matches!(driver.function("copy", "axpby_f32"), Err(DriverError::NoFunction { .. })));
     let function = driver.function("elementwise", "activate_f32").unwrap();
     assert_eq!(driver.function("elementwise", "activate_f32").unwrap(), function);
     assert_eq!(driver.function_info(function).unwrap().registers, 32);

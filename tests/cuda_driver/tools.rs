@@ -53,8 +53,10 @@ unet,conv,b2 64->128 3x3 s1 8x8->8x8,,,,1,0.02,0.2
     assert!(done.status.success(), "{}{}", text(&done.stdout), text(&done.stderr));
     assert!(text(&done.stdout).contains("GB/s (copy of "), "{}", text(&done.stdout));
     let events = launches(&file);
-    let named =
-        |name: &str| events.iter().filter(|e| e["name"].as_str().is_some_and(|n| n.starts_with(name)));
+    let named = |name: &str| {
+        let is_named = |e: &&Json| e["name"].as_str().is_some_and(|n| n.starts_with(name));
+        events.iter().find(is_named)
+    };
     // The launch of the ceiling, and one of each layer: those inside graphs and timed loops are not told apart.
     assert_eq!(events.len(), 3, "{events:?}");
     for (kernel, shape) in [
@@ -62,7 +64,7 @@ unet,conv,b2 64->128 3x3 s1 8x8->8x8,,,,1,0.02,0.2
         ("gemm_sm90", "linear 256x128x64"),
         ("conv_sm90", "conv 3x3 2x8x8x64 -> 2x8x8x128"),
     ] {
-        let event = named(kernel).next().unwrap_or_else(|| panic!("no {kernel} in {events:?}"));
+        let event = named(kernel).unwrap_or_else(|| panic!("no {kernel} in {events:?}"));
         assert_eq!(event["args"]["shape"], shape);
         assert_eq!(event["dur"], 500.0, "the simulated half millisecond, not the time of the call");
     }

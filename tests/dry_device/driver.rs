@@ -40,17 +40,18 @@ pub struct DryDriver {
 impl DryDriver {
     /// A Hopper device with nothing on it.
     pub fn open() -> Self {
+        Self::open_as(Capability { major: 9, minor: 0 })
+    }
+
+    /// A device of that capability with nothing on it.
+    pub fn open_as(capability: Capability) -> Self {
         let library = kiln::driver::simt::built_library(SimtVariant::Fast).unwrap_or_else(|| {
             let kernels = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
             let out = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("simt");
             build_simt(&kernels, &[], &out, SimtVariant::Fast).expect("the kernels compile")
         });
-        let inner = SimtDriver::open(&library, SimtOptions::default()).unwrap();
-        let info = DeviceInfo {
-            multiprocessors: MULTIPROCESSORS,
-            capability: Capability { major: 9, minor: 0 },
-            ..inner.device().clone()
-        };
+        let inner = SimtDriver::open(&library, SimtOptions { capability, ..SimtOptions::default() }).unwrap();
+        let info = DeviceInfo { multiprocessors: MULTIPROCESSORS, ..inner.device().clone() };
         Self { inner, info, books: Mutex::default(), names: Mutex::default(), launches: Mutex::default() }
     }
 
@@ -81,6 +82,10 @@ impl Driver for DryDriver {
         let function = self.inner.function(module, name)?;
         self.names.lock().unwrap().insert(function, name.to_owned());
         Ok(function)
+    }
+
+    fn has_module(&self, module: &str) -> Result<bool, DriverError> {
+        self.inner.has_module(module)
     }
 
     fn function_info(&self, function: Function) -> Result<FunctionInfo, DriverError> {
@@ -201,6 +206,11 @@ impl Driver for DryDriver {
     }
 
     fn launch(&self, launch: &Launch, _params: &[&[u8]]) -> Result<(), DriverError> {
+        if launch.shared > self.info.shared_memory {
+            let kernel = self.names.lock().unwrap()[&launch.function].clone();
+            let reason = format!("{} bytes of shared memory of {}", launch.shared, self.info.shared_memory);
+            return Err(DriverError::Parameters { kernel, reason });
+        }
         self.launches.lock().unwrap().push(launch.function);
         Ok(())
     }

@@ -6,6 +6,7 @@
 mod driver;
 mod launches;
 mod residency;
+mod shared_memory;
 
 use std::io::Write;
 use std::path::Path;
@@ -38,10 +39,15 @@ struct Opened {
 
 /// Opens a hollow checkpoint of a built-in manifest.
 fn opened(manifest: &str) -> Opened {
+    opened_on(manifest, DryDriver::open())
+}
+
+/// The same on a given device.
+fn opened_on(manifest: &str, driver: DryDriver) -> Opened {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("hollow.safetensors");
     hollow_checkpoint(&Manifest::built_in(manifest).unwrap(), &path);
-    let driver = Arc::new(DryDriver::open());
+    let driver = Arc::new(driver);
     let store = ModelStore::new(placement(&driver), OpenOptions::default());
     let file = store.file(ModelSource::File(path));
     Opened { driver, store, file, _folder: folder }

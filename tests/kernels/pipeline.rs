@@ -1,14 +1,15 @@
 //! The whole pipeline on the SIMT layer: the demo model from prompt to picture, memory, graphs, failures.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kiln::backend::cuda::{self, CudaBackend, Element, Gpu, Shared};
 use kiln::backend::{self, Device, DeviceOptions};
-use kiln::driver::Driver;
 use kiln::driver::simt::{SimtDriver, SimtOptions};
 use kiln::driver::toolchain::SimtVariant;
+use kiln::driver::{Capability, Driver};
 use kiln::engine::{Engine, EngineConfig, FreeRequest, Submission};
 use kiln::files::{DEMO_BYTES, DEMO_CHECKPOINT, FolderOptions, Folders};
 use kiln::models::unet::UnetInput;
@@ -22,13 +23,12 @@ use crate::library;
 
 /// The demo model's backends on a SIMT driver of their own.
 pub fn simt() -> (Arc<SimtDriver>, Placement) {
-    simt_in(Element::F16, Element::BF16)
+    simt_in(SimtOptions::default(), Element::F16, Element::BF16)
 }
 
-/// The same with all but the VAE in one type, and the VAE in another.
-fn simt_in(element: Element, vae: Element) -> (Arc<SimtDriver>, Placement) {
-    let library = library(SimtVariant::Fast);
-    let driver = Arc::new(SimtDriver::open(&library, SimtOptions::default()).unwrap());
+/// The same on another device, with all but the VAE in one type, and the VAE in another.
+fn simt_in(options: SimtOptions, element: Element, vae: Element) -> (Arc<SimtDriver>, Placement) {
+    let driver = Arc::new(SimtDriver::open(&library(SimtVariant::Fast), options).unwrap());
     let shared = Shared::new(Arc::new(Gpu::new(driver.clone()).unwrap()), None);
     let backend = |element| Arc::new(CudaBackend::new(shared.clone(), element));
     let (nets, vae) = (backend(element), backend(vae));
@@ -134,13 +134,40 @@ fn the_demo_picture_is_that_of_the_cpu() {
     engine_on_simt.shutdown();
 }
 
+/// The kernels of Hopper in their places: at 128², the network's middle levels and the decoder are large enough for each.
+#[test]
+fn the_demo_picture_of_a_hopper_device_is_that_of_the_cpu() {
+    let (ours, theirs) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let capability = Capability { major: 9, minor: 0 };
+    let options = SimtOptions { capability, ..SimtOptions::default() };
+    let (driver, placement) = simt_in(options, Element::F16, Element::BF16);
+    driver.instruments().set_tracing(true);
+    let prompt = workflow(128, 3, 1);
+    let on_hopper = picture(&run(&engine(placement, ours.path()), prompt.clone()), ours.path());
+    let on_cpu = picture(&run(&engine(cpu(), theirs.path()), prompt), theirs.path());
+    let db = psnr(&on_hopper, &on_cpu);
+    let launched: BTreeSet<String> =
+        driver.instruments().take_trace().into_iter().map(|launch| launch.kernel).collect();
+    println!("{db:.1} dB; {launched:?}");
+    assert!(db >= 40.0, "{db:.1} dB");
+    // In f16 the network, in bf16 the decoder.
+    let f16 = ["gemm_sm90_", "conv_sm90_", "groupnorm_cluster_"].map(|family| (family, "_f16"));
+    let bf16 =
+        ["gemm_sm90_", "conv_sm90_", "groupnorm_cluster_", "attention_sm90_"].map(|family| (family, "_bf16"));
+    for (family, element) in f16.into_iter().chain(bf16) {
+        let is_launched = launched.iter().any(|name| name.starts_with(family) && name.ends_with(element));
+        assert!(is_launched, "no {family}…{element} among {launched:?}");
+    }
+    assert!(driver.instruments().counts().graph_launches > 0, "steps replay a graph");
+}
+
 /// All in f32: of the 12,288 values of the picture at most one in a thousand is another one, by 1, where a value lay on
 /// the edge between two.
 #[test]
 fn in_f32_the_picture_is_that_of_the_cpu() {
     let (ours, theirs) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let prompt = workflow(64, 6, 1);
-    let on_simt = engine(simt_in(Element::F32, Element::F32).1, ours.path());
+    let on_simt = engine(simt_in(SimtOptions::default(), Element::F32, Element::F32).1, ours.path());
     let on_simt = picture(&run(&on_simt, prompt.clone()), ours.path());
     let on_cpu = picture(&run(&engine(cpu(), theirs.path()), prompt), theirs.path());
     let apart: Vec<u8> =

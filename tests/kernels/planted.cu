@@ -16,6 +16,9 @@ struct alignas(1024) Tile {
 KERNEL(read_past_end, const float* x, float* y) { y[threadIdx.x] = x[threadIdx.x + 1]; }
 KERNEL(read_far_past_end, const float* x, float* y) { y[threadIdx.x] = x[threadIdx.x + 2000]; }
 KERNEL(use_after_free, const float* x, float* y) { y[threadIdx.x] = x[threadIdx.x]; }
+KERNEL(unwritten_tail, const float* x, float* y) {  // the last threads think that there is nothing left
+    if (threadIdx.x < 61) y[threadIdx.x] = x[threadIdx.x];
+}
 KERNEL(read_uninitialised_global, const float* x, float* y) { y[threadIdx.x] = x[threadIdx.x] + 1; }
 KERNEL(read_uninitialised_shared, const float* x, float* y) {
     auto& s = dynamic_smem<Floats>();

@@ -1,8 +1,10 @@
 //! The SIMT layer finds planted bugs: a test instrument must itself be tested.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
+use kiln::backend::cuda::check::Case;
+use kiln::backend::cuda::{Element, Geometry, Gpu, Kernel};
 use kiln::driver::simt::{Order, SimtDriver, SimtOptions, built_library};
 use kiln::driver::toolchain::{SimtVariant, build_simt};
 use kiln::driver::{DevicePtr, Driver, DriverError, Launch, MapElement, Swizzle, TensorMapDesc};
@@ -19,15 +21,22 @@ struct Bug {
     partner: usize,
     /// What the error must say; empty if only a wrong result shows it.
     says: &'static str,
+    /// Block and thread that the error must name, with threads in order; none where several wait for each other.
+    at: Option<(u32, u32)>,
+    /// The first element that a wrong result must show, if it must.
+    element: Option<usize>,
     /// The fast build cannot see it.
     only_checked: bool,
     /// The first parameter is a tensor map.
     takes_map: bool,
 }
 
-const fn bug(kernel: &'static str, says: &'static str) -> Bug {
+/// In block 0.
+const fn bug(kernel: &'static str, thread: u32, says: &'static str) -> Bug {
     Bug {
         kernel,
+        at: Some((0, thread)),
+        element: None,
         threads: 64,
         blocks: 1,
         cluster: 1,
@@ -39,50 +48,64 @@ const fn bug(kernel: &'static str, says: &'static str) -> Bug {
     }
 }
 
-const fn tile_bug(kernel: &'static str, says: &'static str) -> Bug {
-    Bug { shared: 17408, ..bug(kernel, says) }
+/// Threads that wait for each other in vain.
+const fn deadlock(kernel: &'static str, says: &'static str) -> Bug {
+    Bug { at: None, ..bug(kernel, 0, says) }
+}
+
+const fn tile_bug(kernel: &'static str, thread: u32, says: &'static str) -> Bug {
+    Bug { shared: 17408, ..bug(kernel, thread, says) }
 }
 
 /// In a cluster of two blocks.
-const fn pair_bug(kernel: &'static str, says: &'static str) -> Bug {
-    Bug { blocks: 2, cluster: 2, ..tile_bug(kernel, says) }
+const fn pair_bug(kernel: &'static str, thread: u32, says: &'static str) -> Bug {
+    Bug { blocks: 2, cluster: 2, ..tile_bug(kernel, thread, says) }
 }
 
 const BUGS: &[Bug] = &[
-    bug("read_past_end", "out of bounds"),
-    bug("read_far_past_end", "global memory"),
-    bug("use_after_free", "freed"),
-    bug("read_uninitialised_global", ""),
-    bug("read_uninitialised_shared", ""),
-    Bug { shared: 256, ..bug("shared_past_end", "shared memory") },
-    Bug { partner: 33, ..bug("missing_syncthreads", "") },
-    Bug { partner: 1, only_checked: true, ..bug("missing_syncwarp", "race") },
-    Bug { partner: 33, ..bug("missing_second_sync", "") },
-    bug("divergent_syncthreads", "deadlock"),
-    bug("two_syncthreads", "divergent barrier"),
-    bug("divergent_shuffle", "deadlock"),
-    bug("mismatched_collectives", "divergent warp"),
-    bug("shuffle_outside_mask", "not in the mask"),
-    bug("cp_async_no_wait", ""),
-    bug("cp_async_misaligned", "misaligned"),
-    Bug { blocks: 2, only_checked: true, ..bug("blocks_overlap", "race") },
-    tile_bug("mbarrier_not_initialised", "before mbarrier.init"),
-    Bug { takes_map: true, ..tile_bug("mbarrier_too_few_bytes", "deadlock") },
-    Bug { takes_map: true, ..tile_bug("mbarrier_wrong_parity", "") },
-    Bug { threads: 128, only_checked: true, ..tile_bug("wgmma_no_proxy_fence", "fence.proxy.async") },
-    Bug { threads: 128, ..tile_bug("wgmma_no_wait", "") },
-    Bug { takes_map: true, only_checked: true, ..tile_bug("bulk_copy_over_stores", "fence.proxy.async") },
-    Bug { takes_map: true, ..tile_bug("leaves_copies_behind", "in flight") },
-    tile_bug("mbarrier_runs_ahead", "before a thread that waits"),
-    tile_bug("mbarrier_phase_missed", "parities hide"),
-    bug("divergent_named_barrier", "divergent warp"),
-    pair_bug("divergent_cluster_sync", "divergent warp"),
-    pair_bug("neighbour_not_begun", "may not have begun"),
-    pair_bug("neighbour_gone", "has exited"),
-    pair_bug("neighbour_not_signalled", "may not have begun"),
-    Bug { takes_map: true, ..pair_bug("multicast_not_expected", "in flight") },
-    Bug { takes_map: true, ..pair_bug("multicast_half_expected", "did not expect") },
-    bug("stack_overflow", "stack overflow"),
+    bug("read_past_end", 63, "out of bounds"),
+    bug("read_far_past_end", 0, "global memory"),
+    bug("use_after_free", 0, "freed"),
+    Bug { element: Some(61), ..bug("unwritten_tail", 0, "") },
+    bug("read_uninitialised_global", 0, ""),
+    bug("read_uninitialised_shared", 0, ""),
+    Bug { shared: 256, ..bug("shared_past_end", 63, "shared memory") },
+    Bug { partner: 33, ..bug("missing_syncthreads", 0, "") },
+    Bug { partner: 1, only_checked: true, ..bug("missing_syncwarp", 31, "race") },
+    Bug { partner: 33, ..bug("missing_second_sync", 30, "") },
+    deadlock("divergent_syncthreads", "deadlock in block 0,0,0\n  threads 0-31 wait at __syncthreads"),
+    bug("two_syncthreads", 32, "divergent barrier"),
+    deadlock("divergent_shuffle", "deadlock in block 0,0,0\n  threads 0-15 wait at shfl.bfly"),
+    bug("mismatched_collectives", 1, "divergent warp"),
+    bug("shuffle_outside_mask", 15, "not in the mask"),
+    bug("cp_async_no_wait", 63, ""),
+    bug("cp_async_misaligned", 0, "misaligned"),
+    Bug { blocks: 2, only_checked: true, at: Some((1, 0)), ..bug("blocks_overlap", 0, "race") },
+    tile_bug("mbarrier_not_initialised", 0, "before mbarrier.init"),
+    Bug {
+        takes_map: true,
+        at: None,
+        ..tile_bug(
+            "mbarrier_too_few_bytes",
+            0,
+            "deadlock in block 0,0,0\n  threads 0-63 wait at mbarrier.wait",
+        )
+    },
+    Bug { takes_map: true, ..tile_bug("mbarrier_wrong_parity", 63, "") },
+    Bug { threads: 128, only_checked: true, ..tile_bug("wgmma_no_proxy_fence", 127, "fence.proxy.async") },
+    Bug { threads: 128, ..tile_bug("wgmma_no_wait", 0, "") },
+    Bug { takes_map: true, only_checked: true, ..tile_bug("bulk_copy_over_stores", 0, "fence.proxy.async") },
+    Bug { takes_map: true, ..tile_bug("leaves_copies_behind", 63, "in flight") },
+    tile_bug("mbarrier_runs_ahead", 0, "before a thread that waits"),
+    tile_bug("mbarrier_phase_missed", 0, "parities hide"),
+    bug("divergent_named_barrier", 31, "divergent warp"),
+    pair_bug("divergent_cluster_sync", 31, "divergent warp"),
+    pair_bug("neighbour_not_begun", 63, "may not have begun"),
+    pair_bug("neighbour_gone", 62, "has exited"),
+    pair_bug("neighbour_not_signalled", 0, "may not have begun"),
+    Bug { takes_map: true, at: Some((1, 62)), ..pair_bug("multicast_not_expected", 62, "in flight") },
+    Bug { takes_map: true, ..pair_bug("multicast_half_expected", 63, "did not expect") },
+    bug("stack_overflow", 0, "stack overflow"),
 ];
 
 /// Memory faults are signals of the process: one library at a time.
@@ -109,7 +132,7 @@ fn f32s(values: &[f32]) -> Vec<u8> {
 }
 
 /// What is found in one run: an error, or what is wrong with the result.
-fn run(driver: &SimtDriver, bug: &Bug) -> Option<String> {
+fn run(driver: &SimtDriver, bug: &Bug, order: Order) -> Option<String> {
     let stream = driver.create_stream().unwrap();
     let x: Vec<f32> = (0u8..64).map(|i| f32::from(i) * 0.1 - 3.0).collect();
     let alloc = |bytes| driver.alloc(bytes, stream).unwrap();
@@ -144,6 +167,10 @@ fn run(driver: &SimtDriver, bug: &Bug) -> Option<String> {
         Err(DriverError::Kernel(message)) => {
             assert!(message.contains(bug.kernel), "{message}: names the kernel");
             assert!(message.contains(bug.says), "{}: '{}' in: {message}", bug.kernel, bug.says);
+            if let (Some((block, thread)), Order::Forward) = (bug.at, order) {
+                let place = format!("block ({block},0,0), thread ({thread},0,0) ");
+                assert!(message.contains(&place), "{}: '{place}' in: {message}", bug.kernel);
+            }
             Some(message)
         }
         Err(other) => panic!("{}: {other}", bug.kernel),
@@ -156,11 +183,12 @@ fn wrong_result(driver: &SimtDriver, bug: &Bug, dy: DevicePtr, x: &[f32]) -> Opt
     let stream = driver.create_stream().unwrap();
     driver.download(&mut bytes, dy, stream).unwrap();
     let y: Vec<f32> = bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
-    if y.iter().any(|v| v.is_nan()) {
-        return Some("NaN in the output".into());
+    let is_wrong = |i: &usize| y[*i].is_nan() || (bug.partner > 0 && y[*i] != x[*i ^ bug.partner]);
+    let first = (0..64).find(is_wrong);
+    if bug.element.is_some() {
+        assert_eq!(first, bug.element, "{}: the first wrong element", bug.kernel);
     }
-    let is_wrong = bug.partner > 0 && (0..64).any(|i| y[i] != x[i ^ bug.partner]);
-    is_wrong.then(|| "a wrong output".into())
+    first.map(|i| format!("kernel {}: element {i} is {}", bug.kernel, y[i]))
 }
 
 fn finds_all(variant: SimtVariant) {
@@ -169,7 +197,7 @@ fn finds_all(variant: SimtVariant) {
     for bug in BUGS {
         let found = [Order::Forward, Order::Reverse, Order::Random(1)].into_iter().find_map(|order| {
             driver.set_order(order, 1);
-            run(&driver, bug).map(|message| format!("{order:?}: {message}"))
+            run(&driver, bug, order).map(|message| format!("{order:?}: {message}"))
         });
         println!("{:<28} {}", bug.kernel, found.as_deref().unwrap_or("not found"));
         let is_visible = variant == SimtVariant::Checked || !bug.only_checked;
@@ -186,6 +214,35 @@ fn the_fast_build_finds_all_but_four_planted_bugs() {
 #[test]
 fn the_checked_build_finds_every_planted_bug() {
     finds_all(SimtVariant::Checked);
+}
+
+/// What a case says of a kernel that leaves the end of its result as it was: the kernel, and the first such element.
+#[test]
+fn an_unwritten_tail_is_named_with_its_kernel_and_place() {
+    let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let gpu = Gpu::new(Arc::new(open(SimtVariant::Fast))).unwrap();
+    let case = Case {
+        family: "planted",
+        name: "planted 64".into(),
+        quick: true,
+        needs_gpu: false,
+        is_random: false,
+        flops: 0.0,
+        bytes: 0.0,
+        tolerance: 1.0,
+        run: Box::new(|cx| {
+            let values = cx.values(64, 1.0, Element::F32);
+            let want: Vec<f64> = values.iter().map(|v| f64::from(*v)).collect();
+            let (x, y) = (cx.upload(&values, Element::F32)?, cx.output(256)?);
+            let (gpu, kernel) = (cx.gpu, Kernel { module: "planted", name: "unwritten_tail" });
+            let params = [bytemuck::bytes_of(&x.ptr), bytemuck::bytes_of(&y.ptr)];
+            cx.measure(y, Element::F32, &want, || gpu.launch(&kernel, &Geometry::line(1, 64), &params))
+        }),
+    };
+    gpu.driver().instruments().set_tracing(true);
+    let (_, failure) = crate::checks::run(&gpu, &case);
+    let said = failure.expect("a failure");
+    assert!(said.contains("unwritten_tail") && said.contains("element 61 of 64 was not written"), "{said}");
 }
 
 /// Launches overlap: what one kernel writes the next may touch only once it has waited.

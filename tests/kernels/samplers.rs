@@ -6,6 +6,7 @@
 use std::any::Any;
 use std::sync::Arc;
 
+use kiln::backend::cuda::{CudaBackend, Element, Gpu, Shared};
 use kiln::diffusion::noise::{GpuBrownianNoise, prepare_noise};
 use kiln::diffusion::sample::{SampleRequest, sample};
 use kiln::diffusion::samplers::{SAMPLERS, Sampler};
@@ -20,6 +21,8 @@ use crate::pipeline::simt;
 /// `output = e(input, s)` with `s` the mean of the conditioning.
 struct Toy {
     sampling: ModelSampling,
+    /// Factor on the output.
+    factor: f32,
     device: Option<Arc<dyn Backend>>,
 }
 
@@ -28,7 +31,7 @@ impl Toy {
         let cond = item.cond.cond.data();
         let s = cond.iter().sum::<f32>() / cond.len() as f32;
         let input = self.sampling.calculate_input(sigma, x);
-        input.map(|x| 0.8 * x + 0.2 * (2.0 * x + 0.5 * s).tanh() + 0.05 * s)
+        input.map(|x| self.factor * (0.8 * x + 0.2 * (2.0 * x + 0.5 * s).tanh() + 0.05 * s))
     }
 }
 
@@ -86,7 +89,7 @@ impl Case {
     }
 
     fn run(&self, device: Option<Arc<dyn Backend>>) -> HostTensor {
-        let model = ModelHandle(Arc::new(Toy { sampling: self.sampling.clone(), device }));
+        let model = ModelHandle(Arc::new(Toy { sampling: self.sampling.clone(), factor: 1.0, device }));
         let guidance = Guidance::Cfg {
             positive: Arc::new(self.positive.clone()),
             negative: Arc::new(vec![entry(-1.0, 1.0)]),
@@ -189,6 +192,37 @@ fn gpu_samplers_draw_from_the_gpu() {
         assert!(gpu.distance(&device) > 0.1, "{name} takes the CPU's noise");
         assert!(ours.data().iter().all(|v| v.is_finite()));
     }
+}
+
+/// With `--gpu-noise` ancestral noise is one stream of the device's generator: a model that predicts nothing leaves the
+/// last step's noise.
+#[test]
+fn ancestral_noise_from_the_gpu() {
+    let gpu = Gpu::new(simt().0).unwrap();
+    let shared = Shared::new(Arc::new(gpu), None);
+    shared.set_draws_noise(true);
+    let device: Arc<dyn Backend> = Arc::new(CudaBackend::new(shared, Element::F16));
+    let sampling = ModelSampling::discrete(Prediction::X0, Betas::default());
+    let model = ModelHandle(Arc::new(Toy { sampling, factor: 0.0, device: Some(device.clone()) }));
+    let shape = [1, 4, 6, 5];
+    let latent = HostTensor::zeros(&shape);
+    let request = SampleRequest {
+        guider: &Guider { model, guidance: Guidance::Basic { positive: Arc::new(vec![entry(1.0, 1.0)]) } },
+        sampler: &Sampler::by_name("lcm").unwrap(),
+        sigmas: &[10.0, 5.0, 2.0],
+        noise: &prepare_noise(&shape, 3, None),
+        latent: &latent,
+        mask: None,
+        seed: 3,
+    };
+    let ours = sample(&request, &mut ()).unwrap().samples;
+    let like = Field::on(Some(&device), latent.clone()).unwrap();
+    let (_, offset) = like.gpu_noise(3, 0).unwrap().unwrap();
+    let (second, _) = like.gpu_noise(3, offset).unwrap().unwrap();
+    // Sigma 2, and the latent's scale on the way out.
+    let expected = second.into_host().unwrap().map(|v| v * 2.0 / 0.18215);
+    let apart = ours.data().iter().zip(expected.data()).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    assert!(apart < 1e-4, "{apart}");
 }
 
 /// A path on the device: its root is the generator's normals of the root's seed, finer steps add up to coarser ones,

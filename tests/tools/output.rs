@@ -71,7 +71,7 @@ fn info_names_the_kernels_and_the_gpus() {
     match kiln::driver::embedded() {
         Some(build) => {
             assert!(said.out.contains(&format!(
-                "CUDA kernels: {} files for {}",
+                "CUDA: {} kernel files for {}",
                 build.modules.len(),
                 build.targets
             )));
@@ -79,7 +79,7 @@ fn info_names_the_kernels_and_the_gpus() {
                 assert!(said.out.contains(module.name), "no {} in {}", module.name, said.out);
             }
         }
-        None => assert!(said.out.contains("CUDA kernels: not built"), "{}", said.out),
+        None => assert!(said.out.contains("CUDA: not built"), "{}", said.out),
     }
     assert!(said.out.contains("GPUs: "), "{}", said.out);
 }

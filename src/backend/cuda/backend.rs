@@ -1,5 +1,6 @@
 //! The op set on the device: from tensors to launches.
 
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::latents::Pace;
@@ -23,6 +24,7 @@ pub struct Shared {
     pub(super) weights: Arc<WeightMemory>,
     pub(super) uploader: Uploader,
     pub(super) pace: Pace,
+    pub(super) draws_noise: AtomicBool,
     recorder: Recorder,
     pressure: Mutex<Vec<PressureHook>>,
 }
@@ -38,6 +40,7 @@ impl Shared {
             weights: WeightMemory::new(gpu.clone(), usage.clone()),
             uploader: Uploader::new(),
             pace: Pace::default(),
+            draws_noise: AtomicBool::new(false),
             pressure: Mutex::default(),
             gpu: gpu.clone(),
             usage,
@@ -49,6 +52,11 @@ impl Shared {
             }
         }));
         shared
+    }
+
+    /// Whether noise that samplers draw on the way comes from the device's generator.
+    pub fn set_draws_noise(&self, on: bool) {
+        self.draws_noise.store(on, Relaxed);
     }
 
     /// Lets go of cached memory, recordings and idle models.

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use super::CudaError;
 use super::launch::hopper;
-use crate::driver::{DevicePtr, Driver, DriverError, Graph, Launch, Stream};
+use crate::driver::{Capability, DevicePtr, Driver, DriverError, Graph, Launch, Stream};
 
 /// Names a kernel: the kernel file's stem and the function.
 #[derive(Clone, Debug)]
@@ -46,6 +46,7 @@ pub struct Gpu {
     driver: Arc<dyn Driver>,
     stream: Stream,
     is_capturing: AtomicBool,
+    is_hopper: bool,
     room: OnceLock<hopper::Room>,
     workspace: Mutex<Workspace>,
     relief: Mutex<Option<Relief>>,
@@ -65,11 +66,13 @@ struct Workspace {
 impl Gpu {
     /// Takes a driver into use.
     pub fn new(driver: Arc<dyn Driver>) -> Result<Self, CudaError> {
+        let is_hopper = runs_hopper_kernels(driver.as_ref())?;
         let stream = driver.create_stream()?;
         Ok(Self {
             driver,
             stream,
             is_capturing: AtomicBool::new(false),
+            is_hopper,
             room: OnceLock::new(),
             workspace: Mutex::default(),
             relief: Mutex::default(),
@@ -86,10 +89,19 @@ impl Gpu {
         self.stream
     }
 
-    /// Whether the device runs sm_90a code.
+    /// Whether the device runs sm_90a code, and this build has it.
     pub fn is_hopper(&self) -> bool {
-        let capability = self.driver.device().capability;
-        (capability.major, capability.minor) == (9, 0)
+        self.is_hopper
+    }
+
+    /// Compute capability.
+    pub fn capability(&self) -> Capability {
+        self.driver.device().capability
+    }
+
+    /// Most shared memory of a block, in bytes.
+    pub fn shared_memory(&self) -> usize {
+        self.driver.device().shared_memory as usize
     }
 
     /// Streaming multiprocessors.
@@ -207,4 +219,23 @@ impl Gpu {
         }
         Ok(())
     }
+}
+
+/// Whether the device is a Hopper and has all kernels of its own: they are used together or not at all.
+fn runs_hopper_kernels(driver: &dyn Driver) -> Result<bool, DriverError> {
+    let device = driver.device();
+    if (device.capability.major, device.capability.minor) != (9, 0) {
+        return Ok(false);
+    }
+    for module in hopper::MODULES {
+        if !driver.has_module(module)? {
+            tracing::warn!(
+                device = device.name,
+                module,
+                "this build lacks the kernels for Hopper: those for sm_80 do the work, slower; build with 90a in KILN_CUDA_ARCHS"
+            );
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }

@@ -1,6 +1,7 @@
 //! Samplers' arithmetic on the device: [`LatentOps`] by the kernels of `kernels/sampling/`.
 
 use std::collections::VecDeque;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Mutex, PoisonError};
 
 use super::backend::{CudaBackend, Operand, operand};
@@ -244,6 +245,10 @@ impl LatentOps for CudaBackend {
         let launch = PhiloxNormal { out: address(&out)?, count, state, threads };
         let state = philox::philox_normal(gpu, &launch)?;
         Ok((out, state.offset))
+    }
+
+    fn draws_noise(&self) -> bool {
+        self.shared().draws_noise.load(Relaxed)
     }
 
     fn error_sum(&self, op: &ScaledError<'_>) -> Result<f64, TensorError> {

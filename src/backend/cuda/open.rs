@@ -8,7 +8,7 @@ use crate::backend::{Device, DeviceOptions, OpenError, Precision};
 use crate::driver::cuda::{CudaDriver, Modules};
 use crate::driver::simt::{self, SimtDriver, SimtOptions};
 use crate::driver::toolchain::SimtVariant;
-use crate::driver::{Driver, DriverError};
+use crate::driver::{Capability, Driver, DriverError};
 use crate::tensor::{Backend, Placement, TensorError};
 
 /// The backends for `options`; `cpu` makes the one for parts that stay on the CPU.
@@ -29,7 +29,9 @@ pub fn open_on<B: Backend + 'static>(
         CudaError::Driver(error) => OpenError::Driver(error),
         error => OpenError::Tensor(error.into()),
     })?);
+    let vae = vae_element(gpu.capability());
     let shared = Shared::new(gpu, options.memory_limit);
+    shared.set_draws_noise(options.gpu_noise);
     let mut made: Vec<(Element, Arc<dyn Backend>)> = Vec::new();
     let mut backend = |precision: Option<Precision>, default: Element| -> Arc<dyn Backend> {
         let element = precision.map_or(default, element);
@@ -43,8 +45,14 @@ pub fn open_on<B: Backend + 'static>(
     Ok(Placement {
         diffusion: backend(options.diffusion, Element::F16),
         text: backend(options.text, Element::F16),
-        vae: if options.vae_on_cpu { cpu()? } else { backend(options.vae, Element::BF16) },
+        vae: if options.vae_on_cpu { cpu()? } else { backend(options.vae, vae) },
     })
+}
+
+/// What autoencoders compute in unless asked otherwise: f16 overflows in some of them, and the tensor cores before Ampere have
+/// no bf16, whose products are then slower than those of f32.
+fn vae_element(capability: Capability) -> Element {
+    if capability.major < 8 { Element::F32 } else { Element::BF16 }
 }
 
 fn element(precision: Precision) -> Element {
@@ -64,5 +72,16 @@ pub fn open_driver(options: &DeviceOptions) -> Result<Arc<dyn Driver>, DriverErr
             Ok(Arc::new(SimtDriver::open(&library, SimtOptions::default())?))
         }
         _ => Ok(Arc::new(CudaDriver::open(options.ordinal, &Modules::over(kernels)?)?)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn autoencoders_before_ampere_compute_in_f32() {
+        let of = |major, minor| vae_element(Capability { major, minor });
+        assert_eq!((of(7, 5), of(8, 0), of(9, 0)), (Element::F32, Element::BF16, Element::BF16));
     }
 }

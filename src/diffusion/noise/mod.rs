@@ -6,8 +6,8 @@
 //! * [`SeedSequence`]: NumPy's seed hashing.
 //!
 //! Noise is drawn on the host, so that every backend starts from the same numbers.
-//! One exception depends on the device, as its name says: [`GpuBrownianNoise`] of
-//! the `_gpu` samplers.
+//! Two exceptions depend on the device, as their names say: [`GpuBrownianNoise`] of
+//! the `_gpu` samplers, and what samplers draw under `--gpu-noise`.
 
 mod brownian;
 mod generator;

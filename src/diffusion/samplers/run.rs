@@ -60,6 +60,8 @@ pub struct Run<'a> {
     model: &'a mut GuidedModel<'a>,
     report: &'a mut Report<'a>,
     noise: NoiseStream,
+    /// How far the device's generator is used up, if it draws the noise.
+    gpu_offset: u64,
 }
 
 impl<'a> Run<'a> {
@@ -73,6 +75,7 @@ impl<'a> Run<'a> {
             model: setup.model,
             report: setup.report,
             noise: NoiseStream::Draws(Box::new(Generator::new(setup.seed))),
+            gpu_offset: 0,
         }
     }
 
@@ -156,6 +159,13 @@ impl<'a> Run<'a> {
 
     /// Noise of unit variance for the step `from → to`, shaped like `x`.
     pub(super) fn noise_like(&mut self, x: &Field, from: f64, to: f64) -> Result<Field, DiffusionError> {
+        if matches!(self.noise, NoiseStream::Draws(_))
+            && x.draws_noise()
+            && let Some((noise, offset)) = x.gpu_noise(self.seed, self.gpu_offset)?
+        {
+            self.gpu_offset = offset;
+            return Ok(noise);
+        }
         let noise = match &mut self.noise {
             NoiseStream::Draws(generator) => Field::from(generator.randn(x.shape())),
             NoiseStream::Brownian(path) => path.sample(from as f32, to as f32).into(),

@@ -3,7 +3,8 @@
 //! - The primary context of the device, made current on whatever thread calls.
 //! - Memory from a stream-ordered pool of our own that keeps what is freed until [`Driver::trim`].
 //! - Kernels from fatbins: the modules that this binary carries, or a folder of
-//!   sources ([`Modules`]); a module is loaded when its first function is asked for.
+//!   sources ([`Modules`]); a module is loaded when its first function is asked for. One is loaded at once, to see whether
+//!   there is code for the device at all.
 //! - Streams do not wait for the default stream; graphs are captured in relaxed
 //!   mode, so that other threads may go on uploading.
 //! - Handles and device ranges are checked before the driver sees them: what a
@@ -83,6 +84,7 @@ impl CudaDriver {
         context.enter()?;
         let info = context.info(ordinal)?;
         let loader = Loader::new(modules, &info)?;
+        loader.probe(&info)?;
         let pool = create_pool(ordinal)?;
         let side = create_stream()?;
         Ok(Self {
@@ -152,7 +154,8 @@ impl CudaDriver {
         stream: CUstream,
     ) -> CUresult {
         let mut attributes = [NO_ATTRIBUTE; 2];
-        let config = self.launch_config(launch, stream, &mut attributes);
+        let launch = Launch { overlaps: launch.overlaps && kernel.waits_by_itself(), ..*launch };
+        let config = self.launch_config(&launch, stream, &mut attributes);
         let mut pointers: Vec<*mut std::ffi::c_void> = params.iter().map(|p| p.as_ptr() as *mut _).collect();
         let function = kernel.raw as sys::CUfunction;
         // SAFETY: number and sizes of the parameters were checked; the driver copies them before it returns.
@@ -320,6 +323,11 @@ impl Driver for CudaDriver {
         }
         self.context.enter()?;
         self.loader.load(module, name, &self.info)
+    }
+
+    fn has_module(&self, module: &str) -> Result<bool, DriverError> {
+        self.context.enter()?;
+        self.loader.has(module, &self.info)
     }
 
     fn function_info(&self, function: Function) -> Result<FunctionInfo, DriverError> {

@@ -36,6 +36,9 @@ pub enum Modules {
     Images(Vec<(String, Vec<u8>)>),
 }
 
+/// A small kernel file that every network needs.
+const PROBE: &str = "elementwise";
+
 type Images = HashMap<String, Cow<'static, [u8]>>;
 
 impl Modules {
@@ -82,7 +85,7 @@ impl Modules {
                 Self::Folder { kernels, .. } => format!("no kernel file in {} fits it", kernels.display()),
                 Self::Images(_) => "no image was given".into(),
             };
-            return Err(DriverError::NoKernels { device: device.name.clone(), reason });
+            return Err(no_kernels(device, reason));
         }
         Ok(images)
     }
@@ -117,6 +120,7 @@ impl Kernel {
             local_bytes: attribute(Attribute::CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES)?,
             static_shared: attribute(Attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)?,
             max_threads: attribute(Attribute::CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK)?,
+            compiled_for: attribute(Attribute::CU_FUNC_ATTRIBUTE_PTX_VERSION)?,
         };
         let shared_limit = device.shared_memory.saturating_sub(info.static_shared);
         let most = Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
@@ -134,6 +138,12 @@ impl Kernel {
             params.push(size);
         }
         Ok(Self { raw: raw as usize, name: name.to_owned(), info, shared_limit, params })
+    }
+
+    /// Whether the code has the instruction by which it waits for the kernel before it (`griddepcontrol.wait`): what the
+    /// compiler wrote for an earlier architecture has not, on whatever device it runs.
+    pub(super) fn waits_by_itself(&self) -> bool {
+        self.info.compiled_for >= 90
     }
 
     /// Checks a launch against the kernel's and the device's limits, which the driver would call "invalid value".
@@ -211,6 +221,42 @@ impl Loader {
         })
     }
 
+    /// An error unless the device can run the kernels: whether there is code for it shows when a module is loaded.
+    pub(super) fn probe(&self, device: &DeviceInfo) -> Result<(), DriverError> {
+        if !self.images.contains_key(PROBE) {
+            return Ok(());
+        }
+        let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
+        self.ensure(&mut loaded, PROBE, device).map(|_| ())
+    }
+
+    /// Whether the module is there and has code for the device; loads it.
+    pub(super) fn has(&self, module: &str, device: &DeviceInfo) -> Result<bool, DriverError> {
+        let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
+        match self.ensure(&mut loaded, module, device) {
+            Ok(found) => Ok(found.is_some()),
+            Err(DriverError::NoKernels { .. }) => Ok(false),
+            Err(other) => Err(other),
+        }
+    }
+
+    /// The module, loaded; none if there is no image of it.
+    fn ensure(
+        &self,
+        loaded: &mut HashMap<String, Loaded>,
+        module: &str,
+        device: &DeviceInfo,
+    ) -> Result<Option<CUmodule>, DriverError> {
+        if let Some(module) = loaded.get(module) {
+            return Ok(Some(module.raw as CUmodule));
+        }
+        let Some(image) = self.images.get(module) else { return Ok(None) };
+        let fresh = load_module(module, image, device)?;
+        let raw = fresh.raw as CUmodule;
+        loaded.insert(module.to_owned(), fresh);
+        Ok(Some(raw))
+    }
+
     pub(super) fn kernel(&self, function: Function) -> Result<Arc<Kernel>, DriverError> {
         self.kernels.get(function.0)
     }
@@ -234,11 +280,7 @@ impl Loader {
         if let Some(function) = self.known(module, name) {
             return Ok(function);
         }
-        if !loaded.contains_key(module) {
-            let image = self.images.get(module).ok_or_else(missing)?;
-            loaded.insert(module.to_owned(), load_module(module, image, device)?);
-        }
-        let raw_module = loaded.get(module).ok_or_else(missing)?.raw as CUmodule;
+        let raw_module = self.ensure(&mut loaded, module, device)?.ok_or_else(missing)?;
         let mut raw: CUfunction = std::ptr::null_mut();
         // SAFETY: `raw` is written; the module is loaded and the name a C string.
         let result = unsafe { sys::cuModuleGetFunction(&mut raw, raw_module, c_name.as_ptr()) };
@@ -264,6 +306,11 @@ impl Loader {
     }
 }
 
+fn no_kernels(device: &DeviceInfo, reason: String) -> DriverError {
+    let DeviceInfo { name, capability, .. } = device;
+    DriverError::NoKernels { device: format!("{name} (compute capability {capability})"), reason }
+}
+
 fn load_module(name: &str, image: &[u8], device: &DeviceInfo) -> Result<Loaded, DriverError> {
     let mut aligned = vec![0u64; image.len().div_ceil(8)];
     bytemuck::cast_slice_mut(&mut aligned)[..image.len()].copy_from_slice(image);
@@ -272,15 +319,17 @@ fn load_module(name: &str, image: &[u8], device: &DeviceInfo) -> Result<Loaded, 
     let result = unsafe { sys::cuModuleLoadData(&mut raw, aligned.as_ptr().cast()) };
     match result {
         CUresult::CUDA_SUCCESS => Ok(Loaded { raw: raw as usize, _image: aligned }),
-        CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU | CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION => {
-            let targets = embedded().map_or("", |build| build.targets);
+        CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU
+        | CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION
+        | CUresult::CUDA_ERROR_JIT_COMPILER_NOT_FOUND
+        | CUresult::CUDA_ERROR_JIT_COMPILATION_DISABLED => {
+            let targets = embedded().map_or("no GPU", |build| build.targets);
             let reason = format!(
-                "{name} holds no code for compute capability {} ({}); this binary was built for {targets}: \
-                 update the NVIDIA driver, or build with KILN_CUDA_ARCHS",
-                device.capability,
+                "this binary was built for {targets}, and module {name} has no code for the device ({}); \
+                 build with another KILN_CUDA_ARCHS, or update the NVIDIA driver",
                 describe(result),
             );
-            Err(DriverError::NoKernels { device: device.name.clone(), reason })
+            Err(no_kernels(device, reason))
         }
         _ => {
             let message = format!("module {name}: {}", describe(result));

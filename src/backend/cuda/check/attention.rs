@@ -1,8 +1,9 @@
 //! Cases of attention: every head dim, odd lengths, shared keys, causal masks, slices of fused tensors, large
 //! scores, forced tiles and splits, and the real shapes.
 
-use super::context::error_of;
-use super::{Case, Context, Measured};
+use super::context::{compare, fault_of_rows};
+use super::random::{ELEMENTS, HALVES, Shapes, distinct};
+use super::{Case, Context, Fault, Measured};
 use crate::backend::cuda::launch::attention::{Attention, Plan, TILES, attention, attention_as};
 use crate::backend::cuda::{CudaError, Element, Gpu};
 use crate::driver::DevicePtr;
@@ -87,11 +88,9 @@ impl Spec {
     }
 }
 
-const BOTH: [Element; 2] = [Element::F16, Element::BF16];
-
 pub(super) fn cases() -> Vec<Case> {
     let mut specs = Vec::new();
-    for element in BOTH {
+    for element in HALVES {
         dims(&mut specs, element);
         lengths(&mut specs, element);
         variants(&mut specs, element);
@@ -100,6 +99,45 @@ pub(super) fn cases() -> Vec<Case> {
     }
     odd_layouts(&mut specs);
     specs.into_iter().map(|spec| case(spec, "attention", launch)).collect()
+}
+
+/// Of every tile as many, with its keys whole and in parts; and of the plain kernel, with what only that takes.
+pub(super) fn random(shapes: &mut Shapes) -> Vec<Case> {
+    let mut cases = Vec::new();
+    for element in HALVES {
+        for (i, tile) in TILES.iter().enumerate() {
+            cases.extend(distinct(shapes, |s| {
+                let (heads, most) = if tile.dim > 160 { (1, 90) } else { (s.of(1..=2), 170) };
+                let dim = tile.dim - 8 * s.below(tile.dim / 16);
+                let shape = [1, heads, dim, s.of(1..=most), s.of(1..=most)];
+                case(
+                    Spec { forced: Some((i, s.of(1..=3))), ..variant(s, element, shape) },
+                    "attention",
+                    launch,
+                )
+            }));
+        }
+    }
+    for element in ELEMENTS {
+        cases.extend(distinct(shapes, |s| {
+            let shape = [1, s.of(1..=2), s.odd(1..=99), s.of(1..=50), s.of(1..=90)];
+            case(Spec { odd: s.below(4), ..variant(s, element, shape) }, "attention", launch)
+        }));
+    }
+    cases
+}
+
+/// One of the kinds: shared keys, a causal mask, slices of fused tensors, small and large scores.
+pub(super) fn variant(s: &mut Shapes, element: Element, shape: [usize; 5]) -> Spec {
+    let (key_batch, sharing) = (s.of(1..=2), s.of(1..=2));
+    let [_, heads, dim, queries, keys] = shape;
+    Spec {
+        key_batch,
+        is_causal: s.once_in(4),
+        is_fused: s.once_in(2),
+        spread: s.pick(&[1.0, 0.1, 20.0]),
+        ..Spec::new(element, [key_batch * sharing, heads, dim, queries, keys])
+    }
 }
 
 fn dims(specs: &mut Vec<Spec>, element: Element) {
@@ -195,7 +233,7 @@ fn real(specs: &mut Vec<Spec>, element: Element) {
 
 /// What only the plain kernel takes.
 fn odd_layouts(specs: &mut Vec<Spec>) {
-    for element in [Element::F16, Element::BF16, Element::F32] {
+    for element in ELEMENTS {
         for dim in [1, 4, 12, 33, 100] {
             specs.push(Spec::new(element, [2, 2, dim, 19, 45]));
             specs.push(Spec { is_causal: true, key_batch: 1, ..Spec::new(element, [2, 2, dim, 40, 40]) });
@@ -212,8 +250,11 @@ pub(super) type LaunchFn = fn(&Gpu, &Attention, &Spec) -> Result<(), CudaError>;
 
 fn launch(gpu: &Gpu, op: &Attention, spec: &Spec) -> Result<(), CudaError> {
     match spec.forced {
-        Some((tile, splits)) => attention_as(gpu, op, &Plan::tiled(TILES[tile], spec.keys, splits)),
-        None => attention(gpu, op),
+        Some((tile, splits)) if TILES[tile].shared <= gpu.shared_memory() => {
+            attention_as(gpu, op, &Plan::tiled(TILES[tile], spec.keys, splits))
+        }
+        // A tile that the device has no room for is never chosen there.
+        _ => attention(gpu, op),
     }
 }
 
@@ -229,6 +270,7 @@ pub(super) fn case(spec: Spec, kernel: &'static str, launch: LaunchFn) -> Case {
         name: kernel.to_owned() + &spec.name(),
         quick: flops < 2e7,
         needs_gpu: flops > 2e9,
+        is_random: false,
         flops,
         bytes: spec.bytes(),
         tolerance,
@@ -293,20 +335,18 @@ fn run(cx: &mut Context<'_>, spec: &Spec, launch: LaunchFn) -> Result<Measured, 
     let v =
         Operand { values: if spec.is_fused { k.clone() } else { v }, pitch: pitches[2], offset: v_offset };
     let k = Operand { values: k, pitch: pitches[1], offset: 0 };
-    let error = match cx.download(out)? {
-        Some(bytes) => compare(spec, &op, &spec.element.decode(&bytes), [&q, &k, &v]),
-        None => f64::INFINITY,
+    let measured = match cx.download(out)? {
+        Some(bytes) => judge(spec, &op, &spec.element.decode(&bytes), [&q, &k, &v]),
+        None => Measured::bad(Fault::BehindTheEnd),
     };
-    Ok(Measured { error, micros: cx.time(launch)? })
+    Ok(Measured { micros: cx.time(launch)?, ..measured })
 }
 
 /// Error of `got`; infinite if an element of the result is missing or a gap between rows was written.
-fn compare(spec: &Spec, op: &Attention, got: &[f32], operands: [&Operand; 3]) -> f64 {
+fn judge(spec: &Spec, op: &Attention, got: &[f32], operands: [&Operand; 3]) -> Measured {
     let width = spec.heads * spec.dim;
-    for row in got.chunks(op.out_pitch) {
-        if row[..width].iter().any(|x| x.is_nan()) || row[width..].iter().any(|x| !x.is_nan()) {
-            return f64::INFINITY;
-        }
+    if let Some(fault) = fault_of_rows(got, width, op.out_pitch) {
+        return Measured::bad(fault);
     }
     let all = spec.batch * spec.queries;
     let rows = (REFERENCE_BUDGET / (2 * spec.keys * width)).clamp(1, all);
@@ -319,7 +359,7 @@ fn compare(spec: &Spec, op: &Attention, got: &[f32], operands: [&Operand; 3]) ->
             want.extend(reference(spec, operands, row, head, f64::from(op.scale)));
         }
     }
-    error_of(&have, &want)
+    compare(&have, &want)
 }
 
 /// One row of one head in f64.

@@ -2,7 +2,8 @@
 //! those of [`attention`](super::attention).
 
 use super::Case;
-use super::attention::{Spec, case};
+use super::attention::{Spec, case, variant};
+use super::random::{HALVES, Shapes, distinct};
 use crate::backend::cuda::launch::attention::Attention;
 use crate::backend::cuda::launch::attention_sm90;
 use crate::backend::cuda::{CudaError, Element, Gpu};
@@ -27,10 +28,9 @@ const LAYERS: [[usize; 5]; 12] = [
 
 pub(super) fn cases() -> Vec<Case> {
     let mut specs = Vec::new();
-    for element in [Element::F16, Element::BF16] {
+    for element in HALVES {
         for dim in DIMS {
             edges(&mut specs, element, dim);
-            random(&mut specs, element, dim);
         }
         specs.extend(LAYERS.iter().map(|shape| Spec::new(element, *shape)));
     }
@@ -63,18 +63,27 @@ fn edges(specs: &mut Vec<Spec>, element: Element, dim: usize) {
     specs.push(Spec { is_fused: true, is_causal: true, ..base([2, 3, 300, 300]) });
 }
 
-/// Random shapes, the same in every run.
-fn random(specs: &mut Vec<Spec>, element: Element, dim: usize) {
-    let mut state = 0x9e37_79b9_u64 ^ dim as u64;
-    let mut below = move |n: usize| {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state >> 33) as usize % n
-    };
-    for _ in 0..6 {
-        let (key_batch, sharing) = (1 + below(2), 1 + below(2));
-        let shape = [key_batch * sharing, 1 + below(3), dim, 1 + below(260), 1 + below(420)];
-        let (is_causal, is_fused) = (below(4) == 0, below(2) == 0);
-        let spread = [1.0, 0.1, 20.0][below(3)];
-        specs.push(Spec { key_batch, is_causal, is_fused, spread, ..Spec::new(element, shape) });
+/// Numbers of keys that leave least of tiles of 80 keys unused, of 128 and of 96, by head dims that have such tiles.
+const KEYS: [(&[usize], &[std::ops::RangeInclusive<usize>]); 3] = [
+    (&[40, 64, 80], &[1..=80, 129..=160]),
+    (&[40, 64, 80, 128], &[81..=128, 161..=256]),
+    (&[160], &[1..=96, 97..=200]),
+];
+
+/// Of every tile as many.
+pub(super) fn random(shapes: &mut Shapes) -> Vec<Case> {
+    let mut cases = Vec::new();
+    for element in HALVES {
+        for (dims, keys) in KEYS {
+            for dim in dims {
+                cases.extend(distinct(shapes, |s| {
+                    let range = s.below(keys.len());
+                    let keys = s.of(keys[range].clone());
+                    let shape = [1, s.of(1..=2), *dim, s.of(1..=200), keys];
+                    case(variant(s, element, shape), "attention_sm90", launch)
+                }));
+            }
+        }
     }
+    cases
 }

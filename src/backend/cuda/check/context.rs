@@ -1,6 +1,6 @@
 //! What a case works with: random operands, poisoned outputs, comparison, timing.
 
-use super::Measured;
+use super::{Fault, Measured};
 use crate::backend::cuda::{CudaError, Element, Gpu};
 use crate::driver::DevicePtr;
 
@@ -147,19 +147,19 @@ impl<'a> Context<'a> {
         want: &[f64],
         launch: impl Fn() -> Result<(), CudaError>,
     ) -> Result<Measured, CudaError> {
-        self.measure_by(out, |bytes| error_of(&element.decode(bytes), want), launch)
+        self.measure_by(out, |bytes| compare(&element.decode(bytes), want), launch)
     }
 
-    /// Launches, judges the bytes of `out` by `error`, and times the launch if asked to.
+    /// Launches, judges the bytes of `out`, and times the launch if asked to.
     pub fn measure_by(
         &mut self,
         out: Buffer,
-        error: impl Fn(&[u8]) -> f64,
+        judge: impl Fn(&[u8]) -> Measured,
         launch: impl Fn() -> Result<(), CudaError>,
     ) -> Result<Measured, CudaError> {
         launch()?;
-        let error = self.download(out)?.map_or(f64::INFINITY, |bytes| error(&bytes));
-        Ok(Measured { error, micros: self.time(launch)? })
+        let measured = self.download(out)?.map_or(Measured::bad(Fault::BehindTheEnd), |bytes| judge(&bytes));
+        Ok(Measured { micros: self.time(launch)?, ..measured })
     }
 
     /// Microseconds of one launch: the median of several, if timing was asked for.
@@ -200,19 +200,80 @@ impl Drop for Context<'_> {
     }
 }
 
-/// Largest |got − want| / max(|want|, rms of want); infinite for a NaN that should not be one.
-pub(super) fn error_of(got: &[f32], want: &[f64]) -> f64 {
-    if got.len() != want.len() {
-        return f64::INFINITY;
+/// Whether all bits are ones: what poisoned memory holds, and no arithmetic makes (a half widened has zeros behind them).
+pub(super) fn is_poison(value: f32) -> bool {
+    value.to_bits() | 0xffff == u32::MAX
+}
+
+/// The first element that was not written or is a NaN, of rows `width` wide and `pitch` apart, or was written between two of them.
+pub(super) fn fault_of_rows(got: &[f32], width: usize, pitch: usize) -> Option<Fault> {
+    let of = got.len();
+    let mut faults =
+        got.iter().enumerate().filter_map(|(at, value)| match (at % pitch < width, is_poison(*value)) {
+            (true, true) => Some(Fault::Unwritten { at, of }),
+            (true, false) if value.is_nan() => Some(Fault::NotANumber { at, of }),
+            (false, false) => Some(Fault::BetweenRows { at }),
+            _ => None,
+        });
+    faults.next()
+}
+
+/// Largest |got − want| / max(|want|, rms of want), and where; infinite for a NaN.
+pub(super) fn compare(got: &[f32], want: &[f64]) -> Measured {
+    let of = want.len();
+    if got.len() != of {
+        return Measured::bad(Fault::Length { got: got.len(), want: of });
     }
-    let rms = (want.iter().map(|w| w * w).sum::<f64>() / want.len().max(1) as f64).sqrt();
-    let mut worst = 0.0f64;
-    for (got, want) in got.iter().zip(want) {
-        let error = (f64::from(*got) - want).abs() / want.abs().max(rms).max(f64::MIN_POSITIVE);
-        if error.is_nan() {
-            return f64::INFINITY;
+    let rms = (want.iter().map(|w| w * w).sum::<f64>() / of.max(1) as f64).sqrt();
+    let mut worst = Measured::default();
+    for (at, (got, want)) in got.iter().zip(want).enumerate() {
+        if is_poison(*got) {
+            return Measured::bad(Fault::Unwritten { at, of });
         }
-        worst = worst.max(error);
+        let error = (f64::from(*got) - want).abs() / want.abs().max(rms).max(f64::MIN_POSITIVE);
+        let fault = Some(Fault::Wrong { at, of, got: f64::from(*got), want: *want });
+        if error.is_nan() {
+            return Measured { error: f64::INFINITY, fault, micros: None };
+        }
+        if error > worst.error {
+            worst = Measured { error, fault, micros: None };
+        }
     }
     worst
+}
+
+/// How many values differ, and the first that does.
+pub(super) fn differing<T: Copy + PartialEq + Into<f64>>(got: &[T], want: &[T]) -> Measured {
+    let of = want.len();
+    if got.len() != of {
+        return Measured::bad(Fault::Length { got: got.len(), want: of });
+    }
+    let mut all = got.iter().zip(want).enumerate().filter(|(_, (got, want))| got != want);
+    let first = all.next();
+    let fault =
+        first.map(|(at, (got, want))| Fault::Wrong { at, of, got: (*got).into(), want: (*want).into() });
+    Measured { error: (usize::from(first.is_some()) + all.count()) as f64, fault, micros: None }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_wrong_is_said_with_its_place() {
+        assert_eq!(compare(&[1.0, 2.0], &[1.0, 2.0]), Measured::default());
+        let says = |got: &[f32]| compare(got, &[1.0, -2.0, 3.0]).fault.map(|fault| fault.to_string());
+        assert_eq!(says(&[1.5, -2.0, 0.0]).unwrap(), "element 2 of 3 is 0, should be 3");
+        assert_eq!(says(&[1.0, f32::NAN, 0.0]).unwrap(), "element 1 of 3 is NaN, should be -2");
+        assert_eq!(says(&[1.0, -2.0]).unwrap(), "2 elements, should be 3");
+        for element in [Element::F16, Element::BF16, Element::F32] {
+            let tail = element.decode(&vec![POISON; element.size()])[0];
+            assert_eq!(says(&[1.0, -2.0, tail]).unwrap(), "element 2 of 3 was not written");
+        }
+        let few = differing(&[1u8, 2, 4, 4], &[1, 2, 3, 5]);
+        assert_eq!(
+            (few.error, few.fault.unwrap().to_string()),
+            (2.0, "element 2 of 4 is 4, should be 3".into())
+        );
+    }
 }

@@ -3,6 +3,7 @@
 use rayon::prelude::*;
 
 use super::epilogue::{EpilogueCase, Extent, Operands, rows_to_compare, upload_rows};
+use super::random::{HALVES, Shapes, distinct};
 use super::{Case, Context, Measured, wide};
 use crate::backend::cuda::launch::conv::{Choice, Conv, Padding, conv, conv_by};
 use crate::backend::cuda::launch::elementwise::Act;
@@ -114,6 +115,7 @@ impl Spec {
             name: self.name(),
             quick: flops < 2e7,
             needs_gpu: flops > 8e8,
+            is_random: false,
             flops,
             bytes: (elements * self.element.size()) as f64,
             tolerance: Operands::tolerance(&self.epilogue, self.element, k),
@@ -124,10 +126,9 @@ impl Spec {
 
 pub(super) fn cases() -> Vec<Case> {
     let mut specs = Vec::new();
-    for element in [Element::F16, Element::BF16] {
+    for element in HALVES {
         every_tile(element, &mut specs);
         edges(element, &mut specs);
-        random(element, &mut specs);
         real(element, &mut specs);
         adapters(element, &mut specs);
     }
@@ -220,69 +221,64 @@ fn edges(element: Element, specs: &mut Vec<Spec>) {
     ]);
 }
 
-fn random(element: Element, specs: &mut Vec<Spec>) {
-    let mut state = 0x8765_4321u64;
-    let mut random = |below: usize| {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state >> 33) as usize % below
-    };
-    for _ in 0..26 {
-        let image = [1 + random(3), 3 + random(12), 3 + random(12)];
-        let cout = if random(4) == 0 { 1 + random(100) } else { 8 * (1 + random(24)) };
-        let kernel = [[3, 3], [3, 3], [1, 1], [2, 3], [4, 4]][random(5)];
-        let padding = Padding { top: random(3), bottom: random(3), left: random(3), right: random(3) };
-        let is_aligned = random(5) > 0;
-        let unit = if is_aligned { 8 } else { 1 };
-        let c2 = if random(3) == 0 { unit * (1 + random(10)) } else { 0 };
-        let tile = if is_aligned { Tile::ALIGNED[random(4)] } else { Tile::Any };
-        specs.push(Spec {
-            c2,
-            kernel,
-            padding: Padding { bottom: padding.bottom + 1, right: padding.right + 1, ..padding },
-            stride: 1 + random(2),
-            upsample: random(4) == 0,
-            pad: unit * random(3),
-            force: [None, Some((tile, 1 + random(4)))][random(2)],
-            epilogue: EpilogueCase { geglu: false, ..EpilogueCase::random(&mut random, 1, true) },
-            ..Spec::plain(image, unit * (1 + random(12)), cout, element)
-        });
+/// Of every tile as many, whole and split, and of what the launcher chooses.
+pub(super) fn random(shapes: &mut Shapes) -> Vec<Case> {
+    let mut cases = Vec::new();
+    for element in HALVES {
+        for tile in Tile::ALIGNED.into_iter().chain([Tile::Any]) {
+            cases.extend(distinct(shapes, |s| {
+                let spec = random_spec(s, element, if tile == Tile::Any { 1 } else { 8 });
+                Spec { force: Some((tile, s.of(1..=4))), ..spec }.case()
+            }));
+        }
+        cases.extend(distinct(shapes, |s| random_spec(s, element, 8).case()));
+    }
+    cases.extend(random_float(shapes));
+    cases
+}
+
+/// Channels and pitches in multiples of `unit`.
+fn random_spec(s: &mut Shapes, element: Element, unit: usize) -> Spec {
+    let image = [s.of(1..=3), s.of(3..=14), s.of(3..=14)];
+    let cout = if s.once_in(4) { s.odd(1..=100) } else { 8 * s.of(1..=24) };
+    let [top, bottom, left, right] = [s.below(3), s.of(1..=3), s.below(3), s.of(1..=3)];
+    Spec {
+        c2: if s.once_in(3) { unit * s.of(1..=10) } else { 0 },
+        // Never one pixel and nothing around it: that is a linear layer.
+        kernel: s.pick(&[[3, 3], [3, 3], [1, 1], [2, 3], [4, 4]]),
+        padding: Padding { top, bottom, left, right },
+        stride: s.of(1..=2),
+        upsample: s.once_in(4),
+        pad: unit * s.below(3),
+        epilogue: EpilogueCase { geglu: false, ..EpilogueCase::random(&mut |below| s.below(below), 1, true) },
+        ..Spec::plain(image, unit * s.of(1..=12), cout, element)
     }
 }
 
-/// Convolutions in f32, whose launcher takes the large tile where there are enough of them, the small one elsewhere,
-/// and `any` for what is not aligned; sums of more than 256 products are split.
+/// Convolutions in f32.
 fn float(specs: &mut Vec<Spec>) {
-    let mut state = 0x00f3_2c0d_u64;
-    let mut random = |below: usize| {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state >> 33) as usize % below
-    };
-    for i in 0..72 {
-        let (is_large, is_any) = (i % 3 == 0, i % 3 == 1);
-        let unit = if is_any { 1 } else { 8 };
-        let side =
-            |random: &mut dyn FnMut(usize) -> usize| if is_large { 17 + random(5) } else { 4 + random(8) };
-        let image = [1 + random(2), side(&mut random), side(&mut random)];
-        let cout = if is_large { 257 + random(100) } else { 1 + random(120) };
-        let c1 = unit * (1 + random(if is_large { 2 } else { 10 })) + usize::from(is_any);
-        let c2 = if random(3) == 0 { unit * (1 + random(4)) } else { 0 };
-        let kernel = [[3, 3], [3, 3], [2, 3], [1, 4]][random(4)];
-        let padding =
-            Padding { top: random(3), bottom: 2 + random(2), left: random(3), right: 3 + random(2) };
-        specs.push(Spec {
-            c2,
-            kernel,
-            padding,
-            stride: if is_large { 1 } else { 1 + random(2) },
-            upsample: !is_large && random(4) == 0,
-            pad: unit * random(3),
-            epilogue: EpilogueCase { geglu: false, ..EpilogueCase::random(&mut random, 1, true) },
-            ..Spec::plain(image, c1, cout, Element::F32)
-        });
-    }
     let residual = EpilogueCase { bias: true, residual: true, ..EpilogueCase::PLAIN };
     specs.push(Spec { epilogue: residual, ..Spec::plain([2, 64, 64], 320, 320, Element::F32) });
     specs.push(Spec { epilogue: residual, ..Spec::plain([2, 8, 8], 1280, 1280, Element::F32) });
+}
+
+/// In f32, where the launcher takes the large tile where there are enough of them, the small one elsewhere, and `any`
+/// for what is not aligned.
+fn random_float(shapes: &mut Shapes) -> Vec<Case> {
+    let mut cases =
+        distinct(shapes, |s| Spec { batch: 1, upsample: false, ..random_spec(s, Element::F32, 8) }.case());
+    cases.extend(distinct(shapes, |s| {
+        let spec = random_spec(s, Element::F32, 8);
+        let (height, width, cout) = (s.of(17..=21), s.of(17..=21), 8 * s.of(33..=40));
+        let kernel = [s.of(2..=3), 3];
+        let spec = Spec { height, width, cout, kernel, c1: 8, c2: 0, ..spec };
+        Spec { batch: 1, padding: Padding::all(2), stride: 1, upsample: false, ..spec }.case()
+    }));
+    cases.extend(distinct(shapes, |s| {
+        let spec = random_spec(s, Element::F32, 1);
+        Spec { c1: spec.c1 | 1, ..spec }.case()
+    }));
+    cases
 }
 
 /// Layers of SD1.5 at 512², cfg pair, and of its VAE.

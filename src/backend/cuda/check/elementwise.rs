@@ -1,5 +1,6 @@
 //! Cases of elementwise operations.
 
+use super::random::{ELEMENTS, Shapes, distinct};
 use super::{Case, Context, Measured};
 use crate::backend::cuda::launch::elementwise::{Act, Activate, Axpby, activate, axpby};
 use crate::backend::cuda::{CudaError, Element};
@@ -27,19 +28,37 @@ pub(super) fn act(x: f64, act: Act) -> f64 {
 
 pub(super) fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
-    for element in [Element::F16, Element::BF16, Element::F32] {
+    for element in ELEMENTS {
         for count in [1usize, 7, 8, 9, 63, 255, 1000, 2048, 2049, 4_096_001] {
-            let name = format!("axpby_{} {count}", element.suffix());
-            cases.push(case(name, count, element, 3, move |cx| run_axpby(cx, count, element)));
+            cases.push(axpby_case(count, element));
         }
         for act in ACTS {
             for count in [5usize, 16, 777, 20_480, 4_096_003] {
-                let name = format!("activate_{} {act:?} {count}", element.suffix());
-                cases.push(case(name, count, element, 2, move |cx| run_activate(cx, count, element, act)));
+                cases.push(activate_case(count, element, act));
             }
         }
     }
     cases
+}
+
+/// Counts of any kind, up to a few blocks.
+pub(super) fn random(shapes: &mut Shapes) -> Vec<Case> {
+    let mut cases = Vec::new();
+    for element in ELEMENTS {
+        cases.extend(distinct(shapes, |s| axpby_case(s.of(1..=9000), element)));
+        cases.extend(distinct(shapes, |s| activate_case(s.of(1..=9000), element, s.pick(&ACTS))));
+    }
+    cases
+}
+
+fn axpby_case(count: usize, element: Element) -> Case {
+    let name = format!("axpby_{} {count}", element.suffix());
+    case(name, count, element, 3, move |cx| run_axpby(cx, count, element))
+}
+
+fn activate_case(count: usize, element: Element, act: Act) -> Case {
+    let name = format!("activate_{} {act:?} {count}", element.suffix());
+    case(name, count, element, 2, move |cx| run_activate(cx, count, element, act))
 }
 
 fn case(
@@ -54,6 +73,7 @@ fn case(
         name,
         quick: count < 10_000,
         needs_gpu: count > 1_000_000,
+        is_random: false,
         flops: 0.0,
         bytes: (arrays * count * element.size()) as f64,
         // One rounding of the result, and float arithmetic with its exp (2 ulp) before it.

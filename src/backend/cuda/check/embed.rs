@@ -1,11 +1,10 @@
 //! Cases of embeddings.
 
+use super::random::{ELEMENTS, Shapes, distinct};
 use super::{Case, Context, Measured};
 use crate::backend::cuda::launch::embed::{Embed, TimestepEmbedding, Timesteps, embed, timestep_embedding};
 use crate::backend::cuda::{CudaError, Element};
 use crate::driver::DevicePtr;
-
-const ELEMENTS: [Element; 3] = [Element::F16, Element::BF16, Element::F32];
 
 /// Sequences, tokens of one, width, rows of the table, vectors of textual inversion.
 const TOKENS: [[usize; 5]; 20] = [
@@ -72,6 +71,24 @@ pub(super) fn cases() -> Vec<Case> {
     cases
 }
 
+/// Widths of whole vectors and others.
+pub(super) fn random(shapes: &mut Shapes) -> Vec<Case> {
+    let mut cases = Vec::new();
+    for element in ELEMENTS {
+        for table in ELEMENTS.into_iter().filter(|table| *table == element || *table == Element::F32) {
+            for is_vector in [true, false] {
+                cases.extend(distinct(shapes, |s| {
+                    let width = if is_vector { 8 * s.of(1..=20) } else { s.odd(1..=160) };
+                    let shape = [s.of(1..=4), s.of(1..=40), width, s.of(1..=90), s.below(5)];
+                    embed_case(shape, table, element)
+                }));
+            }
+        }
+        cases.extend(distinct(shapes, |s| timestep_case(s.of(1..=20), s.of(1..=350), s.once_in(3), element)));
+    }
+    cases
+}
+
 fn embed_case(shape: [usize; 5], table: Element, element: Element) -> Case {
     let [sequences, seq, width, rows, vectors] = shape;
     let count = sequences * seq * width;
@@ -84,6 +101,7 @@ fn embed_case(shape: [usize; 5], table: Element, element: Element) -> Case {
         ),
         quick: count < 20_000,
         needs_gpu: rows > 10_000,
+        is_random: false,
         flops: 0.0,
         bytes: (count * (2 * table.size() + element.size())) as f64,
         // One sum of two numbers, rounded to f32 and then to the element.
@@ -149,6 +167,7 @@ fn timestep_case(count: usize, dim: usize, is_same: bool, element: Element) -> C
         ),
         quick: true,
         needs_gpu: false,
+        is_random: false,
         flops: 0.0,
         bytes: (4 * count + count * dim * element.size()) as f64,
         // One rounding; sine and cosine are good to 2 ulp, and the angle is rounded as here.
@@ -181,7 +200,7 @@ fn run_timestep(
         }
     }
     let timesteps = match times.first() {
-        Some(first) if is_same => Timesteps::Same(*first as f32),
+        Some(first) if is_same => Timesteps::Same(*first),
         _ => Timesteps::Each(cx.upload(&times, Element::F32)?.ptr),
     };
     let out = cx.output(want.len() * element.size())?;

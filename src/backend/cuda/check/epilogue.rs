@@ -1,8 +1,8 @@
 //! Epilogues of products: random operands, reference, comparison of what was stored and what was not to be.
 
-use super::Measured;
-use super::context::{Buffer, Context, error_of};
+use super::context::{Buffer, Context, compare, fault_of_rows};
 use super::elementwise::{ACTS, act as activation};
+use super::{Fault, Measured};
 use crate::backend::cuda::launch::elementwise::Act;
 use crate::backend::cuda::launch::epilogue::{Epilogue, Rows};
 use crate::backend::cuda::{CudaError, Element};
@@ -172,22 +172,23 @@ impl Operands {
         let (width, pitch) = (self.width(), self.epilogue.out.pitch);
         let element = if self.case.out_f32 { Element::F32 } else { self.extent.element };
         launch()?;
-        let Some(bytes) = cx.download(self.out)? else {
-            return Ok(Measured { error: f64::INFINITY, micros: None });
-        };
+        let Some(bytes) = cx.download(self.out)? else { return Ok(Measured::bad(Fault::BehindTheEnd)) };
         let values = element.decode(&bytes);
-        let mut is_sound = values.chunks(pitch).all(|row| row.iter().take(width).all(|v| !v.is_nan()));
-        is_sound &= bytes
-            .chunks(pitch * element.size())
-            .all(|row| row.iter().skip(width * element.size()).all(|b| *b == 0xff));
-        if !self.case.in_place {
-            launch()?;
-            is_sound &= cx.download(self.out)?.is_some_and(|again| again == bytes);
+        if let Some(fault) = fault_of_rows(&values, width, pitch) {
+            return Ok(Measured::bad(fault));
+        }
+        if self.case.in_place {
+            let residual = bytes_of_rows(&self.residual, width, pitch, element);
+            cx.gpu.driver().upload(self.out.ptr, &residual, cx.gpu.stream())?;
+        }
+        launch()?;
+        let again = cx.download(self.out)?.unwrap_or_default();
+        if let Some(at) = (0..bytes.len()).find(|at| again.get(*at) != bytes.get(*at)) {
+            return Ok(Measured::bad(Fault::Unsteady { at }));
         }
         let got: Vec<f32> =
             rows.iter().flat_map(|row| values.iter().skip(row * pitch).take(width).copied()).collect();
-        let error = if is_sound { error_of(&got, want) } else { f64::INFINITY };
-        Ok(Measured { error, micros: cx.time(launch)? })
+        Ok(Measured { micros: cx.time(launch)?, ..compare(&got, want) })
     }
 
     /// One rounding of the result, and float sums of `k` products: their error grows with the square root of
@@ -211,6 +212,10 @@ pub(super) fn upload_rows(
     pitch: usize,
     element: Element,
 ) -> Result<Buffer, CudaError> {
+    cx.upload_bytes(&bytes_of_rows(values, width, pitch, element))
+}
+
+fn bytes_of_rows(values: &[f32], width: usize, pitch: usize, element: Element) -> Vec<u8> {
     let size = element.size();
     let rows = values.len() / width.max(1);
     let mut bytes = vec![0xff; span(rows, width, pitch) * size];
@@ -219,7 +224,17 @@ pub(super) fn upload_rows(
             *to = from;
         }
     }
-    cx.upload_bytes(&bytes)
+    bytes
+}
+
+/// All rows of a small product's reference.
+pub(super) fn reference_of_all(
+    operands: &Operands,
+    product: &[f64],
+    columns: usize,
+) -> (Vec<usize>, Vec<f64>) {
+    let want = product.chunks(columns).enumerate().flat_map(|(row, sums)| operands.reference(row, sums));
+    ((0..product.len() / columns).collect(), want.collect())
 }
 
 /// The rows to compare: all of a small product, some of a large one, the last among them.

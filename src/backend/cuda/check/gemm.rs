@@ -3,6 +3,7 @@
 use rayon::prelude::*;
 
 use super::epilogue::{EpilogueCase, Extent, Operands, rows_to_compare, upload_rows};
+use super::random::{HALVES, Shapes, distinct};
 use super::{Case, Context, Measured};
 use crate::backend::cuda::launch::elementwise::Act;
 use crate::backend::cuda::launch::epilogue::Rows;
@@ -58,6 +59,7 @@ impl Spec {
             name: self.name(),
             quick: flops < 2e7,
             needs_gpu: flops > 5e8,
+            is_random: false,
             flops,
             bytes: ((self.m * k + self.n * k + results * self.m * width) * self.element.size()) as f64,
             tolerance: Operands::tolerance(&self.epilogue, self.element, k),
@@ -68,11 +70,10 @@ impl Spec {
 
 pub(super) fn cases() -> Vec<Case> {
     let mut specs = Vec::new();
-    for element in [Element::F16, Element::BF16] {
+    for element in HALVES {
         every_tile(element, &mut specs);
         few_rows(element, &mut specs);
         odd(element, &mut specs);
-        random(element, &mut specs);
         real(element, &mut specs);
     }
     float(&mut specs);
@@ -129,65 +130,67 @@ fn odd(element: Element, specs: &mut Vec<Spec>) {
     }
 }
 
-fn random(element: Element, specs: &mut Vec<Spec>) {
-    let mut state = 0x1234_5678u64;
-    let mut random = |below: usize| {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state >> 33) as usize % below
-    };
-    for _ in 0..28 {
-        let samples = [1, 1, 2, 3][random(4)];
-        let rows_per_sample = 1 + random(160);
-        let n = if random(3) == 0 { 1 + random(330) } else { 8 * (1 + random(44)) };
-        let k1 = 8 * (1 + random(60));
-        let k2 = if random(3) == 0 { 8 * (1 + random(20)) } else { 0 };
-        let force = match random(3) {
-            0 => None,
-            _ => Some((Tile::ALIGNED[random(4)], 1 + random(4))),
-        };
-        let epilogue = EpilogueCase::random(&mut random, n, true);
-        let pad = [0, 8, 24][random(3)];
-        specs.push(Spec {
-            m: samples * rows_per_sample,
-            n,
-            k1,
-            k2,
-            pad,
-            rows_per_sample,
-            force,
-            epilogue,
-            element,
-        });
+/// Of every tile as many, whole and split; of the kernel for few rows; and of what the launcher chooses.
+pub(super) fn random(shapes: &mut Shapes) -> Vec<Case> {
+    let mut cases = Vec::new();
+    for element in HALVES {
+        for tile in Tile::ALIGNED.into_iter().chain([Tile::Any]) {
+            cases.extend(distinct(shapes, |s| {
+                let spec = random_spec(s, element, 190, if tile == Tile::Any { 1 } else { 8 });
+                Spec { force: Some((tile, s.of(1..=4))), ..spec }.case()
+            }));
+        }
+        cases.extend(distinct(shapes, |s| random_spec(s, element, 190, 8).case()));
+        cases.extend(distinct(shapes, |s| {
+            let spec = random_spec(s, element, 5, 8);
+            let is_plain = !spec.epilogue.geglu;
+            Spec { epilogue: if is_plain { spec.epilogue } else { EpilogueCase::PLAIN }, ..spec }.case()
+        }));
     }
+    cases.extend(random_float(shapes));
+    cases
 }
 
-/// Products in f32, whose launcher takes the large tile where there are enough of them, the small one elsewhere, and
-/// `any` for what is not aligned; sums of more than 256 products are split.
+/// Up to three samples of up to `rows` rows; depths and pitches in multiples of `unit`.
+fn random_spec(s: &mut Shapes, element: Element, rows: usize, unit: usize) -> Spec {
+    let (samples, rows_per_sample) = (s.pick(&[1, 1, 2, 3]), s.of(1..=rows));
+    let m = samples * rows_per_sample.div_ceil(samples);
+    let n = if s.once_in(3) { s.odd(1..=330) } else { 8 * s.of(1..=44) };
+    let k2 = if s.once_in(3) { unit * s.of(1..=160 / unit) } else { 0 };
+    let (k1, pad) = (unit * s.of(1..=256 / unit), s.pick(&[0, unit, 3 * unit]));
+    let epilogue = EpilogueCase::random(&mut |below| s.below(below), n, true);
+    Spec { m, n, k1, k2, pad, rows_per_sample: m / samples, force: None, epilogue, element }
+}
+
+/// Products in f32.
 fn float(specs: &mut Vec<Spec>) {
-    let mut state = 0x00f3_2000_u64;
-    let mut random = |below: usize| {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state >> 33) as usize % below
-    };
-    for i in 0..72 {
-        let (is_large, is_any) = (i % 3 == 0, i % 3 == 1);
-        let rows_per_sample = 1 + random(90) + if is_large { 200 } else { 0 };
-        let samples = if is_large { 2 } else { 1 + random(3) };
-        let n = if is_large { 8 * (33 + random(20)) } else { 1 + random(150) };
-        let n = if is_any || random(3) == 0 { n } else { n.next_multiple_of(16) };
-        let odd =
-            |n: usize, random: &mut dyn FnMut(usize) -> usize| if is_any { n + 1 + random(7) } else { n };
-        let k1 = odd(8 * (1 + random(if is_large { 12 } else { 100 })), &mut random);
-        let k2 = if random(3) == 0 { odd(8 * (1 + random(9)), &mut random) } else { 0 };
-        let epilogue = EpilogueCase::random(&mut random, n, true);
-        let pad = if is_any { random(4) } else { 8 * random(3) };
-        let m = samples * rows_per_sample;
-        specs.push(Spec { m, k2, pad, rows_per_sample, epilogue, ..Spec::plain(m, n, k1, Element::F32) });
-    }
     let residual = EpilogueCase { bias: true, residual: true, ..EpilogueCase::PLAIN };
     for (m, n, k) in [(8192, 320, 320), (512, 1280, 1280), (154, 3072, 768)] {
         specs.push(Spec { epilogue: residual, ..Spec::plain(m, n, k, Element::F32) });
     }
+}
+
+/// In f32, where the launcher takes the large tile where there are enough of them, the small one elsewhere, `any` for
+/// what is not aligned, and splits sums of more than 256 products.
+fn random_float(shapes: &mut Shapes) -> Vec<Case> {
+    let aligned = |s: &mut Shapes, rows| random_spec(s, Element::F32, rows, 8);
+    let mut cases = distinct(shapes, |s| aligned(s, 190).case());
+    cases.extend(distinct(shapes, |s| {
+        let spec = aligned(s, 60);
+        let rows_per_sample = s.of(129..=190);
+        let (m, n) = (2 * rows_per_sample, 16 * s.of(17..=24));
+        Spec { m, n, rows_per_sample, k1: 8 * s.of(1..=9), ..spec }.case()
+    }));
+    cases.extend(distinct(shapes, |s| {
+        let spec = random_spec(s, Element::F32, 190, 1);
+        Spec { k1: spec.k1 | 1, ..spec }.case()
+    }));
+    cases.extend(distinct(shapes, |s| {
+        let spec = aligned(s, 60);
+        let (n, k1) = (16 * s.of(1..=3), 8 * s.of(64..=100));
+        Spec { n, k1, ..spec }.case()
+    }));
+    cases
 }
 
 /// Layers of SD1.5 at 512², cfg pair, its text encoder, and the largest and the odd ones of SDXL at 1024².

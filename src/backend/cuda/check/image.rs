@@ -1,13 +1,14 @@
 //! Cases of pictures: resizing, 8 bits, previews, and elements that are only moved.
 
-use super::{Case, CaseFn, Context, Measured, wide};
+use super::context::differing;
+use super::random::{ELEMENTS, Shapes, UNITS, distinct, unit_of};
+use super::{Case, CaseFn, Context, Fault, Measured, wide};
 use crate::backend::cuda::launch::copy::{Columns, Concat, Upsample2x, Window, concat, upsample2x, window};
 use crate::backend::cuda::launch::image::{
     Filter, FromRgb8, Preview, Resize, ToRgb8, from_rgb8, preview, resize, to_rgb8,
 };
 use crate::backend::cuda::{CudaError, Element};
 
-const ELEMENTS: [Element; 3] = [Element::F16, Element::BF16, Element::F32];
 const FILTERS: [Filter; 5] =
     [Filter::Nearest, Filter::NearestExact, Filter::Bilinear, Filter::Bicubic, Filter::Area];
 
@@ -15,6 +16,50 @@ pub(super) fn cases() -> Vec<Case> {
     let mut cases = resize_cases();
     cases.extend(rgb8_cases());
     cases.extend(move_cases());
+    cases
+}
+
+/// Pictures of whole vectors and others, and elements in every unit that a copy moves.
+pub(super) fn random(shapes: &mut Shapes) -> Vec<Case> {
+    let mut cases = Vec::new();
+    let size = |s: &mut Shapes| [s.of(1..=24), s.of(1..=24)];
+    for element in ELEMENTS {
+        for is_vector in [true, false] {
+            cases.extend(distinct(shapes, |s| {
+                let channels = if is_vector { 8 * s.of(1..=3) } else { s.odd(1..=12) };
+                resize_case((s.of(1..=3), size(s), size(s), channels), s.pick(&FILTERS), element)
+            }));
+            cases.extend(distinct(shapes, |s| {
+                let channels = s.of(1..=4);
+                let width = if is_vector { 8 * s.of(1..=2) } else { channels + s.below(4) };
+                let pitch = if is_vector { width + 8 * s.below(2) } else { (width + s.below(4)) | 1 };
+                from_rgb8_case([s.of(1..=900), channels, width, pitch], element)
+            }));
+        }
+        cases.extend(distinct(shapes, |s| {
+            let channels = s.of(1..=4);
+            to_rgb8_case([s.of(1..=900), channels, 0, channels + s.below(6)], element)
+        }));
+    }
+    cases.extend(distinct(shapes, |s| preview_case(s.of(1..=3), s.of(1..=16), s.of(1..=900))));
+    for unit in UNITS {
+        cases.extend(distinct(shapes, |s| {
+            let (element, each) = unit_of(s, unit);
+            let [a, b, skip] = [each * s.odd(1..=9), each * s.below(9), each * s.below(3)];
+            let [more_a, more_b, more] = [0; 3].map(|_| each * s.below(4));
+            let shape = [s.of(1..=60), a, a + more_a, b, b + more_b, skip, skip + a + b + more];
+            concat_case(shape, element)
+        }));
+        cases.extend(distinct(shapes, |s| {
+            let (element, each) = unit_of(s, unit);
+            let shift = [0; 2].map(|_| s.below(9) as i32 - 4);
+            window_case((s.of(1..=2), size(s), size(s), shift, each * s.odd(1..=5)), element)
+        }));
+        cases.extend(distinct(shapes, |s| {
+            let (element, each) = unit_of(s, unit);
+            upsample_case(s.of(1..=20), s.of(1..=20), each * s.odd(1..=5), element)
+        }));
+    }
     cases
 }
 
@@ -199,8 +244,7 @@ fn to_rgb8_case([pixels, channels, _, pitch]: [usize; 4], element: Element) -> C
         let out = cx.output(want.len())?;
         let gpu = cx.gpu;
         let op = ToRgb8 { x: dx.ptr, out: out.ptr, pixels, channels, pitch, element };
-        let differing = |got: &[u8]| got.iter().zip(&want).filter(|(g, w)| g != w).count() as f64;
-        cx.measure_by(out, differing, || to_rgb8(gpu, &op))
+        cx.measure_by(out, |got| differing(got, &want), || to_rgb8(gpu, &op))
     };
     let name = format!("to_rgb8_{} {pixels}x{channels} of {pitch}", element.suffix());
     let bytes = pixels * channels * (element.size() + 1);
@@ -252,8 +296,13 @@ fn preview_case(samples: usize, channels: usize, pixels: usize) -> Case {
         let op = Preview { latent, out: out_ptr, samples, pixels, factors: &factors, bias };
         // How far the exact value lies outside the interval that the byte stands for.
         let outside = |got: &[u8]| {
-            let pairs = got.iter().zip(&want);
-            pairs.map(|(g, w)| (f64::from(*g) - w).max(w - f64::from(*g) - 1.0)).fold(0.0, f64::max)
+            let of = want.len();
+            let pairs = got.iter().map(|g| f64::from(*g)).zip(&want).enumerate();
+            pairs.fold(Measured::default(), |worst, (at, (got, want))| {
+                let error = (got - want).max(want - got - 1.0);
+                let fault = Some(Fault::Wrong { at, of, got, want: *want });
+                if error > worst.error { Measured { error, fault, micros: None } } else { worst }
+            })
         };
         cx.measure_by(out, outside, || preview(gpu, &op))
     };

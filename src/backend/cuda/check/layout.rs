@@ -1,5 +1,6 @@
 //! Cases of conversions, transposes and weight packing. Nothing is computed, so results must be exact.
 
+use super::random::{ELEMENTS, Shapes, distinct};
 use super::{Case, CaseFn, Context, Measured, wide};
 use crate::backend::cuda::launch::layout::{
     Convert, PackConv, PackLinear, PackVector, Stored, ToNchw, ToNhwc, convert, pack_conv, pack_linear,
@@ -8,13 +9,42 @@ use crate::backend::cuda::launch::layout::{
 use crate::backend::cuda::{CudaError, Element};
 use half::{bf16, f16};
 
-const ELEMENTS: [Element; 3] = [Element::F16, Element::BF16, Element::F32];
 const STORED: [Stored; 5] = [Stored::F32, Stored::F16, Stored::BF16, Stored::F8E4M3, Stored::F8E5M2];
 
 pub(super) fn cases() -> Vec<Case> {
     let mut cases = convert_cases();
     cases.extend(transpose_cases());
     cases.extend(pack_cases());
+    cases
+}
+
+/// Any extents, alignments and stored types.
+pub(super) fn random(shapes: &mut Shapes) -> Vec<Case> {
+    let image = |s: &mut Shapes| {
+        let channels = s.of(1..=70);
+        let width = channels + s.below(5);
+        [s.of(1..=3), channels, s.of(1..=200), width, width + s.below(5), s.of(1..=2)]
+    };
+    let mut cases = Vec::new();
+    for to in ELEMENTS {
+        cases.extend(distinct(shapes, |s| convert_case(s.pick(&STORED), to, s.of(1..=9000), s.below(9))));
+        cases.extend(distinct(shapes, |s| to_nhwc_case(image(s), to)));
+        cases.extend(distinct(shapes, |s| to_nchw_case(image(s), to)));
+        cases.extend(distinct(shapes, |s| {
+            let is_geglu = s.once_in(3);
+            let (n, row_offset) =
+                if is_geglu { (16 * s.of(1..=4), 16 * s.below(3)) } else { (s.of(1..=60), s.below(40)) };
+            linear_case((n, s.of(1..=150), row_offset, is_geglu, s.below(4)), s.pick(&STORED), to)
+        }));
+        cases.extend(distinct(shapes, |s| {
+            conv_case((s.of(1..=9), s.of(1..=90), s.of(1..=25)), s.pick(&STORED), to)
+        }));
+    }
+    cases.extend(distinct(shapes, |s| {
+        let is_geglu = s.once_in(2);
+        let unit = if is_geglu { 16 } else { 1 };
+        vector_case(unit * s.of(1..=50), unit * s.below(9), is_geglu, s.pick(&STORED))
+    }));
     cases
 }
 

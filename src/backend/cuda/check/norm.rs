@@ -1,11 +1,12 @@
 //! Cases of GroupNorm and LayerNorm.
 
+use super::random::{ELEMENTS, HALVES, Shapes, distinct};
 use super::{Case, Context, Measured};
-use crate::backend::cuda::launch::norm::{GroupNorm, LayerNorm, group_norm, layer_norm};
-use crate::backend::cuda::{CudaError, Element};
+use crate::backend::cuda::launch::norm::{
+    GroupNorm, LayerNorm, group_norm, group_norm_in_clusters, layer_norm,
+};
+use crate::backend::cuda::{CudaError, Element, Gpu};
 use crate::driver::DevicePtr;
-
-const ELEMENTS: [Element; 3] = [Element::F16, Element::BF16, Element::F32];
 
 /// Shape of a GroupNorm.
 #[derive(Clone, Copy)]
@@ -93,7 +94,7 @@ pub(super) fn cases() -> Vec<Case> {
     for element in ELEMENTS {
         cases.extend(small_maps().into_iter().map(|m| group_norm_case(m, element)));
         // Means far above the deviation, up to what the type can still tell apart.
-        let offset = if element == Element::F32 { 3000.0 } else { 24.0 };
+        let offset = largest_offset(element);
         for m in [map(2, 256, 64, 0, 8), map(1, 2048, 64, 32, 4), map(1, 601, 9, 0, 3)] {
             cases.push(group_norm_case(Map { offset, silu: false, ..m }, element));
         }
@@ -103,7 +104,7 @@ pub(super) fn cases() -> Vec<Case> {
         for (rows, channels, extra) in ROWS {
             cases.push(layer_norm_case(rows, channels, extra, 0.25, element));
         }
-        let offset = if element == Element::F32 { 3000.0 } else { 24.0 };
+        let offset = largest_offset(element);
         cases.push(layer_norm_case(5, 768, 0, offset, element));
         cases.push(layer_norm_case(3, 99, 0, offset, element));
     }
@@ -120,6 +121,104 @@ pub(super) fn cases() -> Vec<Case> {
         cases.push(layer_norm_case(rows, channels, 0, 0.25, Element::F16));
     }
     cases
+}
+
+/// Of every path as many: whole groups in a block, two passes over vectors and single elements, runs that a kernel of its
+/// own merges, clusters; rows of every width.
+pub(super) fn random(shapes: &mut Shapes) -> Vec<Case> {
+    let mut cases = Vec::new();
+    for element in ELEMENTS {
+        cases.extend(distinct(shapes, |s| group_norm_case(fused_map(s, element), element)));
+        cases.extend(distinct(shapes, |s| group_norm_case(two_pass_map(s, element), element)));
+        cases.extend(distinct(shapes, |s| group_norm_case(scalar_map(s), element)));
+        for vectors in [1..=64, 65..=96, 97..=160, 161..=256] {
+            cases.extend(distinct(shapes, |s| {
+                let channels = 8 * s.of(vectors.clone());
+                layer_norm_case(s.of(1..=40), channels, 8 * s.below(3), offset(s, element), element)
+            }));
+        }
+        cases.extend(distinct(shapes, |s| {
+            let (channels, extra) = (s.odd(1..=400), s.below(5));
+            layer_norm_case(s.of(1..=40), channels, extra, offset(s, element), element)
+        }));
+    }
+    cases.extend(distinct(shapes, |s| {
+        let element = s.pick(&ELEMENTS);
+        group_norm_case(many_runs_map(s), element)
+    }));
+    for element in HALVES {
+        for is_large in [false, true] {
+            cases.extend(distinct(shapes, |s| cluster_case(cluster_map(s, is_large), element)));
+        }
+    }
+    cases
+}
+
+/// Means near zero, or as far from it as the type can still tell apart.
+fn offset(s: &mut Shapes, element: Element) -> f32 {
+    s.pick(&[0.25, 0.25, largest_offset(element)])
+}
+
+fn largest_offset(element: Element) -> f32 {
+    if element == Element::F32 { 3000.0 } else { 24.0 }
+}
+
+/// `channels` as those of one tensor, or of two that meet at a multiple of `unit`.
+fn split(s: &mut Shapes, channels: usize, unit: usize) -> (usize, usize) {
+    let c2 = if channels > unit && s.once_in(2) { unit * s.of(1..=(channels - 1) / unit) } else { 0 };
+    (channels - c2, c2)
+}
+
+fn with_channels(s: &mut Shapes, m: Map, unit: usize) -> Map {
+    let (c1, c2) = split(s, m.c1, unit);
+    Map { c1, c2, silu: s.once_in(2), ..m }
+}
+
+/// Channels that are whole vectors and whole groups at once: the least of groups of `size`.
+fn slab(size: usize) -> usize {
+    (1..=8).map(|n| n * size).find(|n| n.is_multiple_of(8)).unwrap_or(8 * size)
+}
+
+fn fused_map(s: &mut Shapes, element: Element) -> Map {
+    let size = s.of(1..=24);
+    let (slab, slabs) = (slab(size), s.of(1..=3));
+    let pixels = s.of(1..=(40_960 / element.size() / slab).min(90));
+    let m = map(s.of(1..=2), pixels, slab * slabs, 0, slab * slabs / size);
+    let m = Map { offset: offset(s, element), ..m };
+    with_channels(s, m, 8)
+}
+
+/// Few groups, of which one alone is more than 40 KB.
+fn two_pass_map(s: &mut Shapes, element: Element) -> Map {
+    let (groups, size) = (s.of(1..=2), 8 * s.of(20..=60));
+    let pixels = 40_960 / element.size() / size + s.of(1..=60);
+    let m = Map { offset: offset(s, element), ..map(1, pixels, groups * size, 0, groups) };
+    with_channels(s, m, 8)
+}
+
+/// Channels that are no vectors.
+fn scalar_map(s: &mut Shapes) -> Map {
+    let (groups, size) = (s.odd(1..=9), s.odd(1..=21));
+    let m = map(s.of(1..=2), s.of(1..=150), groups * size, 0, groups);
+    with_channels(s, m, 1)
+}
+
+/// More runs than the simulated device has multiprocessors.
+fn many_runs_map(s: &mut Shapes) -> Map {
+    let (groups, size) = (s.odd(3..=9), s.odd(21..=51));
+    let lanes = (512 / (groups * size)).max(1);
+    let m = map(1, lanes * s.of(55..=95), groups * size, 0, groups);
+    with_channels(s, m, 1)
+}
+
+/// One slab, of whose pixels a thread has up to 6 vectors, or up to 16.
+fn cluster_map(s: &mut Shapes, is_large: bool) -> Map {
+    let size = s.of(5..=31);
+    let slab = slab(size);
+    let lanes = 512 / (slab / 8);
+    let pixels = if is_large { s.odd(49 * lanes..=70 * lanes) } else { s.of(1..=5 * lanes) };
+    let offset = offset(s, Element::F16);
+    with_channels(s, Map { offset, ..map(1, pixels, slab, 0, slab / size) }, 8)
 }
 
 /// Rows, channels, and what the pitches have beyond them.
@@ -147,9 +246,29 @@ const ROWS: [(usize, usize, usize); 21] = [
     (130, 5, 2),
 ];
 
-/// One rounding of the result; float arithmetic before it, where a mean of `offset` deviations carries its own rounding.
+/// One rounding of the result; float arithmetic before it.
+///
+/// Kernels take values as distances from a value of the same group. Far from zero that difference of two floats is exact
+/// (they are within a factor of two), near zero its rounding is one of the difference itself; so however far the mean is
+/// from zero, all that follows works on numbers as large as the deviation, d, or at most seven times that. There the mean
+/// has the roundings of some 20 sums and merges of a tree, 2^-24·d each and independent: 3e-7·d. The result, 2.7·x at most
+/// over an rms above 1, has those and four of its own: below 3e-6.
+///
+/// The clusters of the half precision kernels sum up the values themselves: their means have four roundings of `offset`.
 fn tolerance(element: Element, offset: f32) -> f64 {
-    element.rounding() * 1.01 + 3e-6 + 4.0 * f64::from(offset) * Element::F32.rounding()
+    let far = if element == Element::F32 { 0.0 } else { 4.0 * f64::from(offset) * Element::F32.rounding() };
+    element.rounding() * 1.01 + 3e-6 + far
+}
+
+/// By the kernel for clusters of Hopper, whatever the launcher would choose.
+fn cluster_case(m: Map, element: Element) -> Case {
+    let case = group_norm_case(m, element);
+    Case {
+        family: "norm_sm90",
+        name: case.name.replace("groupnorm_", "groupnorm_cluster_"),
+        run: Box::new(move |cx| run_group_norm(cx, m, element, group_norm_in_clusters)),
+        ..case
+    }
 }
 
 fn group_norm_case(m: Map, element: Element) -> Case {
@@ -162,10 +281,11 @@ fn group_norm_case(m: Map, element: Element) -> Case {
         name: format!("groupnorm_{suffix} {samples}x{pixels} {c1}+{c2}/{groups} mean {offset}{act}"),
         quick: count < 200_000,
         needs_gpu: count > 3_000_000,
+        is_random: false,
         flops: 0.0,
         bytes: (2 * count * element.size()) as f64,
         tolerance: tolerance(element, offset),
-        run: Box::new(move |cx| run_group_norm(cx, m, element)),
+        run: Box::new(move |cx| run_group_norm(cx, m, element, group_norm)),
     }
 }
 
@@ -174,7 +294,12 @@ fn shifted(cx: &mut Context<'_>, count: usize, offset: f32, element: Element) ->
     cx.values(count, 1.0, Element::F32).iter().map(|v| element.round(v + offset)).collect()
 }
 
-fn run_group_norm(cx: &mut Context<'_>, m: Map, element: Element) -> Result<Measured, CudaError> {
+fn run_group_norm(
+    cx: &mut Context<'_>,
+    m: Map,
+    element: Element,
+    launch: fn(&Gpu, &GroupNorm) -> Result<(), CudaError>,
+) -> Result<Measured, CudaError> {
     let channels = m.c1 + m.c2;
     let x = shifted(cx, m.samples * m.pixels * m.c1, m.offset, element);
     let x2 = shifted(cx, m.samples * m.pixels * m.c2, -0.5 * m.offset, element);
@@ -219,7 +344,7 @@ fn run_group_norm(cx: &mut Context<'_>, m: Map, element: Element) -> Result<Meas
         silu: m.silu,
         element,
     };
-    cx.measure(out, element, &want, || group_norm(gpu, &op))
+    cx.measure(out, element, &want, || launch(gpu, &op))
 }
 
 fn layer_norm_case(rows: usize, channels: usize, extra: usize, offset: f32, element: Element) -> Case {
@@ -229,6 +354,7 @@ fn layer_norm_case(rows: usize, channels: usize, extra: usize, offset: f32, elem
         name: format!("layernorm_{} {rows}x{channels}+{extra} mean {offset}", element.suffix()),
         quick: count < 100_000,
         needs_gpu: count > 3_000_000,
+        is_random: false,
         flops: 0.0,
         bytes: (2 * count * element.size()) as f64,
         tolerance: tolerance(element, offset),

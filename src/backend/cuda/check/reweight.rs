@@ -1,13 +1,12 @@
 //! Cases of reweighted feature maps, against the CPU's reference, and of tokens in another order.
 
+use super::random::{ELEMENTS, Shapes, UNITS, distinct, unit_of};
 use super::{Case, CaseFn, Context, Measured, wide};
 use crate::backend::cuda::launch::copy::{Columns, Swap, swap};
 use crate::backend::cuda::launch::reweight::{ScaleHalf, ScaleLowBand, scale_half, scale_low_band};
 use crate::backend::cuda::{CudaError, Element};
 use crate::tensor::Shape;
 use crate::tensor::reference::{half_scaled, low_band_scaled};
-
-const ELEMENTS: [Element; 3] = [Element::F16, Element::BF16, Element::F32];
 
 /// Samples, height, width, channels.
 const MAPS: [[usize; 4]; 20] = [
@@ -76,6 +75,26 @@ pub(super) fn cases() -> Vec<Case> {
         cases.push(band_case(map, Element::F16));
     }
     cases.push(swap_case([2, 16, 4, 16, 640, 1920, 0], Element::F16));
+    cases
+}
+
+/// Feature maps, and tokens in runs of every unit that a copy moves.
+pub(super) fn random(shapes: &mut Shapes) -> Vec<Case> {
+    let map = |s: &mut Shapes| [s.of(1..=3), s.of(1..=20), s.of(1..=20), s.of(2..=70)];
+    let mut cases = Vec::new();
+    for element in ELEMENTS {
+        cases.extend(distinct(shapes, |s| half_case(map(s), element, false)));
+        cases.extend(distinct(shapes, |s| half_case(map(s), element, true)));
+        cases.extend(distinct(shapes, |s| band_case(map(s), element)));
+    }
+    for unit in UNITS {
+        cases.extend(distinct(shapes, |s| {
+            let (element, each) = unit_of(s, unit);
+            let (width, before, behind) = (each * s.odd(1..=9), each * s.below(4), each * s.below(4));
+            let [samples, rows, columns, run] = [s.of(1..=4), s.of(1..=9), s.of(1..=9), s.of(1..=9)];
+            swap_case([samples, rows, columns, run, width, before + width + behind, before], element)
+        }));
+    }
     cases
 }
 

@@ -1,6 +1,8 @@
 //! Cases of samplers: guidance, combinations, random numbers, reductions.
 
-use super::{Case, CaseFn, Context, Measured};
+use super::context::{compare, differing, is_poison};
+use super::random::{ELEMENTS, Shapes, distinct};
+use super::{Case, CaseFn, Context, Fault, Measured};
 use crate::backend::cuda::launch::latent::{
     Blend, Guide, Inpaint, Lincomb, Prediction, Step, Term, blend, guide, lincomb,
 };
@@ -14,7 +16,7 @@ use crate::driver::{Capability, DevicePtr};
 pub(super) fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
     for (i, shape) in LATENTS.iter().enumerate() {
-        for element in [Element::F16, Element::BF16, Element::F32] {
+        for element in ELEMENTS {
             cases.push(guide_case(*shape, i, element));
         }
         cases.push(blend_case(*shape, i));
@@ -24,7 +26,9 @@ pub(super) fn cases() -> Vec<Case> {
             cases.push(lincomb_case(count, terms, count.is_multiple_of(2) && terms == 5));
         }
     }
-    cases.extend(KNOWN_ANSWERS.iter().enumerate().map(|(i, answer)| known_answer_case(i, answer)));
+    for (i, (counter, key, first)) in KNOWN_ANSWERS.iter().enumerate() {
+        cases.push(bits_case(format!("known answer {i}"), 300, *counter, *key, Some(*first)));
+    }
     for (i, count) in [1usize, 2, 255, 256, 257, 1000, 1024, 4097, 16_384, 65_536, 100_003].iter().enumerate()
     {
         cases.push(normal_case(*count, i as u64 * 4, 8));
@@ -37,6 +41,31 @@ pub(super) fn cases() -> Vec<Case> {
     cases.push(lincomb_case(1 << 24, 3, false));
     cases.push(normal_case(1 << 24, 0, 132));
     cases.push(reduce_case(4, 1 << 22, false));
+    cases
+}
+
+/// Latents of any extents with every combination of operands; reductions in one chunk and in several.
+pub(super) fn random(shapes: &mut Shapes) -> Vec<Case> {
+    let latent = |s: &mut Shapes| {
+        let channels = s.of(1..=16);
+        [s.of(1..=4), channels, s.of(1..=300), channels + s.below(6)]
+    };
+    let mut cases = Vec::new();
+    for element in ELEMENTS {
+        cases.extend(distinct(shapes, |s| guide_case(latent(s), s.below(420), element)));
+    }
+    cases.extend(distinct(shapes, |s| blend_case(latent(s), s.below(4))));
+    cases.extend(distinct(shapes, |s| lincomb_case(s.of(1..=5000), s.of(1..=8), s.once_in(3))));
+    cases.extend(distinct(shapes, |s| {
+        let mut word = || ((s.below(1 << 31) as u64) << 33) ^ ((s.below(1 << 31) as u64) << 11);
+        let (counter, key) = ([word(), word()], word());
+        let count = s.of(1..=700);
+        bits_case(format!("of {count} at {counter:x?}"), count, counter, key, None)
+    }));
+    cases.extend(distinct(shapes, |s| normal_case(s.of(1..=9000), 4 * s.below(1000) as u64, s.of(1..=9))));
+    for counts in [1..=4000, 4100..=20_000] {
+        cases.extend(distinct(shapes, |s| reduce_case(s.of(1..=3), s.of(counts.clone()), s.once_in(2))));
+    }
     cases
 }
 
@@ -300,24 +329,23 @@ const KNOWN_ANSWERS: [([u64; 2], u64, [u32; 4]); 3] = [
     ),
 ];
 
-fn known_answer_case(i: usize, answer: &'static ([u64; 2], u64, [u32; 4])) -> Case {
-    let (counter, key, first) = *answer;
+/// `count` calls from a counter on; the first gives `first`, if that is known.
+fn bits_case(what: String, count: usize, counter: [u64; 2], key: u64, first: Option<[u32; 4]>) -> Case {
     let run = move |cx: &mut Context<'_>| -> Result<Measured, CudaError> {
-        let count = 300;
-        let mut want = first.to_vec();
+        let mut want = first.unwrap_or_else(|| philox(counter, key)).to_vec();
         for i in 1..count {
             want.extend(philox([counter[0].wrapping_add(i as u64), counter[1]], key));
         }
         let out = cx.output(16 * count)?;
         let gpu = cx.gpu;
         let op = PhiloxBits { out: out.ptr, count, key, counter };
-        let differing = |bytes: &[u8]| {
-            let got = bytes.as_chunks::<4>().0.iter().map(|b| u32::from_le_bytes(*b));
-            got.zip(&want).filter(|(g, w)| g != *w).count() as f64
+        let judge = |bytes: &[u8]| {
+            let got: Vec<u32> = bytes.as_chunks::<4>().0.iter().map(|b| u32::from_le_bytes(*b)).collect();
+            differing(&got, &want)
         };
-        cx.measure_by(out, differing, || philox_bits(gpu, &op))
+        cx.measure_by(out, judge, || philox_bits(gpu, &op))
     };
-    case(format!("philox_bits known answer {i}"), 1200, 4800, 0.0, Box::new(run))
+    case(format!("philox_bits {what}"), 4 * count, 16 * count, 0.0, Box::new(run))
 }
 
 /// Philox4x32-10 as its paper states it.
@@ -358,11 +386,11 @@ fn normal_case(count: usize, offset: u64, multiprocessors: usize) -> Case {
         let after = philox_normal(gpu, &op)?;
         let calls = count.div_ceil(4 * threads) as u64;
         let is_advanced = after == PhiloxState { offset: offset + 4 * calls, ..state };
-        let error = |bytes: &[u8]| match is_advanced {
-            true => super::context::error_of(&Element::F32.decode(bytes), &want),
-            false => f64::INFINITY,
+        let judge = |bytes: &[u8]| match is_advanced {
+            true => compare(&Element::F32.decode(bytes), &want),
+            false => Measured { error: f64::INFINITY, ..Measured::default() },
         };
-        cx.measure_by(out, error, || philox_normal(gpu, &op).map(|_| ()))
+        cx.measure_by(out, judge, || philox_normal(gpu, &op).map(|_| ()))
     };
     // The hardware's sine is good to 2^-20 of the radius, which is at most 6.7.
     let name = format!("philox_normal {count} at {offset} on {multiprocessors}");
@@ -424,11 +452,18 @@ fn reduce_case(samples: usize, count: usize, is_error: bool) -> Case {
         let op = Reduce { x: dx.ptr, error, out: out.ptr, samples, count };
         // Each against the sum of magnitudes that it comes from.
         let worst = |bytes: &[u8]| {
-            let got = Element::F32.decode(bytes);
-            let pairs = got.iter().zip(sums.iter().flatten());
-            let worst =
-                pairs.map(|(g, (want, size))| (f64::from(*g) - want).abs() / size).fold(0.0, f64::max);
-            if got.iter().any(|g| g.is_nan()) { f64::INFINITY } else { worst }
+            let (got, of) = (Element::F32.decode(bytes), 3 * sums.len());
+            let mut worst = Measured::default();
+            for (at, (value, (want, size))) in got.iter().zip(sums.iter().flatten()).enumerate() {
+                let (got, want) = (f64::from(*value), *want);
+                let error = if got.is_nan() { f64::INFINITY } else { (got - want).abs() / size };
+                if error > worst.error {
+                    let wrong = Fault::Wrong { at, of, got, want };
+                    let fault = if is_poison(*value) { Fault::Unwritten { at, of } } else { wrong };
+                    worst = Measured { error, fault: Some(fault), micros: None };
+                }
+            }
+            worst
         };
         cx.measure_by(out, worst, || reduce(gpu, &op))
     };

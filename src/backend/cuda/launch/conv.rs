@@ -207,7 +207,7 @@ pub fn conv_by(gpu: &Gpu, op: &Conv, choice: Choice) -> Result<(), CudaError> {
     let geometry = Geometry {
         grid: [int(OP, "tiles", tiles_m * tiles_n)? as u32, plan.splits as u32, 1],
         threads: THREADS,
-        shared: (shape.shared + shape.m * CORNER) as u32,
+        shared: (plan.tile.shared_bytes(gpu.capability()) + shape.m * CORNER) as u32,
         cluster: 1,
     };
     gpu.launch(&Kernel { module: MODULE, name: &name }, &geometry, &[bytes_of(&args)])?;

@@ -147,7 +147,7 @@ pub fn gemm_by(gpu: &Gpu, op: &Gemm, choice: Choice) -> Result<(), CudaError> {
             let geometry = Geometry {
                 grid: [int(OP, "tiles", tiles_m * tiles_n)? as u32, plan.splits as u32, 1],
                 threads: THREADS,
-                shared: plan.tile.shape().shared as u32,
+                shared: plan.tile.shared_bytes(gpu.capability()) as u32,
                 cluster: 1,
             };
             gpu.launch(&Kernel { module: MODULE, name: &name }, &geometry, &[bytes_of(&args)])?;

@@ -8,6 +8,9 @@ use super::elementwise::Act;
 use super::epilogue::{Epilogue, Rows};
 use crate::driver::{MapElement, Swizzle, TensorMap, TensorMapDesc};
 
+/// The kernel files that only Hopper runs.
+pub(in super::super) const MODULES: [&str; 5] =
+    ["attention_sm90", "ceiling_sm90", "conv_sm90", "gemm_sm90", "groupnorm_sm90"];
 /// Rows of a tile.
 pub(super) const ROWS: usize = 128;
 /// Depth of a step along K, in elements.
@@ -336,6 +339,16 @@ mod tests {
     fn cut(tiles_m: usize, columns: usize, steps: usize) -> (usize, usize, usize) {
         let cut = best_cut(&Product { tiles_m, columns, steps, is_right_constant: true }, &H200);
         (cut.width, cut.splits, cut.pair)
+    }
+
+    #[test]
+    fn the_files_for_hopper_are_all_named() {
+        let kernels = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
+        let sources = crate::driver::toolchain::kernel_sources(&kernels).unwrap();
+        let named = sources.iter().map(|source| crate::driver::toolchain::module_name(source));
+        let mut for_hopper: Vec<String> = named.filter(|name| name.ends_with("_sm90")).collect();
+        for_hopper.sort();
+        assert_eq!(for_hopper, MODULES);
     }
 
     #[test]

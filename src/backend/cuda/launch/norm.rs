@@ -135,10 +135,11 @@ fn cluster_plan(shape: &GroupNormShape, multiprocessors: usize) -> Option<GroupN
     Some(GroupNormPlan::Cluster { slab, blocks, run, vectors })
 }
 
-fn plan(shape: &GroupNormShape, multiprocessors: usize) -> GroupNormPlan {
+fn plan(shape: &GroupNormShape, multiprocessors: usize, shared_memory: usize) -> GroupNormPlan {
     let size = shape.channels / shape.groups;
     let slab = size * VECTOR / gcd(size, VECTOR);
-    let fits = slab * shape.pixels * shape.element_bytes <= FUSED_BYTES;
+    let most = FUSED_BYTES.min(shared_memory.saturating_sub(FUSED_TABLES));
+    let fits = slab * shape.pixels * shape.element_bytes <= most;
     if shape.vector == VECTOR && fits {
         return GroupNormPlan::Fused { slab };
     }
@@ -160,22 +161,41 @@ pub fn group_norm(gpu: &Gpu, op: &GroupNorm) -> Result<(), CudaError> {
     gpu.label(|| {
         format!("group_norm {}x{}x{} in {} groups", op.samples, op.pixels, op.c1 + op.c2, op.groups)
     });
-    let channels = op.c1 + op.c2;
-    if op.samples == 0 || op.pixels == 0 || channels == 0 {
+    if op.samples == 0 || op.pixels == 0 || op.c1 + op.c2 == 0 {
         return Ok(());
     }
     check_group_norm(op)?;
+    let (shape, multiprocessors) = (shape_of(op), gpu.multiprocessors());
+    let on_hopper = if gpu.is_hopper() { cluster_plan(&shape, multiprocessors) } else { None };
+    group_norm_as(gpu, op, on_hopper.unwrap_or_else(|| plan(&shape, multiprocessors, gpu.shared_memory())))
+}
+
+/// Queues a GroupNorm by the kernel for clusters, on a device of compute capability 9.0.
+pub fn group_norm_in_clusters(gpu: &Gpu, op: &GroupNorm) -> Result<(), CudaError> {
+    check_group_norm(op)?;
+    let plan = cluster_plan(&shape_of(op), gpu.multiprocessors()).ok_or_else(|| CudaError::Unsupported {
+        op: "group_norm",
+        reason: format!("no cluster holds a slab of {op:?}"),
+    })?;
+    group_norm_as(gpu, op, plan)
+}
+
+fn shape_of(op: &GroupNorm) -> GroupNormShape {
     let pointers = op.x.0 | op.x2.0 | op.out.0;
     let is_vector =
         op.c1.is_multiple_of(VECTOR) && op.c2.is_multiple_of(VECTOR) && pointers.is_multiple_of(16);
-    let shape = GroupNormShape {
+    GroupNormShape {
         samples: op.samples,
         pixels: op.pixels,
-        channels,
+        channels: op.c1 + op.c2,
         groups: op.groups,
         element_bytes: op.element.size(),
         vector: if is_vector { VECTOR } else { 1 },
-    };
+    }
+}
+
+fn group_norm_as(gpu: &Gpu, op: &GroupNorm, plan: GroupNormPlan) -> Result<(), CudaError> {
+    let channels = op.c1 + op.c2;
     let mut args = GroupNormArgs {
         x: op.x,
         x2: op.x2,
@@ -195,8 +215,7 @@ pub fn group_norm(gpu: &Gpu, op: &GroupNorm) -> Result<(), CudaError> {
         eps: op.eps,
         silu: i32::from(op.silu),
     };
-    let on_hopper = if gpu.is_hopper() { cluster_plan(&shape, gpu.multiprocessors()) } else { None };
-    match on_hopper.unwrap_or_else(|| plan(&shape, gpu.multiprocessors())) {
+    match plan {
         GroupNormPlan::Cluster { slab, blocks, run, vectors } => {
             (args.slab, args.run, args.runs) = (slab as i32, run as i32, blocks as i32);
             let name = format!("groupnorm_cluster_{vectors}_{}", op.element.suffix());
@@ -214,7 +233,7 @@ pub fn group_norm(gpu: &Gpu, op: &GroupNorm) -> Result<(), CudaError> {
             let name = format!("groupnorm_fused_{}", op.element.suffix());
             launch_group_norm(gpu, &name, [channels / slab, op.samples], bytes, &args)
         }
-        GroupNormPlan::TwoPass { run, span } => two_pass(gpu, op, args, run, span, is_vector),
+        GroupNormPlan::TwoPass { run, span } => two_pass(gpu, op, args, run, span),
     }
 }
 
@@ -224,13 +243,13 @@ fn two_pass(
     mut args: GroupNormArgs,
     run: usize,
     span: usize,
-    is_vector: bool,
 ) -> Result<(), CudaError> {
     let (runs, moments) = (op.pixels.div_ceil(run), 8 * op.samples * op.groups);
     args.partial = gpu.workspace(moments * (runs + 1))?;
     args.merged = args.partial.offset(moments * runs);
     (args.run, args.runs, args.span) = (run as i32, runs as i32, span as i32);
-    let (path, suffix) = (if is_vector { "" } else { "_scalar" }, op.element.suffix());
+    let path = if shape_of(op).vector == VECTOR { "" } else { "_scalar" };
+    let suffix = op.element.suffix();
     let name = format!("groupnorm_stats{path}_{suffix}");
     launch_group_norm(gpu, &name, [runs, op.samples], STATS_BYTES, &args)?;
     // Every block would merge them again: above one run a multiprocessor a kernel of its own costs less.
@@ -386,9 +405,27 @@ mod tests {
 
     #[test]
     fn small_maps_take_one_pass() {
-        assert_eq!(plan(&shape(2, 256, 1280), 132), GroupNormPlan::Fused { slab: 40 });
-        assert_eq!(plan(&shape(2, 256, 2560), 132), GroupNormPlan::Fused { slab: 80 });
-        assert_eq!(plan(&shape(2, 1024, 640), 132), GroupNormPlan::TwoPass { run: 36, span: 18 });
+        let plan = |shape| plan(&shape, 132, 227 << 10);
+        assert_eq!(plan(shape(2, 256, 1280)), GroupNormPlan::Fused { slab: 40 });
+        assert_eq!(plan(shape(2, 256, 2560)), GroupNormPlan::Fused { slab: 80 });
+        assert_eq!(plan(shape(2, 1024, 640)), GroupNormPlan::TwoPass { run: 36, span: 18 });
+    }
+
+    #[test]
+    fn one_pass_fits_the_device() {
+        for limit in [64 << 10, 99 << 10, 163 << 10, 227 << 10] {
+            let mut most = 0;
+            for (pixels, channels) in (1..600).flat_map(|pixels| [32, 320, 1280, 2560].map(|c| (pixels, c))) {
+                if let GroupNormPlan::Fused { slab } = plan(&shape(2, pixels, channels), 40, limit) {
+                    most = most.max(FUSED_TABLES + slab * pixels * 2);
+                }
+            }
+            assert!(
+                most <= limit && most > (limit - 256).min(FUSED_TABLES + FUSED_BYTES - 256),
+                "{most} of {limit}"
+            );
+        }
+        const { assert!(STATS_BYTES <= 64 << 10 && CLUSTER_BYTES <= 227 << 10) };
     }
 
     #[test]
@@ -409,7 +446,7 @@ mod tests {
 
     #[test]
     fn large_maps_fill_the_device_twice() {
-        let GroupNormPlan::TwoPass { run, span } = plan(&shape(1, 512 * 512, 128), 132) else {
+        let GroupNormPlan::TwoPass { run, span } = plan(&shape(1, 512 * 512, 128), 132, 227 << 10) else {
             panic!("one pass over 64 MB")
         };
         assert_eq!((run, span), (993, 993));

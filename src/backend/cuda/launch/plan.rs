@@ -7,6 +7,8 @@
 //! tensor cores, shared memory and L2, and a filling and draining of the
 //! pipeline; a split costs the sums it writes and a second kernel.
 
+use crate::driver::Capability;
+
 /// Tile of the kernels in `gemm_sm80.cu` and `conv_sm80.cu`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Tile {
@@ -31,8 +33,8 @@ pub struct TileShape {
     pub n: usize,
     /// Elements of K in a stage.
     pub k: usize,
-    /// Dynamic shared memory of a block in bytes, without what a convolution adds.
-    pub shared: usize,
+    /// Columns of one of the four warps.
+    pub warp_n: usize,
     /// Name in kernel names.
     pub name: &'static str,
     /// Cycles of 32 elements of K on one multiprocessor of sm_80: the largest of tensor cores
@@ -46,18 +48,29 @@ impl Tile {
 
     /// What it is made of.
     pub fn shape(self) -> TileShape {
-        let (m, n, k, cycles, name) = match self {
-            Self::T128x160 => (128, 160, 32, 640.0, "128x160"),
-            Self::T128x128 => (128, 128, 32, 512.0, "128x128"),
-            Self::T128x80 => (128, 80, 32, 333.0, "128x80"),
-            Self::T64x64 => (64, 64, 64, 205.0, "64x64"),
-            Self::Any => (64, 64, 64, 1000.0, "any"),
+        let (m, n, k, warp_n, cycles, name) = match self {
+            Self::T128x160 => (128, 160, 32, 80, 640.0, "128x160"),
+            Self::T128x128 => (128, 128, 32, 64, 512.0, "128x128"),
+            Self::T128x80 => (128, 80, 32, 80, 333.0, "128x80"),
+            Self::T64x64 => (64, 64, 64, 32, 205.0, "64x64"),
+            Self::Any => (64, 64, 64, 32, 1000.0, "any"),
         };
-        TileShape { m, n, k, shared: STAGES * (m + n) * k * 2, name, cycles }
+        TileShape { m, n, k, warp_n, name, cycles }
+    }
+
+    /// Dynamic shared memory of a block in bytes, without what a convolution adds: `sizeof(tile::Smem)`, in which the ring
+    /// of stages is followed, in the same place, by the turning of the warps' sums and the residual.
+    pub fn shared_bytes(self, capability: Capability) -> usize {
+        let TileShape { m, n, k, warp_n, .. } = self.shape();
+        let stages = if capability.major < 8 { 3 } else { 4 };
+        let ring = stages * (m + n) * k * 2;
+        let turn = WARPS * 16 * (warp_n + 8) * 4 + m * n * 2;
+        ring.max(turn).next_multiple_of(128)
     }
 }
 
-const STAGES: usize = 4;
+/// Warps of a block.
+const WARPS: usize = THREADS as usize / 32;
 /// Threads of a block, whatever the tile.
 pub const THREADS: u32 = 128;
 /// Most splits of K.
@@ -241,6 +254,23 @@ mod tests {
         assert!(floor / filled >= 0.95, "{floor} of {filled} us");
         assert!(floor / waves >= 0.82, "{floor} of {waves} us");
         assert!(floor / unsplit < 0.65, "{floor} of {unsplit} us");
+    }
+
+    /// Gemms and convolutions: what a convolution adds is 16 bytes a row.
+    #[test]
+    fn every_tile_fits_every_device() {
+        for (major, minor) in
+            [(7, 5), (8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1)]
+        {
+            let capability = Capability { major, minor };
+            for tile in Tile::ALIGNED.into_iter().chain([Tile::Any]) {
+                let bytes = tile.shared_bytes(capability) + tile.shape().m * 16;
+                let most = capability.shared_memory() as usize;
+                assert!(bytes <= most, "{tile:?}: {bytes} of {most} on {capability}");
+            }
+        }
+        let of = |major| Tile::T128x160.shared_bytes(Capability { major, minor: 0 });
+        assert_eq!((of(7), of(8)), (63_488, 73_728));
     }
 
     #[test]
