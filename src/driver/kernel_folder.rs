@@ -21,7 +21,10 @@ use super::toolchain::{
 pub fn cache() -> Result<PathBuf, ToolError> {
     let absolute = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
     let user = absolute("XDG_CACHE_HOME").or_else(|| absolute("HOME").map(|home| home.join(".cache")));
-    let folder = user.unwrap_or_else(std::env::temp_dir).join("kiln").join("kernels");
+    let ours = user.unwrap_or_else(std::env::temp_dir).join("kiln");
+    let folder = ours.join("kernels");
+    // Whoever owns the outer one could put another in the inner one's place.
+    make_private(&ours)?;
     make_private(&folder)?;
     Ok(folder)
 }

@@ -30,7 +30,7 @@ fn a_miss_ends_with_1() {
     assert!(said.out.contains("FAIL axpby"), "{}", said.out);
     assert!(said.err.contains("kernel checks failed"), "{}", said.err);
     // What the folder lacks comes from the binary.
-    let said = check("layer_norm");
+    let said = check("layernorm");
     assert_eq!(said.code, Some(0), "{}{}", said.out, said.err);
 }
 

@@ -1,10 +1,12 @@
 //! `--trace`: names, shapes and times of every launch.
 
+use std::io::{BufRead as _, BufReader};
 use std::path::Path;
+use std::process::{Command, Stdio};
 
 use serde_json::{Value as Json, json};
 
-use crate::{empty, has_simt, run, text};
+use crate::{empty, has_simt, kiln, run, text};
 
 /// What the shape of a kernel must begin with: one of an earlier launch would be told by that.
 const SHAPES: &[(&str, &[&str])] = &[
@@ -150,6 +152,69 @@ fn a_workflow_is_traced_kernel_by_kernel() {
     for kernel in ["embed", "attention", "groupnorm", "layernorm", "gemm", "timestep"] {
         assert!(!shapes(&events, kernel).is_empty(), "no {kernel}");
     }
+}
+
+#[test]
+fn a_server_is_traced_until_it_ends() {
+    if !has_simt() {
+        return;
+    }
+    let folder = empty("trace-serve");
+    let file = folder.join("trace.json");
+    let args = ["serve", "--device", "simt", "--port", "0", "--base-directory", text(&folder)];
+    let mut command = kiln(&[&args[..], &["--trace", text(&file)]].concat());
+    let mut child =
+        command.env("KILN_LOG", "info,kiln::cli::setup=debug").stderr(Stdio::piped()).spawn().unwrap();
+    let mut log = BufReader::new(child.stderr.take().unwrap()).lines().map_while(Result::ok);
+    // The trial prompt has run by then.
+    let is_up = log.any(|line| line.contains("listening on"));
+    let ended = Command::new("kill").arg(child.id().to_string()).status().unwrap();
+    let code = child.wait().unwrap().code();
+    assert!(is_up && ended.success(), "{:?}", log.collect::<Vec<_>>());
+    assert_eq!(code, Some(0));
+    let events = launches(&file);
+    assert!(shapes(&events, "attention").iter().any(|shape| shape.contains("queries")), "{events:?}");
+}
+
+/// The table and the trace of a model come from different runs: the trace does not slow down what is measured.
+#[test]
+fn the_benchmark_of_a_model_writes_json_and_a_trace() {
+    if !has_simt() {
+        return;
+    }
+    let folder = empty("trace-model");
+    let (model, file) = (folder.join("tiny.safetensors"), folder.join("trace.json"));
+    let said = run(&["synth", "--tiny", "sd1", text(&model)]);
+    assert_eq!(said.code, Some(0), "{}", said.err);
+    let args =
+        ["bench", "model", "--checkpoint", text(&model), "--size", "32", "--no-vae", "--json", "--launches"];
+    let said = run(&[&args[..], &["--device", "simt", "--trace", text(&file)]].concat());
+    assert_eq!(said.code, Some(0), "{}{}", said.out, said.err);
+    let body: Json = serde_json::from_str(&said.out).expect("JSON");
+    let stages = body["stages"].as_array().unwrap();
+    let names: Vec<_> = stages.iter().map(|stage| stage["stage"].as_str().unwrap()).collect();
+    assert_eq!(names, ["text, one prompt", "cfg step 32"]);
+    let events = launches(&file);
+    for stage in stages {
+        assert!(
+            stage["ms"].as_f64().is_some_and(|ms| ms > 0.0) && stage["flops"].as_f64() > Some(0.0),
+            "{stage}"
+        );
+        let kernels = stage["kernels"].as_array().unwrap();
+        assert!(kernels.len() > 5, "{stage}");
+        for kernel in kernels {
+            let same = |e: &&Json| e["name"] == kernel["kernel"] && e["args"]["shape"] == kernel["shape"];
+            assert!(
+                events.iter().filter(same).count() as u64 >= kernel["count"].as_u64().unwrap(),
+                "{kernel}"
+            );
+        }
+    }
+    let said = run(&[&args[..8], &["--cpu", "--threads", "1"]].concat());
+    assert_eq!(said.code, Some(0), "{}{}", said.out, said.err);
+    let body: Json = serde_json::from_str(&said.out).expect("JSON");
+    assert_eq!(body["stages"].as_array().map(Vec::len), Some(2), "{body}");
+    assert!(body["stages"][1]["cpu_s"].as_f64().is_some_and(|s| s > 0.0), "{body}");
 }
 
 #[test]
