@@ -41,9 +41,13 @@ template <class T> struct Column {
     }
 };
 
-// The first value of a group in its sample. Means are kept as distances from it: however far from 0 they are, sums of
-// differences are exact, and no digit of a mean is spent on the distance.
-template <class T> PTX float pivot(const GroupNormArgs& args, int group, int size) { return to_float(*Column<T>(args, group * size).p); }
+// The first value of a group in its sample, for floats. Means are kept as distances from it: however far from 0 they are, sums of
+// differences are exact, and no digit of a mean is spent on the distance. Halves have few digits to lose and kernels that have
+// no register to spare: their means are distances from 0.
+template <class T> PTX float pivot(const GroupNormArgs& args, int group, int size) {
+    if constexpr (sizeof(T) == 4) return to_float(*Column<T>(args, group * size).p);
+    return 0.0f;
+}
 
 // Mean (about the pivot) and 1/deviation of the groups, as threads look them up.
 PTX float2 finish(const GroupNormArgs& args, float mean, float m2, int size) {

@@ -14,8 +14,8 @@
 // A block's threads lie on [pixels][channels] in memory order, so that a warp reads 512 neighbouring bytes, and a
 // thread keeps its channels, hence scale, shift and statistics stay in registers. Per element read once there are
 // about 4 instructions for statistics and 10 for SiLU, well below what bandwidth leaves time for (24 on an H200).
-// Statistics are sums about the thread's first value, merged by Chan's formula in a fixed order as distances from the
-// group's first value: as good for means far from zero as for others, the same bits in every run.
+// Statistics are sums about the thread's first value, merged by Chan's formula in a fixed order, of floats as distances
+// from the group's first value: as good for means far from zero as for others, the same bits in every run.
 #include "groupnorm.cuh"
 
 constexpr int kWarps = kThreads / 32, kMaxChannels = 4096;

@@ -193,8 +193,12 @@ fn the_benchmark_of_a_model_writes_json_and_a_trace() {
     let body: Json = serde_json::from_str(&said.out).expect("JSON");
     let stages = body["stages"].as_array().unwrap();
     let names: Vec<_> = stages.iter().map(|stage| stage["stage"].as_str().unwrap()).collect();
-    assert_eq!(names, ["text, one prompt", "cfg step 32"]);
+    assert_eq!(names, ["text, one prompt", "cfg step 32", "sampling 32"]);
     let events = launches(&file);
+    let (stages, sampling) = stages.split_at(2);
+    // Twenty steps, and the host waits for the latent and for the last prediction.
+    assert_eq!((&sampling[0]["steps"], &sampling[0]["syncs"]), (&Json::from(20), &Json::from(2)));
+    assert!(sampling[0]["ms_per_step"].as_f64() > Some(0.0), "{sampling:?}");
     for stage in stages {
         assert!(
             stage["ms"].as_f64().is_some_and(|ms| ms > 0.0) && stage["flops"].as_f64() > Some(0.0),
