@@ -254,7 +254,7 @@ const ROWS: [(usize, usize, usize); 21] = [
 /// has the roundings of some 20 sums and merges of a tree, 2^-24·d each and independent: 3e-7·d. The result, 2.7·x at most
 /// over an rms above 1, has those and four of its own: below 3e-6.
 ///
-/// The clusters of the half precision kernels sum up the values themselves: their means have four roundings of `offset`.
+/// GroupNorms of halves keep means as distances from 0: those have four roundings of `offset`.
 fn tolerance(element: Element, offset: f32) -> f64 {
     let far = if element == Element::F32 { 0.0 } else { 4.0 * f64::from(offset) * Element::F32.rounding() };
     element.rounding() * 1.01 + 3e-6 + far
