@@ -331,6 +331,8 @@ async fn serve(
     config: ServerConfig,
 ) -> anyhow::Result<()> {
     let listeners = bind(args).await?;
+    // Whoever reads that the server listens may stop it at once.
+    let signals = Signals::watch();
     for listener in &listeners {
         let address = listener.local_addr()?;
         let scheme = if config.tls.is_some() { "https" } else { "http" };
@@ -340,7 +342,7 @@ async fn serve(
         }
     }
     let app = App::new(engine, folders, config)?;
-    crate::server::run(listeners, app, stop_signal()).await?;
+    crate::server::run(listeners, app, stop_signal(signals)).await?;
     Ok(())
 }
 
@@ -363,32 +365,59 @@ fn exposure(address: SocketAddr, has_keys: bool, has_tls: bool) -> Option<String
 }
 
 /// Resolves at the first SIGTERM or ctrl-c; a second one ends the process at once.
-async fn stop_signal() {
-    next_signal().await;
+async fn stop_signal(mut signals: Signals) {
+    signals.next().await;
     tracing::info!("stopping: the running prompt may end, a second signal ends it at once");
-    tokio::spawn(async {
-        next_signal().await;
+    tokio::spawn(async move {
+        signals.next().await;
         std::process::exit(130);
     });
 }
 
+/// SIGTERM and ctrl-c, watched from the moment this is made.
 #[cfg(unix)]
-async fn next_signal() {
-    match signal::unix::signal(signal::unix::SignalKind::terminate()) {
-        Ok(mut terminate) => tokio::select! {
-            _ = terminate.recv() => {}
-            _ = signal::ctrl_c() => {}
-        },
-        Err(error) => {
-            tracing::warn!(%error, "SIGTERM can't be watched");
-            let _ = signal::ctrl_c().await;
+struct Signals([Option<signal::unix::Signal>; 2]);
+
+#[cfg(unix)]
+impl Signals {
+    fn watch() -> Self {
+        use signal::unix::SignalKind;
+        let watched = |kind: SignalKind, name: &str| {
+            let failed = |error: &std::io::Error| tracing::warn!(%error, "{name} can't be watched");
+            signal::unix::signal(kind).inspect_err(failed).ok()
+        };
+        Self([watched(SignalKind::terminate(), "SIGTERM"), watched(SignalKind::interrupt(), "SIGINT")])
+    }
+
+    async fn next(&mut self) {
+        async fn received(signal: &mut Option<signal::unix::Signal>) {
+            match signal {
+                Some(signal) => {
+                    signal.recv().await;
+                }
+                None => std::future::pending().await,
+            }
+        }
+        let [terminate, interrupt] = &mut self.0;
+        tokio::select! {
+            () = received(terminate) => {}
+            () = received(interrupt) => {}
         }
     }
 }
 
 #[cfg(not(unix))]
-async fn next_signal() {
-    let _ = signal::ctrl_c().await;
+struct Signals;
+
+#[cfg(not(unix))]
+impl Signals {
+    fn watch() -> Self {
+        Self
+    }
+
+    async fn next(&mut self) {
+        let _ = signal::ctrl_c().await;
+    }
 }
 
 #[cfg(test)]
