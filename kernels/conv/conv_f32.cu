@@ -1,21 +1,8 @@
 // targets: sm_75
 // Convolution in float as an implicit product (tile_f32.cuh): the arguments and the order of K, (tap, channel), are those of
 // conv_sm80.cu; a tile of K is 16 channels here. Eight channels of K belong to one tap, as channels are rounded up to 8.
+#include "product.cuh"
 #include "tile_f32.cuh"
-
-struct ConvArgs {
-    const float* x;
-    const float* x2;
-    const float* w;
-    int64_t pitch, pitch2;  // elements from one pixel to the next
-    int32_t c1, c2, cp;     // channels of x and x2, and both in w
-    int32_t batch, height, width;  // of x and x2
-    int32_t out_height, out_width, cout;
-    int32_t kernel_h, kernel_w, stride, pad_top, pad_left;
-    int32_t doubling;  // 1: x and x2 count as twice as high and wide
-    int32_t tiles_m, tiles_n, k_tiles_per_split;
-    EpilogueArgs epilogue;
-};
 
 namespace conv_f32 {
 
@@ -34,10 +21,10 @@ template <bool kAny> struct Pixels {
             for (int i = 0; i < 8; i++) {
                 const int c = channel + i;
                 v[i] = 0.0f;
-                if (c < args.c1) v[i] = args.x[pixel * args.pitch + c];
-                else if (c < args.c1 + args.c2) v[i] = args.x2[pixel * args.pitch2 + c - args.c1];
+                if (c < args.c1) v[i] = static_cast<const float*>(args.x)[pixel * args.pitch + c];
+                else if (c < args.c1 + args.c2) v[i] = static_cast<const float*>(args.x2)[pixel * args.pitch2 + c - args.c1];
             }
-        } else load8(v, channel < args.c1 ? args.x + pixel * args.pitch + channel : args.x2 + pixel * args.pitch2 + channel - args.c1);
+        } else load8(v, channel < args.c1 ? static_cast<const float*>(args.x) + pixel * args.pitch + channel : static_cast<const float*>(args.x2) + pixel * args.pitch2 + channel - args.c1);
     }
 };
 
@@ -46,7 +33,7 @@ template <class S, bool kAny> __device__ __forceinline__ void run(const ConvArgs
     const int k = args.kernel_h * args.kernel_w * args.cp;
     const auto part = tile_f32::part_of_block<S>(args.tiles_m, k, args.k_tiles_per_split);
     float acc[S::kRows][8];
-    tile_f32::multiply<S>(acc, smem, Pixels<kAny>{args}, tile_f32::Weights{args.w, args.cout, k}, part);
+    tile_f32::multiply<S>(acc, smem, Pixels<kAny>{args}, tile_f32::Weights{static_cast<const float*>(args.w), args.cout, k}, part);
     tile_f32::finish<S>(args.epilogue, acc, part);
 }
 

@@ -8,21 +8,8 @@
 // tap changes, from the corner of the pixel's window, which waits in shared memory. Two inputs may stand side by side in the
 // channels; the input may be doubled in size by repetition on the way (upsampling). `any` takes channel counts and pitches
 // without 16-byte vectors: the first layers of a network.
+#include "product.cuh"
 #include "tile.cuh"
-
-struct ConvArgs {
-    const void* x;
-    const void* x2;
-    const void* w;
-    int64_t pitch, pitch2;  // elements from one pixel to the next
-    int32_t c1, c2, cp;     // channels of x and x2, and both in w
-    int32_t batch, height, width;  // of x and x2
-    int32_t out_height, out_width, cout;
-    int32_t kernel_h, kernel_w, stride, pad_top, pad_left;
-    int32_t doubling;  // 1: x and x2 count as twice as high and wide
-    int32_t tiles_m, tiles_n, k_tiles_per_split;
-    EpilogueArgs epilogue;
-};
 
 namespace conv {
 using namespace tile;

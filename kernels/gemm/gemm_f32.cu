@@ -2,18 +2,8 @@
 // Linear layers in float: out[M,N] = epilogue((x | x2) * W^T), every operand and sum a float (tile_f32.cuh).
 //
 // The arguments are those of gemm_sm80.cu; a tile of K is 16 columns here. `any` takes what has no 16-byte vectors.
+#include "product.cuh"
 #include "tile_f32.cuh"
-
-struct GemmArgs {
-    const float* x;
-    const float* x2;
-    const float* w;
-    int64_t pitch, pitch2;
-    int32_t m, n, k, k1;  // k1: columns of x; k - k1 come from x2
-    int32_t w_pitch;
-    int32_t tiles_m, tiles_n, k_tiles_per_split;
-    EpilogueArgs epilogue;
-};
 
 namespace gemm_f32 {
 
@@ -26,10 +16,10 @@ template <bool kAny> struct Rows {
             for (int i = 0; i < 8; i++) {
                 const int column = k + i;
                 v[i] = 0.0f;
-                if (column < args.k1) v[i] = args.x[row * args.pitch + column];
-                else if (column < args.k) v[i] = args.x2[row * args.pitch2 + column - args.k1];
+                if (column < args.k1) v[i] = static_cast<const float*>(args.x)[row * args.pitch + column];
+                else if (column < args.k) v[i] = static_cast<const float*>(args.x2)[row * args.pitch2 + column - args.k1];
             }
-        } else load8(v, k < args.k1 ? args.x + row * args.pitch + k : args.x2 + row * args.pitch2 + k - args.k1);
+        } else load8(v, k < args.k1 ? static_cast<const float*>(args.x) + row * args.pitch + k : static_cast<const float*>(args.x2) + row * args.pitch2 + k - args.k1);
     }
 };
 
@@ -37,7 +27,7 @@ template <class S, bool kAny> __device__ __forceinline__ void run(const GemmArgs
     auto& smem = dynamic_smem<tile_f32::Smem<S>>();
     const auto part = tile_f32::part_of_block<S>(args.tiles_m, args.k, args.k_tiles_per_split);
     float acc[S::kRows][8];
-    tile_f32::multiply<S>(acc, smem, Rows<kAny>{args}, tile_f32::Weights{args.w, args.n, args.w_pitch}, part);
+    tile_f32::multiply<S>(acc, smem, Rows<kAny>{args}, tile_f32::Weights{static_cast<const float*>(args.w), args.n, args.w_pitch}, part);
     tile_f32::finish<S>(args.epilogue, acc, part);
 }
 

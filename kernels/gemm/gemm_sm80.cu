@@ -13,18 +13,8 @@
 //   64x64    64   4     64 KB     112       2 to 3        128 / 192 / 205                            32
 // (On Turing 3 stages: 62, 50, 39 and 48 KB, one block a multiprocessor.)
 // (sm_80: 1024 multiply-adds and 128 bytes of shared memory a cycle; 40 bytes of L2 taken as a multiprocessor's share.)
+#include "product.cuh"
 #include "tile.cuh"
-
-struct GemmArgs {
-    const void* x;
-    const void* x2;
-    const void* w;
-    int64_t pitch, pitch2;
-    int32_t m, n, k, k1;  // k1: columns of x; k - k1 come from x2
-    int32_t w_pitch;
-    int32_t tiles_m, tiles_n, k_tiles_per_split;
-    EpilogueArgs epilogue;
-};
 
 namespace gemm {
 using namespace tile;

@@ -355,11 +355,12 @@ fn evaluate_fields(
     }
     let mut sums: Vec<Sum> = sides.iter().map(|_| Sum::default()).collect();
     while let Some(first) = pieces.first() {
-        let (first_x, entry) = (first.x.clone(), &first.cond.entry);
-        let (mut batch, rest): (Vec<_>, Vec<_>) = std::mem::take(&mut pieces)
-            .into_iter()
-            .partition(|p| p.is_like(&first_x) && model.can_batch(entry, &p.cond.entry));
-        pieces = rest;
+        let joins = |p: &Piece<'_>| p.is_like(&first.x) && model.can_batch(&first.cond.entry, &p.cond.entry);
+        let joins: Vec<bool> = pieces.iter().map(joins).collect();
+        let mut batch = Vec::with_capacity(pieces.len());
+        for (piece, joins) in std::mem::take(&mut pieces).into_iter().zip(joins) {
+            if joins { batch.push(piece) } else { pieces.push(piece) }
+        }
         batch.reverse();
         let full_size = (x.dim(2), x.dim(3));
         let items: Vec<DenoiseItem<'_>> = batch.iter().map(|p| p.item(full_size)).collect();

@@ -8,21 +8,13 @@ use crate::backend::cuda::launch::epilogue::Rows;
 use crate::backend::cuda::launch::gemm::Gemm;
 use crate::backend::cuda::launch::gemm_sm90::{gemm, gemm_by};
 use crate::backend::cuda::launch::hopper::Cut;
+pub(super) use crate::backend::cuda::launch::hopper::Finish;
 use crate::backend::cuda::{CudaError, Element};
 
 pub(super) const PLAIN: EpilogueCase = EpilogueCase::PLAIN;
 pub(super) const BIAS: EpilogueCase = EpilogueCase { bias: true, ..PLAIN };
 pub(super) const RESIDUAL: EpilogueCase = EpilogueCase { residual: true, scale: 0.75, pad: 24, ..BIAS };
 const GEGLU: EpilogueCase = EpilogueCase { geglu: true, pad: 8, ..BIAS };
-
-/// What a kernel does with a tile's sums: each has instances of its own.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Finish {
-    Plain,
-    Time,
-    Geglu,
-    Any,
-}
 
 /// A random epilogue and cut for the kernel of this width and finish; `steps` of K.
 pub(super) fn random_finish(

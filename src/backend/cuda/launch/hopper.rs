@@ -291,7 +291,7 @@ pub(super) fn epilogue_in_vectors(epilogue: &Epilogue, columns: usize) -> bool {
 
 /// What a kernel does with a tile's sums: `Finish` in `hopper_tile.cuh`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Finish {
+pub enum Finish {
     /// Bias, leaky relu, scale and residual.
     Plain,
     /// Bias and the bias of the sample.

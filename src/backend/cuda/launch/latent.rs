@@ -10,11 +10,10 @@ use bytemuck::{Pod, Zeroable, bytes_of};
 
 use super::super::{CudaError, Element, Geometry, Gpu, Kernel};
 use crate::driver::DevicePtr;
+pub use crate::tensor::latents::MAX_OPERANDS;
 
 const MODULE: &str = "latent";
 const THREADS: u32 = 256;
-/// Further operands of [`Step`].
-pub const MAX_OPERANDS: usize = 5;
 /// Terms of [`Lincomb`].
 pub const MAX_TERMS: usize = 8;
 
