@@ -1,6 +1,6 @@
 //! The whole pipeline on the SIMT layer: the demo model from prompt to picture, memory, graphs, failures.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -17,6 +17,7 @@ use kiln::models::{ModelSource, ModelStore};
 use kiln::nodes::{self, PreviewMethod, Services};
 use kiln::tensor::{HostTensor, Placement};
 use kiln::weights::OpenOptions;
+use safetensors::tensor::TensorView;
 use serde_json::{Value as Json, json};
 
 use crate::library;
@@ -179,6 +180,25 @@ fn in_f32_the_picture_is_that_of_the_cpu() {
     assert!(apart.len() * 1000 <= on_cpu.len() && apart.iter().all(|d| *d == 1), "{apart:?}");
 }
 
+/// A hypernetwork for the demo model with Mish between two layers: for texts of 48 channels, and for 64 and 96.
+fn write_hypernetwork(base: &Path) {
+    let folder = base.join("models/hypernetworks");
+    std::fs::create_dir_all(&folder).unwrap();
+    let layer = |width: usize, salt: usize| -> Vec<u8> {
+        let value = |i: usize| ((i * 37 + salt * 11) % 101) as f32 / 505.0 - 0.1;
+        (0..width * width).flat_map(|i| value(i).to_le_bytes()).collect()
+    };
+    let sizes = [48, 64, 96].into_iter().flat_map(|width| [0, 1, 2, 3].map(|i| (width, i / 2, i % 2)));
+    let layers: Vec<(String, usize, Vec<u8>)> = sizes
+        .map(|(width, network, i)| (format!("{width}.{network}.linear.{i}.weight"), width, layer(width, i)))
+        .collect();
+    let views = layers.iter().map(|(name, width, data)| {
+        (name, TensorView::new(safetensors::Dtype::F32, vec![*width; 2], data).unwrap())
+    });
+    let facts = HashMap::from([("activation_func".to_owned(), "mish".to_owned())]);
+    safetensors::serialize_to_file(views, Some(facts), &folder.join("mish.safetensors")).unwrap();
+}
+
 /// Hooks inside the network and guidance that asks it again, as on the CPU.
 #[test]
 fn a_patched_model_draws_what_it_draws_on_the_cpu() {
@@ -253,9 +273,17 @@ fn a_steady_step_stays_on_the_device() {
             "end_percent": 1.0, "downscale_after_skip": true, "downscale_method": "bicubic",
             "upscale_method": "bilinear"}),
         ),
+        (
+            "PatchModelAddDownscale",
+            json!({"block_number": 1, "downscale_factor": 1.5, "start_percent": 0.0,
+            "end_percent": 1.0, "downscale_after_skip": false, "downscale_method": "bislerp",
+            "upscale_method": "bislerp"}),
+        ),
+        ("HypernetworkLoader", json!({"hypernetwork_name": "mish.safetensors", "strength": 0.8})),
         ("UNetSelfAttentionMultiply", json!({"q": 1.1, "k": 1.0, "v": 0.9, "out": 1.0})),
     ];
     let folder = tempfile::tempdir().unwrap();
+    write_hypernetwork(folder.path());
     let (driver, placement) = simt();
     let engine = engine(placement, folder.path());
     // What one step more costs: all of a prompt of four steps, less all of one of three.
@@ -302,6 +330,9 @@ fn a_steady_step_stays_on_the_device() {
     }
     // Asks the model once more, for the positive side: three predictions of a latent each.
     check(&("PerturbedAttentionGuidance", json!({"scale": 2.0})), [2, 0, 2, 3 * latent, 3 * latent]);
+    // The same for the negative side, and how much attention each of the four places of the lowest level drew.
+    let guidance = ("SelfAttentionGuidance", json!({"scale": 0.5, "blur_sigma": 2.0}));
+    check(&guidance, [2, 0, 3, 3 * latent + 4 * 4, 3 * latent]);
     engine.shutdown();
 }
 

@@ -6,7 +6,9 @@
 //! run under the SIMT layer in CI and on a GPU with `kiln check`.
 
 mod attention;
+mod attention_drawn;
 mod attention_sm90;
+mod bislerp;
 mod ceiling;
 mod context;
 mod conv;
@@ -180,11 +182,13 @@ pub fn cases_of(seed: u64) -> Vec<Case> {
     all.extend(gemm_batched::cases());
     all.extend(conv::cases());
     all.extend(attention::cases());
+    all.extend(attention_drawn::cases());
     all.extend(norm::cases());
     all.extend(layout::cases());
     all.extend(embed::cases());
     all.extend(sampling::cases());
     all.extend(image::cases());
+    all.extend(bislerp::cases());
     all.extend(reweight::cases());
     all.extend(merge::cases());
     all.extend(attention_sm90::cases());

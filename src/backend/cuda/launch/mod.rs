@@ -4,7 +4,9 @@
 //! what its kernels assume, chooses kernel and geometry, and queues the launch.
 
 pub mod attention;
+pub mod attention_drawn;
 pub mod attention_sm90;
+pub mod bislerp;
 pub mod ceiling;
 pub mod conv;
 pub mod conv_f32;
