@@ -7,6 +7,7 @@ mod pipeline;
 mod planted;
 mod recorded;
 mod samplers;
+mod steady;
 mod turing;
 
 use std::path::{Path, PathBuf};

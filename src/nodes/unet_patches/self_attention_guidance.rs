@@ -8,9 +8,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use rayon::prelude::*;
 
-use crate::diffusion::guidance::evaluate;
 use crate::diffusion::guidance_patch::{GuidancePatch, PatchContext, Predictions};
-use crate::diffusion::{DiffusionError, Model, ModelHandle};
+use crate::diffusion::regions::evaluate_on_host;
+use crate::diffusion::{DiffusionError, Field, Model, ModelHandle};
 use crate::graph::Input;
 use crate::models::ModelError;
 use crate::models::layers::head_scale;
@@ -86,19 +86,19 @@ impl GuidancePatch for SelfAttentionGuidance {
         &mut self,
         ctx: &PatchContext<'_>,
         preds: &Predictions,
-        guided: HostTensor,
-    ) -> Result<HostTensor, DiffusionError> {
+        guided: Field,
+    ) -> Result<Field, DiffusionError> {
         let drawn = self.drawn.lock().unwrap_or_else(PoisonError::into_inner).take();
         let (Some(drawn), Some(negative)) = (drawn, ctx.sides.get(1)) else { return Ok(guided) };
         if guided.dim(2).min(guided.dim(3)) <= TOO_SMALL {
             return Ok(guided);
         }
-        let degraded = degrade(&preds.uncond, &drawn, self.sigma)?;
-        let noisy = degraded.zip(ctx.x, |d, x| d + x).zip(&preds.uncond, |v, u| v - u);
-        let out = evaluate(ctx.model, &[Some(negative)], &noisy, ctx.sigma)?;
+        let uncond = preds.uncond.to_host()?;
+        let degraded = degrade(&uncond, &drawn, self.sigma)?;
+        let noisy = degraded.zip(&*ctx.x.to_host()?, |d, x| d + x).zip(&uncond, |v, u| v - u);
+        let out = evaluate_on_host(ctx.model, &[Some(negative)], &noisy, ctx.sigma)?;
         let Some(again) = out.first() else { return Ok(guided) };
-        let direction = degraded.zip(again, |d, a| (d - a) * self.scale);
-        Ok(guided.zip(&direction, |g, d| g + d))
+        guided.plus(self.scale.into(), (&degraded.into(), &again.clone().into()))
     }
 }
 

@@ -7,7 +7,9 @@
 
 mod attention;
 mod attention_sm90;
+mod band;
 mod ceiling;
+mod combine;
 mod context;
 mod conv;
 mod conv_sm90;
@@ -20,6 +22,7 @@ mod image;
 mod layout;
 mod norm;
 mod random;
+mod region;
 mod reweight;
 mod sampling;
 
@@ -181,6 +184,9 @@ pub fn cases_of(seed: u64) -> Vec<Case> {
     all.extend(layout::cases());
     all.extend(embed::cases());
     all.extend(sampling::cases());
+    all.extend(combine::cases());
+    all.extend(region::cases());
+    all.extend(band::cases());
     all.extend(image::cases());
     all.extend(reweight::cases());
     all.extend(attention_sm90::cases());

@@ -5,7 +5,9 @@
 
 pub mod attention;
 pub mod attention_sm90;
+pub mod band;
 pub mod ceiling;
+pub mod combine;
 pub mod conv;
 pub mod conv_f32;
 pub mod conv_sm90;
@@ -24,4 +26,5 @@ pub mod norm;
 pub mod philox;
 pub mod plan;
 pub mod reduce;
+pub mod region;
 pub mod reweight;
