@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 
 use crate::tensor::{
     Activation, Attention, Backend, BackendInfo, Body, BodyError, Cols, Conv2d, ConvWeight, Embed, Embedding,
-    Filter, GroupNorm, HostLayout, LatentOps, LayerNorm, Linear, LinearParts, LinearWeight, MemoryUse,
-    NormWeight, PressureHook, RawTensor, ScaleHalf, Shape, SwapTokens, Tensor, TensorError,
+    Filter, GroupNorm, HostLayout, LatentOps, LayerNorm, Linear, LinearParts, LinearWeight, MatchTokens,
+    MemoryUse, NormWeight, PressureHook, RawTensor, ScaleHalf, Shape, SwapTokens, Tensor, TensorError,
+    TokenRows,
 };
 
 /// What was counted for one kind of op.
@@ -153,6 +154,20 @@ impl Backend for Metered {
 
     fn swap_tokens(&self, op: &SwapTokens<'_>, out: &mut Tensor) -> Result<(), TensorError> {
         self.count("elementwise", 0.0, || self.inner.swap_tokens(op, out))
+    }
+
+    fn match_tokens(&self, op: &MatchTokens<'_>) -> Result<TokenRows, TensorError> {
+        let (tokens, targets) = (op.x.shape().rows() as f64, op.targets.len() as f64);
+        let flop = 2.0 * tokens * targets * op.x.shape().c as f64;
+        self.count("token merging", flop, || self.inner.match_tokens(op))
+    }
+
+    fn merge_tokens(&self, x: &Cols<'_>, rows: &TokenRows, out: &mut Tensor) -> Result<(), TensorError> {
+        self.count("token merging", 0.0, || self.inner.merge_tokens(x, rows, out))
+    }
+
+    fn spread_tokens(&self, x: &Tensor, rows: &TokenRows, out: &mut Tensor) -> Result<(), TensorError> {
+        self.count("token merging", 0.0, || self.inner.spread_tokens(x, rows, out))
     }
 
     fn scale_half(&self, op: &ScaleHalf<'_>, out: &mut Tensor) -> Result<(), TensorError> {

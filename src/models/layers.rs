@@ -11,8 +11,8 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use super::ModelError;
 use crate::tensor::{
     Activation, Attention, Backend, Cols, Conv2d, ConvWeight, DType, Embedding, Filter, GroupNorm,
-    HostLayout, HostTensor, LayerNorm, Linear, LinearParts, LinearWeight, NormWeight, RawTensor, ScaleHalf,
-    Shape, SwapTokens, Tensor,
+    HostLayout, HostTensor, LayerNorm, Linear, LinearParts, LinearWeight, MatchTokens, NormWeight, RawTensor,
+    ScaleHalf, Shape, SwapTokens, Tensor, TokenRows,
 };
 
 /// Where a model's tensors come from: a file, or a file under patches.
@@ -358,6 +358,21 @@ impl Ops<'_> {
     /// Tokens in another order.
     pub fn swap_tokens(&self, op: &SwapTokens<'_>) -> Result<Tensor, ModelError> {
         self.with(op.out_shape(), |out| self.0.swap_tokens(op, out))
+    }
+
+    /// Which tokens share a row.
+    pub fn match_tokens(&self, op: &MatchTokens<'_>) -> Result<TokenRows, ModelError> {
+        Ok(self.0.match_tokens(op)?)
+    }
+
+    /// Rows from tokens.
+    pub fn merge_tokens(&self, x: Cols<'_>, rows: &TokenRows) -> Result<Tensor, ModelError> {
+        self.with(rows.merged_shape(x.width), |out| self.0.merge_tokens(&x, rows, out))
+    }
+
+    /// Tokens from rows.
+    pub fn spread_tokens(&self, x: &Tensor, rows: &TokenRows) -> Result<Tensor, ModelError> {
+        self.with(rows.spread_shape(x.shape().c), |out| self.0.spread_tokens(x, rows, out))
     }
 
     /// Columns of every token.

@@ -7,6 +7,7 @@
 
 use std::any::{Any, TypeId};
 use std::collections::HashMap;
+use std::hash::{Hash, Hasher};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -24,7 +25,7 @@ use crate::tensor::{Backend, DType, Placement, RawTensor};
 use crate::weights::{OpenOptions, WeightsError, WeightsFile};
 
 /// Where a model file's bytes are.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, Eq)]
 pub enum ModelSource {
     /// A file.
     File(PathBuf),
@@ -35,6 +36,29 @@ pub enum ModelSource {
         /// The whole file.
         bytes: &'static [u8],
     },
+}
+
+impl PartialEq for ModelSource {
+    fn eq(&self, other: &Self) -> bool {
+        match (self, other) {
+            (ModelSource::File(path), ModelSource::File(other)) => path == other,
+            (
+                ModelSource::Embedded { name, bytes },
+                ModelSource::Embedded { name: other, bytes: other_bytes },
+            ) => name == other && (std::ptr::eq(*bytes, *other_bytes) || bytes == other_bytes),
+            _ => false,
+        }
+    }
+}
+
+/// Sources are looked up for every node: the name stands for the bytes, which are many.
+impl Hash for ModelSource {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        match self {
+            ModelSource::File(path) => path.hash(state),
+            ModelSource::Embedded { name, .. } => name.hash(state),
+        }
+    }
 }
 
 /// How precise a model's weights are.

@@ -7,7 +7,9 @@
 use std::any::Any;
 use std::sync::Arc;
 
-use super::{Cols, Filter, LatentOps, RawTensor, Shape, Tensor, TensorError, reference};
+use super::{
+    Cols, Filter, LatentOps, MatchTokens, RawTensor, Shape, Tensor, TensorError, TokenRows, merge, reference,
+};
 
 /// A weight in a backend's own layout. Cloning shares it.
 #[derive(Clone)]
@@ -429,6 +431,21 @@ pub trait Backend: Send + Sync {
     /// Tokens in another order; `out` has the tokens and [`SwapTokens::out_shape`].
     fn swap_tokens(&self, op: &SwapTokens<'_>, out: &mut Tensor) -> Result<(), TensorError> {
         reference::swap_tokens(self, op, out)
+    }
+
+    /// Which tokens share a row.
+    fn match_tokens(&self, op: &MatchTokens<'_>) -> Result<TokenRows, TensorError> {
+        merge::match_tokens(self, op)
+    }
+
+    /// Rows from tokens, each the mean of all that share it; `out` has [`TokenRows::merged_shape`].
+    fn merge_tokens(&self, x: &Cols<'_>, rows: &TokenRows, out: &mut Tensor) -> Result<(), TensorError> {
+        merge::merge_tokens(self, x, rows, out)
+    }
+
+    /// Tokens from rows; `out` has [`TokenRows::spread_shape`].
+    fn spread_tokens(&self, x: &Tensor, rows: &TokenRows, out: &mut Tensor) -> Result<(), TensorError> {
+        merge::spread_tokens(self, x, rows, out)
     }
 
     /// Columns of several tensors of the same rows side by side; `out` has the rows and all columns.

@@ -92,7 +92,7 @@ impl WeightsFile {
         let mut file = File::open(path).map_err(io("open"))?;
         let stat = file.metadata().map_err(io("inspect"))?;
         let storage = match (stat.len(), options.mmap) {
-            (0, _) => Storage::Static(&[]),
+            (0, _) => Storage::Owned(Vec::new()),
             (_, true) => Storage::map(&file).map_err(io("map"))?,
             (len, false) => Storage::read(&mut file, len).map_err(io("read"))?,
         };
@@ -106,7 +106,7 @@ impl WeightsFile {
     /// # Errors
     /// If its header does not describe it exactly.
     pub fn from_static(bytes: &'static [u8], name: &str) -> Result<Arc<Self>, WeightsError> {
-        Self::with_storage(PathBuf::from(name), Storage::Static(bytes), None)
+        Self::with_storage(PathBuf::from(name), Storage::fixed(bytes), None)
     }
 
     /// Opens a file held in memory; `name` stands for its path in messages.

@@ -22,8 +22,12 @@ pub(super) enum Storage {
     Mapped(Mmap),
     /// A copy in memory.
     Owned(Vec<u8>),
-    /// Part of the program.
-    Static(&'static [u8]),
+    /// Bytes that are there for as long as the program runs.
+    Static {
+        bytes: &'static [u8],
+        /// Whether they are in the program's file, so that their pages can be had again.
+        is_program: bool,
+    },
 }
 
 impl Storage {
@@ -44,12 +48,17 @@ impl Storage {
         Ok(Storage::Owned(bytes))
     }
 
+    /// Bytes that stay: inside the program, or leaked.
+    pub(super) fn fixed(bytes: &'static [u8]) -> Self {
+        Storage::Static { bytes, is_program: is_in_program(bytes) }
+    }
+
     /// The bytes.
     pub(super) fn bytes(&self) -> &[u8] {
         match self {
             Storage::Mapped(map) => map,
             Storage::Owned(bytes) => bytes,
-            Storage::Static(bytes) => bytes,
+            Storage::Static { bytes, .. } => bytes,
         }
     }
 
@@ -76,7 +85,7 @@ impl Storage {
             }
         }
         #[cfg(target_os = "linux")]
-        if let Storage::Static(bytes) = self {
+        if let Storage::Static { bytes, is_program: true } = self {
             release_program_pages(&bytes[range.clone()]);
         }
         #[cfg(not(unix))]
@@ -84,28 +93,38 @@ impl Storage {
     }
 }
 
-/// As [`Storage::release`] for bytes inside the program's file.
+/// Whether bytes are inside the program's file.
 ///
 /// A `'static` slice may also be leaked heap memory, whose pages must stay:
-/// only a read-only mapping of a file, as the system lists it, qualifies. Pages
-/// wholly inside a slice of plain bytes hold no relocated pointers, so they
-/// equal the file.
+/// only a read-only mapping of a file, as the system lists it, qualifies.
 #[cfg(target_os = "linux")]
-fn release_program_pages(bytes: &[u8]) {
-    let page = page_bytes();
-    let start = (bytes.as_ptr() as usize).next_multiple_of(page);
-    let end = (bytes.as_ptr() as usize + bytes.len()) / page * page;
+fn is_in_program(bytes: &[u8]) -> bool {
+    let start = bytes.as_ptr() as usize;
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
-    let is_program = maps.lines().any(|line| {
+    maps.lines().any(|line| {
         let mut fields = line.split_whitespace();
         let (range, mode) = (fields.next().unwrap_or_default(), fields.next().unwrap_or_default());
         let path = fields.nth(3).unwrap_or_default();
         let Some((from, to)) = range.split_once('-') else { return false };
         let parse = |text| usize::from_str_radix(text, 16);
         let (Ok(from), Ok(to)) = (parse(from), parse(to)) else { return false };
-        mode == "r--p" && path.starts_with('/') && from <= start && end <= to
-    });
-    if is_program && start < end {
+        mode == "r--p" && path.starts_with('/') && from <= start && start + bytes.len() <= to
+    })
+}
+
+#[cfg(not(target_os = "linux"))]
+fn is_in_program(_: &[u8]) -> bool {
+    false
+}
+
+/// As [`Storage::release`] for bytes inside the program's file. Pages wholly inside a slice
+/// of plain bytes hold no relocated pointers, so they equal the file.
+#[cfg(target_os = "linux")]
+fn release_program_pages(bytes: &[u8]) {
+    let page = page_bytes();
+    let start = (bytes.as_ptr() as usize).next_multiple_of(page);
+    let end = (bytes.as_ptr() as usize + bytes.len()) / page * page;
+    if start < end {
         // SAFETY: the pages belong to a private, read-only mapping of the program's
         // file and were never written, so a dropped page is read back with the same content.
         let failed = unsafe { libc::madvise(start as *mut libc::c_void, end - start, libc::MADV_DONTNEED) };

@@ -3,6 +3,7 @@
 mod adapters;
 mod bank_conflicts;
 mod checks;
+mod merged;
 mod pipeline;
 mod planted;
 mod recorded;

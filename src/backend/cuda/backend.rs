@@ -196,7 +196,7 @@ impl CudaBackend {
     }
 
     /// Fails unless `t` has the backend's own type.
-    fn own(&self, op: &'static str, t: &Tensor) -> Result<Operand, TensorError> {
+    pub(super) fn own(&self, op: &'static str, t: &Tensor) -> Result<Operand, TensorError> {
         let operand = operand(op, t)?;
         if operand.element != self.element {
             let what = format!("a {:?} tensor where {:?} is the backend's type", t.dtype(), self.dtype());
@@ -205,7 +205,7 @@ impl CudaBackend {
         Ok(operand)
     }
 
-    fn own_columns(&self, op: &'static str, cols: &Cols<'_>) -> Result<Operand, TensorError> {
+    pub(super) fn own_columns(&self, op: &'static str, cols: &Cols<'_>) -> Result<Operand, TensorError> {
         let whole = self.own(op, cols.tensor)?;
         Ok(Operand { ptr: whole.ptr.offset(cols.start * whole.element.size()), ..whole })
     }
@@ -530,6 +530,18 @@ impl Backend for CudaBackend {
             element: self.element,
         };
         Ok(copy::swap(&self.shared.gpu, &launch)?)
+    }
+
+    fn match_tokens(&self, op: &MatchTokens<'_>) -> Result<TokenRows, TensorError> {
+        self.rows_of_tokens(op)
+    }
+
+    fn merge_tokens(&self, x: &Cols<'_>, rows: &TokenRows, out: &mut Tensor) -> Result<(), TensorError> {
+        self.rows_from_tokens(x, rows, out)
+    }
+
+    fn spread_tokens(&self, x: &Tensor, rows: &TokenRows, out: &mut Tensor) -> Result<(), TensorError> {
+        self.tokens_from_rows(x, rows, out)
     }
 
     fn concat(&self, parts: &[Cols<'_>], out: &mut Tensor) -> Result<(), TensorError> {

@@ -12,6 +12,7 @@ mod gpu;
 mod latents;
 pub mod launch;
 pub mod layers;
+mod merge;
 mod open;
 mod pool;
 mod record;

@@ -19,10 +19,7 @@ use std::sync::Arc;
 use super::sd_model::SdModel;
 use super::{Inputs, Node, NodeError, Value};
 use crate::diffusion::ModelHandle;
-use crate::models::ModelError;
-use crate::models::layers::Ops;
 use crate::models::unet::hooks::UnetHook;
-use crate::tensor::{HostTensor, Tensor};
 
 /// The nodes of this folder.
 pub(super) fn nodes() -> Vec<Box<dyn Node>> {
@@ -45,12 +42,4 @@ fn attach(inputs: &Inputs, hook: Arc<dyn UnetHook>) -> Result<Vec<Value>, NodeEr
     let model = inputs.object::<ModelHandle>("model")?;
     let hooked = SdModel::of(&model)?.with_hook(hook);
     Ok(vec![Value::object("MODEL", model.with_network(Arc::new(hooked)))])
-}
-
-/// Uploads tokens `[B, S, C]` that the caller computed; the shape must fit.
-fn tokens(ops: Ops<'_>, shape: [usize; 3], data: Vec<f32>) -> Result<Tensor, ModelError> {
-    let (expected, found) = (shape.iter().product(), data.len());
-    let x = HostTensor::new(&shape, data);
-    let x = x.ok_or(ModelError::Input { what: "values of a hook's tokens", expected, found })?;
-    ops.upload_tokens(&x)
 }

@@ -17,9 +17,11 @@ mod elementwise;
 mod embed;
 mod epilogue;
 mod gemm;
+mod gemm_batched;
 mod gemm_sm90;
 mod image;
 mod layout;
+mod merge;
 mod norm;
 mod random;
 mod region;
@@ -178,6 +180,7 @@ pub fn cases_of(seed: u64) -> Vec<Case> {
     let mut all = Vec::new();
     all.extend(elementwise::cases());
     all.extend(gemm::cases());
+    all.extend(gemm_batched::cases());
     all.extend(conv::cases());
     all.extend(attention::cases());
     all.extend(norm::cases());
@@ -189,6 +192,7 @@ pub fn cases_of(seed: u64) -> Vec<Case> {
     all.extend(band::cases());
     all.extend(image::cases());
     all.extend(reweight::cases());
+    all.extend(merge::cases());
     all.extend(attention_sm90::cases());
     all.extend(gemm_sm90::cases());
     all.extend(conv_sm90::cases());

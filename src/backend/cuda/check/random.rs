@@ -75,7 +75,7 @@ pub(super) fn distinct(shapes: &mut Shapes, draw: impl Fn(&mut Shapes) -> Case) 
 
 /// The random shapes of all families.
 pub(super) fn cases(seed: u64) -> Vec<Case> {
-    let families: [fn(&mut Shapes) -> Vec<Case>; 16] = [
+    let families: [fn(&mut Shapes) -> Vec<Case>; 18] = [
         super::elementwise::random,
         super::gemm::random,
         super::conv::random,
@@ -89,6 +89,8 @@ pub(super) fn cases(seed: u64) -> Vec<Case> {
         super::attention_sm90::random,
         super::gemm_sm90::random,
         super::conv_sm90::random,
+        super::gemm_batched::random,
+        super::merge::random,
         super::combine::random,
         super::region::random,
         super::band::random,

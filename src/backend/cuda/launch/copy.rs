@@ -13,7 +13,7 @@ const THREADS: u32 = 256;
 const UNITS: [usize; 3] = [16, 4, 2];
 
 /// The largest unit that divides everything in `bytes`; 2 divides every element.
-fn unit(bytes: impl IntoIterator<Item = usize>) -> usize {
+pub(super) fn unit(bytes: impl IntoIterator<Item = usize>) -> usize {
     let all = bytes.into_iter().fold(0, |all, b| all | b);
     UNITS.into_iter().find(|u| all.is_multiple_of(*u)).unwrap_or(2)
 }

@@ -169,6 +169,13 @@ impl EpilogueArgs {
     }
 }
 
+impl EpilogueArgs {
+    /// No 16-byte vectors: not all results begin at a multiple of them.
+    pub(super) fn store_single_elements(&mut self) {
+        self.flags &= !FLAG_VECTOR;
+    }
+}
+
 /// `value` as the kernels' 32-bit extent.
 pub(super) fn int(op: &'static str, what: &str, value: usize) -> Result<i32, CudaError> {
     // Kernels round up to tiles and work out indices in 32 bits.
