@@ -56,6 +56,17 @@ inline int __ffs(int x) { return __builtin_ffs(x); }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline float __expf(float x) { return expf(x); }
 inline float __fdividef(float a, float b) { return a / b; }
+// Never fused with what comes next: the result goes through memory that the compiler can't see into.
+inline float __fmul_rn(float a, float b) {
+    float product = a * b;
+    asm("" : "+m"(product));
+    return product;
+}
+inline float __fadd_rn(float a, float b) {
+    float sum = a + b;
+    asm("" : "+m"(sum));
+    return sum;
+}
 inline void __sincosf(float x, float* s, float* c) { *s = sinf(x), *c = cosf(x); }
 template <class T> T min(T a, T b) { return b < a ? b : a; }
 template <class T> T max(T a, T b) { return a < b ? b : a; }
@@ -133,6 +144,11 @@ template <class T> T shfl(const char* op, unsigned mask, T v, unsigned src, Loc 
     memcpy(&v, &s.out, sizeof v);
     return v;
 }
+struct Shfl4 {
+    uint32_t in[4], out[4];
+    int src[4];
+};
+void shfl4_act(void* const* args, unsigned mask);
 unsigned vote(const char* op, unsigned mask, bool predicate, Loc at);  // the ballot of the lanes in mask
 }  // namespace simt
 

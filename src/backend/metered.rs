@@ -7,10 +7,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::tensor::{
-    Activation, Attention, Backend, BackendInfo, Body, BodyError, Cols, Conv2d, ConvWeight, Embed, Embedding,
-    Filter, GroupNorm, HostLayout, LatentOps, LayerNorm, Linear, LinearParts, LinearWeight, MatchTokens,
-    MemoryUse, NormWeight, PressureHook, RawTensor, ScaleHalf, Shape, SwapTokens, Tensor, TensorError,
-    TokenRows,
+    Activation, Attention, AttentionDrawn, Backend, BackendInfo, Body, BodyError, Cols, Conv2d, ConvWeight,
+    Curve, Embed, Embedding, Filter, GroupNorm, HostLayout, LatentOps, LayerNorm, Linear, LinearParts,
+    LinearWeight, MatchTokens, MemoryUse, NormWeight, Outcome, PressureHook, RawTensor, ScaleHalf, Shape,
+    SwapTokens, Tensor, TensorError, TokenRows,
 };
 
 /// What was counted for one kind of op.
@@ -82,6 +82,10 @@ impl Backend for Metered {
         self.inner.alloc_result(shape)
     }
 
+    fn alloc_f32(&self, shape: Shape) -> Result<Tensor, TensorError> {
+        self.inner.alloc_f32(shape)
+    }
+
     fn pack_linear(&self, parts: &LinearParts<'_>) -> Result<LinearWeight, TensorError> {
         self.count("pack", 0.0, || self.inner.pack_linear(parts))
     }
@@ -128,6 +132,12 @@ impl Backend for Metered {
         self.count("attention", flop, || self.inner.attention(op, out))
     }
 
+    fn attention_drawn(&self, op: &AttentionDrawn<'_>, out: &mut Tensor) -> Result<(), TensorError> {
+        let queries = op.q.tensor.shape().positions();
+        let flop = 2.0 * (out.shape().len() * queries * op.q.width) as f64;
+        self.count("attention", flop, || self.inner.attention_drawn(op, out))
+    }
+
     fn group_norm(&self, op: &GroupNorm<'_>, out: &mut Tensor) -> Result<(), TensorError> {
         self.count("group_norm", 0.0, || self.inner.group_norm(op, out))
     }
@@ -146,6 +156,10 @@ impl Backend for Metered {
 
     fn activate(&self, x: &Tensor, act: Activation, out: &mut Tensor) -> Result<(), TensorError> {
         self.count("elementwise", 0.0, || self.inner.activate(x, act, out))
+    }
+
+    fn curve(&self, x: &Tensor, curve: Curve, out: &mut Tensor) -> Result<(), TensorError> {
+        self.count("elementwise", 0.0, || self.inner.curve(x, curve, out))
     }
 
     fn resize(&self, x: &Tensor, filter: Filter, out: &mut Tensor) -> Result<(), TensorError> {
@@ -183,7 +197,7 @@ impl Backend for Metered {
     }
 
     /// The ops of `body` are counted when they run or are recorded, not when a recording is replayed.
-    fn record(&self, key: u64, inputs: &[&Tensor], body: &mut Body<'_>) -> Result<Tensor, BodyError> {
+    fn record(&self, key: u64, inputs: &[&Tensor], body: &mut Body<'_>) -> Result<Outcome, BodyError> {
         self.inner.record(key, inputs, body)
     }
 

@@ -19,20 +19,6 @@ struct Piece<'a> {
     weights: Option<Field>,
 }
 
-/// The same as [`evaluate`], in host memory.
-///
-/// # Errors
-/// As there.
-pub fn evaluate_on_host(
-    model: &dyn Model,
-    sides: &[Option<&[ResolvedCond]>],
-    x: &HostTensor,
-    sigma: f32,
-) -> Result<Vec<HostTensor>, DiffusionError> {
-    let out = evaluate(model, sides, &Field::Host(x.clone()), sigma)?;
-    out.into_iter().map(Field::into_host).collect()
-}
-
 /// The averaged prediction of every side at `sigma`, where `x` is, as far as that goes; zeros in host memory for `None`.
 ///
 /// # Errors

@@ -12,7 +12,6 @@
 //! frames before anything is allocated, and compressed text is inflated only
 //! up to a bound.
 
-mod bislerp;
 mod decode;
 #[cfg(test)]
 mod decode_tests;

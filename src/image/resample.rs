@@ -10,15 +10,15 @@
 //!
 //! `lanczos` goes through 8-bit samples and lives in [`super::lanczos`];
 //! `bislerp` interpolates directions instead of values and lives in
-//! [`super::bislerp`]. Cubic kernel: R. Keys, "Cubic convolution interpolation
+//! [`crate::tensor::bislerp`]. Cubic kernel: R. Keys, "Cubic convolution interpolation
 //! for digital image processing", 1981, with a = −0.75.
 
 use thiserror::Error;
 
-use super::{bislerp, lanczos};
+use super::lanczos;
 use crate::tensor::HostTensor;
+pub(super) use crate::tensor::resample::Grid;
 use crate::tensor::resample::{Axis, Filter};
-pub(super) use crate::tensor::resample::{Grid, linear_position};
 
 /// Largest number of elements a resize may produce: 2³¹ floats are 8 GiB.
 const MAX_ELEMENTS: u64 = 1 << 31;
@@ -92,6 +92,19 @@ impl Method {
             "lanczos" => Self::Lanczos,
             _ => return None,
         })
+    }
+
+    /// The same on feature maps, if devices have it.
+    pub fn filter(self) -> Option<Filter> {
+        match self {
+            Self::Nearest => Some(Filter::Nearest),
+            Self::NearestExact => Some(Filter::NearestExact),
+            Self::Bilinear => Some(Filter::Bilinear),
+            Self::Bicubic => Some(Filter::Bicubic),
+            Self::Area => Some(Filter::Area),
+            Self::Bislerp => Some(Filter::Bislerp),
+            Self::BicubicAntialias | Self::Lanczos => None,
+        }
     }
 }
 
@@ -217,15 +230,11 @@ fn resize_grid(x: &[f32], grid: Grid, to: Resize) -> Result<Vec<f32>, ResampleEr
         Crop::Center => crop_center(x, grid, to.width, to.height),
     };
     let x = cropped.as_deref().unwrap_or(x);
-    Ok(match to.method {
-        Method::Bislerp => bislerp::resize(x, grid, to.width, to.height),
-        Method::Lanczos => lanczos::resize_f32(x, grid, to.width, to.height),
-        Method::Nearest => Axis::resize(Filter::Nearest, x, grid, [to.height, to.width]),
-        Method::NearestExact => Axis::resize(Filter::NearestExact, x, grid, [to.height, to.width]),
-        Method::Bilinear => Axis::resize(Filter::Bilinear, x, grid, [to.height, to.width]),
-        Method::Bicubic => Axis::resize(Filter::Bicubic, x, grid, [to.height, to.width]),
-        Method::BicubicAntialias => Axis::resize_antialiased(x, grid, [to.height, to.width]),
-        Method::Area => Axis::resize(Filter::Area, x, grid, [to.height, to.width]),
+    let size = [to.height, to.width];
+    Ok(match (to.method.filter(), to.method) {
+        (Some(filter), _) => Axis::resize(filter, x, grid, size),
+        (None, Method::BicubicAntialias) => Axis::resize_antialiased(x, grid, size),
+        (None, _) => lanczos::resize_f32(x, grid, to.width, to.height),
     })
 }
 

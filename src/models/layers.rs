@@ -10,9 +10,9 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use super::ModelError;
 use crate::tensor::{
-    Activation, Attention, Backend, Cols, Conv2d, ConvWeight, DType, Embedding, Filter, GroupNorm,
-    HostLayout, HostTensor, LayerNorm, Linear, LinearParts, LinearWeight, MatchTokens, NormWeight, RawTensor,
-    ScaleHalf, Shape, SwapTokens, Tensor, TokenRows,
+    Activation, Attention, AttentionDrawn, Backend, Cols, Conv2d, ConvWeight, Curve, DType, Embedding,
+    Filter, GroupNorm, HostLayout, HostTensor, LayerNorm, Linear, LinearParts, LinearWeight, MatchTokens,
+    NormWeight, RawTensor, ScaleHalf, Shape, SwapTokens, Tensor, TokenRows,
 };
 
 /// Where a model's tensors come from: a file, or a file under patches.
@@ -407,6 +407,18 @@ impl Ops<'_> {
     /// `act(x)`.
     pub fn activate(&self, x: &Tensor, act: Activation) -> Result<Tensor, ModelError> {
         self.with(x.shape(), |out| self.0.activate(x, act, out))
+    }
+
+    /// Attention that every key draws, of `samples` samples: `[samples, 1, keys, 1]` in f32.
+    pub fn attention_drawn(&self, op: &AttentionDrawn<'_>, samples: usize) -> Result<Tensor, ModelError> {
+        let mut out = self.0.alloc_f32(Shape::nhwc(samples, 1, op.k.tensor.shape().positions(), 1))?;
+        self.0.attention_drawn(op, &mut out)?;
+        Ok(out)
+    }
+
+    /// `curve(x)`.
+    pub fn curve(&self, x: &Tensor, curve: Curve) -> Result<Tensor, ModelError> {
+        self.with(x.shape(), |out| self.0.curve(x, curve, out))
     }
 
     /// Sinusoidal timestep embedding.

@@ -8,7 +8,8 @@ use std::any::Any;
 use std::sync::Arc;
 
 use super::{
-    Cols, Filter, LatentOps, MatchTokens, RawTensor, Shape, Tensor, TensorError, TokenRows, merge, reference,
+    Cols, Curve, Filter, LatentOps, MatchTokens, RawTensor, Shape, Tensor, TensorError, TokenRows, merge,
+    reference,
 };
 
 /// A weight in a backend's own layout. Cloning shares it.
@@ -214,6 +215,20 @@ pub struct Attention<'a> {
     pub scale: f32,
 }
 
+/// For every key the sum over queries of its share of attention, the mean over heads.
+pub struct AttentionDrawn<'a> {
+    /// Queries `[B, Sq, heads·D]`.
+    pub q: Cols<'a>,
+    /// Keys `[B, Sk, heads·D]`.
+    pub k: Cols<'a>,
+    /// Number of heads.
+    pub heads: usize,
+    /// Factor on the scores.
+    pub scale: f32,
+    /// The first sample that counts; the output has as many as count.
+    pub first: usize,
+}
+
 /// Group normalisation over channels of NHWC, optionally followed by SiLU.
 pub struct GroupNorm<'a> {
     /// Input.
@@ -343,7 +358,21 @@ impl MemoryUse {
 }
 
 /// Work that may be recorded, see [`Backend::record`].
-pub type Body<'a> = dyn FnMut(&[&Tensor]) -> Result<Tensor, BodyError> + 'a;
+pub type Body<'a> = dyn FnMut(&[&Tensor]) -> Result<Outcome, BodyError> + 'a;
+
+/// What a [`Body`] makes.
+pub struct Outcome {
+    /// Its result.
+    pub result: Tensor,
+    /// What parts of the work leave beside the result, in an order of theirs; `None` where one leaves nothing.
+    pub beside: Vec<Option<Tensor>>,
+}
+
+impl From<Tensor> for Outcome {
+    fn from(result: Tensor) -> Self {
+        Self { result, beside: Vec::new() }
+    }
+}
 
 /// Why a [`Body`] failed.
 pub type BodyError = Box<dyn std::error::Error + Send + Sync>;
@@ -376,6 +405,9 @@ pub trait Backend: Send + Sync {
         self.alloc(shape)
     }
 
+    /// An activation in f32, whatever the backend's own type.
+    fn alloc_f32(&self, shape: Shape) -> Result<Tensor, TensorError>;
+
     /// Packs linear weights into this backend's layout.
     fn pack_linear(&self, parts: &LinearParts<'_>) -> Result<LinearWeight, TensorError>;
 
@@ -407,6 +439,9 @@ pub trait Backend: Send + Sync {
     /// Attention; `out` has the rows and width of `q`.
     fn attention(&self, op: &Attention<'_>, out: &mut Tensor) -> Result<(), TensorError>;
 
+    /// Attention that every key draws; `out` is `[samples, 1, Sk, 1]` in f32.
+    fn attention_drawn(&self, op: &AttentionDrawn<'_>, out: &mut Tensor) -> Result<(), TensorError>;
+
     /// Group normalisation; `out` has all channels of `x` and `x2`.
     fn group_norm(&self, op: &GroupNorm<'_>, out: &mut Tensor) -> Result<(), TensorError>;
 
@@ -422,6 +457,11 @@ pub trait Backend: Send + Sync {
 
     /// `act(x)`; `out` has the shape of `x`.
     fn activate(&self, x: &Tensor, act: Activation, out: &mut Tensor) -> Result<(), TensorError>;
+
+    /// `curve(x)`; `out` has the shape of `x`.
+    fn curve(&self, x: &Tensor, curve: Curve, out: &mut Tensor) -> Result<(), TensorError> {
+        reference::curve(self, x, curve, out)
+    }
 
     /// A map of another size; batch and channels stay.
     fn resize(&self, x: &Tensor, filter: Filter, out: &mut Tensor) -> Result<(), TensorError> {
@@ -468,9 +508,9 @@ pub trait Backend: Send + Sync {
     ///
     /// For one `key` and one set of input shapes `body` must be the same
     /// sequence of ops, depend on nothing but `inputs` and weights that stay,
-    /// and neither upload nor download. The result has the shape and content
-    /// that `body` gives.
-    fn record(&self, key: u64, inputs: &[&Tensor], body: &mut Body<'_>) -> Result<Tensor, BodyError> {
+    /// and neither upload nor download. The outcome has the shapes and contents
+    /// that `body` gives, and is the caller's alone: later calls leave it as it is.
+    fn record(&self, key: u64, inputs: &[&Tensor], body: &mut Body<'_>) -> Result<Outcome, BodyError> {
         let _ = key;
         body(inputs)
     }

@@ -1,7 +1,8 @@
 //! What every backend checks before it runs an op: shapes that fit together.
 
 use super::{
-    Activation, Attention, Cols, Conv2d, Embed, GroupNorm, LayerNorm, Linear, Shape, SwapTokens, TensorError,
+    Activation, Attention, AttentionDrawn, Cols, Conv2d, Embed, GroupNorm, LayerNorm, Linear, Shape,
+    SwapTokens, TensorError,
 };
 
 /// Fails unless `found == expected`.
@@ -136,6 +137,29 @@ impl Attention<'_> {
             return Err(TensorError::Size { op: OP, what: "number of keys", expected: 1, found: 0 });
         }
         [&self.q, &self.k, &self.v].iter().try_for_each(|cols| cols.check(OP))
+    }
+}
+
+impl AttentionDrawn<'_> {
+    /// Fails unless the operands fit together and `out` is the shape of a result.
+    pub fn check(&self, out: Shape) -> Result<(), TensorError> {
+        const OP: &str = "attention_drawn";
+        let (sq, sk) = (self.q.tensor.shape(), self.k.tensor.shape());
+        size(OP, "samples of the keys", sq.n, sk.n)?;
+        size(OP, "width of the keys", self.q.width, self.k.width)?;
+        let end = self.first.saturating_add(out.n);
+        size(OP, "end of the samples", end.min(sq.n), end)?;
+        let keys = sk.positions();
+        shape(OP, Shape::nhwc(out.n, 1, keys, 1), out)?;
+        for (what, found) in [("queries (at least)", sq.positions()), ("keys (at least)", keys)] {
+            size(OP, what, 1, found.min(1))?;
+        }
+        if self.heads == 0 || self.q.width == 0 || !self.q.width.is_multiple_of(self.heads) {
+            let (expected, found) = (self.heads, self.q.width);
+            let what = "width as a multiple of the heads";
+            return Err(TensorError::Size { op: OP, what, expected, found });
+        }
+        [&self.q, &self.k].iter().try_for_each(|cols| cols.check(OP))
     }
 }
 

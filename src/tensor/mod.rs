@@ -5,8 +5,10 @@
 //! worked on through the op set of [`Backend`].
 
 pub mod backend;
+pub mod bislerp;
 pub mod buffer;
 pub mod check;
+mod curve;
 mod device;
 mod dtype;
 mod error;
@@ -21,10 +23,11 @@ pub mod reference;
 pub mod resample;
 
 pub use backend::{
-    Activation, Attention, Backend, BackendInfo, Body, BodyError, Conv2d, ConvWeight, Embed, EmbedRow,
-    Embedding, GroupNorm, HostLayout, LayerNorm, Linear, LinearParts, LinearWeight, MemoryUse, NormWeight,
-    Packed, Pad, PressureHook, ScaleHalf, SwapTokens,
+    Activation, Attention, AttentionDrawn, Backend, BackendInfo, Body, BodyError, Conv2d, ConvWeight, Embed,
+    EmbedRow, Embedding, GroupNorm, HostLayout, LayerNorm, Linear, LinearParts, LinearWeight, MemoryUse,
+    NormWeight, Outcome, Packed, Pad, PressureHook, ScaleHalf, SwapTokens,
 };
+pub use curve::Curve;
 pub use device::{Cols, Shape, Storage, Tensor};
 pub use dtype::DType;
 pub use error::TensorError;

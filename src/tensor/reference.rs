@@ -8,12 +8,25 @@ use std::f64::consts::TAU;
 use rayon::prelude::*;
 
 use super::resample::{Axis, Grid};
-use super::{Backend, Cols, Filter, HostLayout, ScaleHalf, Shape, SwapTokens, Tensor, TensorError};
+use super::{Backend, Cols, Curve, Filter, HostLayout, ScaleHalf, Shape, SwapTokens, Tensor, TensorError};
 
 fn read<B: Backend + ?Sized>(backend: &B, x: &Tensor) -> Result<Vec<f32>, TensorError> {
     let mut data = vec![0f32; x.shape().len()];
     backend.download(x, HostLayout::Nhwc, &mut data)?;
     Ok(data)
+}
+
+/// See [`Backend::curve`].
+pub(super) fn curve<B: Backend + ?Sized>(
+    backend: &B,
+    x: &Tensor,
+    curve: Curve,
+    out: &mut Tensor,
+) -> Result<(), TensorError> {
+    super::check::shape("curve", x.shape(), out.shape())?;
+    let mut data = read(backend, x)?;
+    data.iter_mut().for_each(|v| *v = curve.value(*v));
+    backend.upload(&data, HostLayout::Nhwc, out)
 }
 
 /// See [`Backend::resize`].

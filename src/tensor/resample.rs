@@ -20,6 +20,8 @@ pub enum Filter {
     Bicubic,
     /// Mean of all source pixels that an output pixel touches.
     Area,
+    /// Spherical interpolation of the channel vectors, for latents and feature maps; see [`super::bislerp`].
+    Bislerp,
 }
 
 /// A buffer seen as `outer` planes of `h × w` cells of `inner` values.
@@ -45,6 +47,9 @@ pub struct Axis {
 impl Axis {
     /// `x` with planes of `to` (height, width).
     pub fn resize(filter: Filter, x: &[f32], grid: Grid, to: [usize; 2]) -> Vec<f32> {
+        if filter == Filter::Bislerp {
+            return super::bislerp::resize(x, grid, to);
+        }
         let [height, width] = to;
         let wide = Self::new(filter, grid.w, width).apply_x(x, grid);
         Self::new(filter, grid.h, height).apply_y(&wide, Grid { w: width, ..grid })
@@ -87,7 +92,8 @@ impl Axis {
             match filter {
                 Filter::Nearest => axis.taps.push((floor_index(i as f32 * scale, old), 1.0)),
                 Filter::NearestExact => axis.taps.push((floor_index((i as f32 + 0.5) * scale, old), 1.0)),
-                Filter::Bilinear => {
+                // Directions have passes of their own, between these same neighbours.
+                Filter::Bilinear | Filter::Bislerp => {
                     let (at, next, t) = linear_position(i, old, new);
                     axis.taps.extend([(at, 1.0 - t), (next, t)]);
                 }

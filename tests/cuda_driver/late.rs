@@ -94,9 +94,10 @@ fn child_replays() {
                 backend.linear(&Linear::new(inputs[0], &weight), &mut between)?;
                 let mut out = backend.alloc(shape)?;
                 backend.linear(&Linear::new(&between, &weight), &mut out)?;
-                Ok(out)
+                Ok(out.into())
             })
-            .unwrap();
+            .unwrap()
+            .result;
         results.push((out, values));
     }
     // Plainly, captured, and three times replayed.

@@ -75,8 +75,8 @@ fn merged_tokens_are_those_of_the_cpu() {
         };
         let (normed, qkv) = (upload(&on_device, &normed, CHANNELS), upload(&on_device, &qkv, 3 * CHANNELS));
         let before = driver.instruments().counts();
-        let mut body = |inputs: &[&Tensor]| attend(&on_device, inputs[0], inputs[1]);
-        let out = on_device.record(11, &[&normed, &qkv], &mut body).unwrap();
+        let mut body = |inputs: &[&Tensor]| Ok(attend(&on_device, inputs[0], inputs[1])?.into());
+        let out = on_device.record(11, &[&normed, &qkv], &mut body).unwrap().result;
         let after = driver.instruments().counts();
         if round >= 2 {
             let asked = [after.allocations - before.allocations, after.syncs - before.syncs];

@@ -1,4 +1,5 @@
-//! Products that fetch weights while the kernels before them still run: no such kernel may be the one that makes the weights.
+//! Recorded work: products that fetch weights while the kernels before them still run, no such kernel being the one that makes
+//! the weights; and what it leaves beside its result.
 
 use std::borrow::Cow;
 use std::sync::Arc;
@@ -13,7 +14,9 @@ use kiln::backend::cuda::{CudaBackend, Element, Gpu, Shared};
 use kiln::driver::simt::{SimtDriver, SimtOptions};
 use kiln::driver::toolchain::SimtVariant;
 use kiln::driver::{Capability, Driver};
-use kiln::tensor::{Backend, DType, HostLayout, Linear, LinearParts, LinearWeight, RawTensor, Shape};
+use kiln::tensor::{
+    Backend, DType, HostLayout, Linear, LinearParts, LinearWeight, Outcome, RawTensor, Shape, Tensor,
+};
 
 use crate::library;
 
@@ -57,15 +60,48 @@ fn recorded_products_may_fetch_packed_weights_early() {
                 backend.linear(&Linear::new(inputs[0], &weights[0]), &mut between)?;
                 let mut out = backend.alloc(shape)?;
                 backend.linear(&Linear::new(&between, &weights[1]), &mut out)?;
-                Ok(out)
+                Ok(out.into())
             })
-            .unwrap();
+            .unwrap()
+            .result;
         let mut host = vec![0.0; SIDE * SIDE];
         backend.download(&out, HostLayout::Nhwc, &mut host).unwrap();
         results.push(host);
     }
     assert!(results[0].iter().any(|v| *v != 0.0));
     assert!(results[1] == results[0] && results[2] == results[0], "plain, captured, replayed");
+}
+
+/// What a part of the work leaves is every call's own, whether that was run, captured or replayed.
+#[test]
+fn what_recorded_work_leaves_is_the_caller_s() {
+    let backend = backend();
+    let shape = Shape { n: 1, h: 1, w: SIDE, c: SIDE };
+    let mut calls = Vec::new();
+    for seed in 3..8 {
+        let mut x = backend.alloc(shape).unwrap();
+        backend.upload(&values(seed), HostLayout::Nhwc, &mut x).unwrap();
+        let outcome = backend.record(9, &[&x], &mut |inputs| {
+            let [mut result, mut left] = [backend.alloc(shape)?, backend.alloc(shape)?];
+            backend.axpby(2.0, inputs[0], 0.0, inputs[0], &mut result)?;
+            backend.axpby(1.0, &result, 1.0, inputs[0], &mut left)?;
+            Ok(Outcome { result, beside: vec![None, Some(left)] })
+        });
+        calls.push((x, outcome.unwrap()));
+    }
+    // All were queued before the first is read.
+    let read = |t: &Tensor| {
+        let mut host = vec![0.0; SIDE * SIDE];
+        backend.download(t, HostLayout::Nhwc, &mut host).unwrap();
+        host
+    };
+    for (x, Outcome { result, beside }) in &calls {
+        let [None, Some(left)] = beside.as_slice() else { panic!("one of two parts left something") };
+        let (x, result, left) = (read(x), read(result), read(left));
+        assert!(x.iter().zip(&result).all(|(x, y)| *y == 2.0 * x) && x.iter().any(|v| *v != 0.0));
+        // 3x has two bits more than x, and is rounded once.
+        assert!(x.iter().zip(&left).all(|(x, y)| (y - 3.0 * x).abs() <= x.abs() * 2f32.powi(-9)));
+    }
 }
 
 /// A weight that is packed during a capture would be written by a kernel of the graph: such work runs plainly.
@@ -82,12 +118,12 @@ fn no_weight_is_packed_while_work_is_captured() {
             let mut out = backend.alloc(shape)?;
             backend.linear(&Linear::new(inputs[0], &weight), &mut out)?;
             runs.fetch_add(1, Relaxed);
-            Ok(out)
+            Ok(out.into())
         })
     };
     let results = [(); 3].map(|()| {
         let mut host = vec![0.0; SIDE * SIDE];
-        backend.download(&run().unwrap(), HostLayout::Nhwc, &mut host).unwrap();
+        backend.download(&run().unwrap().result, HostLayout::Nhwc, &mut host).unwrap();
         host
     });
     assert_eq!(runs.load(Relaxed), 3, "each was run plainly to its end, none captured");

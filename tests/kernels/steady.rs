@@ -1,11 +1,14 @@
 //! From the third step on a step stays on the device: one graph for every model call, no memory from the driver, no wait
 //! of the host, and no byte in either direction but what is said here.
 
+use std::collections::HashMap;
+use std::path::Path;
 use std::sync::Arc;
 
 use kiln::driver::Driver;
 use kiln::driver::simt::SimtDriver;
 use kiln::engine::Engine;
+use safetensors::tensor::TensorView;
 use serde_json::{Value as Json, json};
 use tempfile::TempDir;
 
@@ -77,6 +80,25 @@ fn guided(class: &str, mut inputs: Json) -> Change {
     })
 }
 
+/// A hypernetwork for the demo model with Mish between two layers: for texts of 48 channels, and for 64 and 96.
+fn write_hypernetwork(base: &Path) {
+    let folder = base.join("models/hypernetworks");
+    std::fs::create_dir_all(&folder).unwrap();
+    let layer = |width: usize, salt: usize| -> Vec<u8> {
+        let value = |i: usize| ((i * 37 + salt * 11) % 101) as f32 / 505.0 - 0.1;
+        (0..width * width).flat_map(|i| value(i).to_le_bytes()).collect()
+    };
+    let sizes = [48, 64, 96].into_iter().flat_map(|width| [0, 1, 2, 3].map(|i| (width, i / 2, i % 2)));
+    let layers: Vec<(String, usize, Vec<u8>)> = sizes
+        .map(|(width, network, i)| (format!("{width}.{network}.linear.{i}.weight"), width, layer(width, i)))
+        .collect();
+    let views = layers.iter().map(|(name, width, data)| {
+        (name, TensorView::new(safetensors::Dtype::F32, vec![*width; 2], data).unwrap())
+    });
+    let facts = HashMap::from([("activation_func".to_owned(), "mish".to_owned())]);
+    safetensors::serialize_to_file(views, Some(facts), &folder.join("mish.safetensors")).unwrap();
+}
+
 /// An engine on a device that counts.
 struct Counted {
     /// Side of the picture.
@@ -89,6 +111,7 @@ struct Counted {
 impl Counted {
     fn new(size: usize) -> Self {
         let folder = tempfile::tempdir().unwrap();
+        write_hypernetwork(folder.path());
         let (driver, placement) = simt();
         Self { size, driver, engine: engine(placement, folder.path()), _folder: folder }
     }
@@ -145,9 +168,20 @@ fn a_steady_step_stays_on_the_device() {
             "end_percent": 1.0, "downscale_after_skip": true, "downscale_method": "bicubic",
             "upscale_method": "bilinear"}),
         ),
+        (
+            "PatchModelAddDownscale",
+            json!({"block_number": 1, "downscale_factor": 1.5, "start_percent": 0.0,
+            "end_percent": 1.0, "downscale_after_skip": false, "downscale_method": "bislerp",
+            "upscale_method": "bislerp"}),
+        ),
+        ("HypernetworkLoader", json!({"hypernetwork_name": "mish.safetensors", "strength": 0.8})),
         ("UNetSelfAttentionMultiply", json!({"q": 1.1, "k": 1.0, "v": 0.9, "out": 1.0})),
     ];
     counted.check("patches of the network", patched(&inside), [1, 0, 0, 0, 0]);
+    // Asks the model once more for the negative side, blurred in host memory where the four places of the lowest level
+    // drew attention.
+    let blurred = patched(&[("SelfAttentionGuidance", json!({"scale": 0.5, "blur_sigma": 2.0}))]);
+    counted.check("SelfAttentionGuidance", blurred, [2, 0, 2, latent + 4 * 4, latent]);
     // An area of both sides is a call of its own.
     let place = json!({"width": 64, "height": 64, "x": 32, "y": 0, "strength": 1.0});
     counted.check("ConditioningSetArea", region("ConditioningSetArea", place), [2, 0, 0, 0, 0]);

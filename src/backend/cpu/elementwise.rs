@@ -8,7 +8,7 @@ use super::simd::map::{Activate, Axpby};
 use super::weights::{WeightMemory, decode_into};
 use super::{Exec, Weight};
 use crate::tensor::{
-    Activation, DType, Embed, EmbedRow, Embedding, HostLayout, Shape, Tensor, TensorError, check,
+    Activation, Curve, DType, Embed, EmbedRow, Embedding, HostLayout, Shape, Tensor, TensorError, check,
 };
 
 /// Elements of a task.
@@ -35,6 +35,18 @@ pub(super) fn activate<E: Element>(
     let out = elements_mut::<E>(OP, out)?;
     out.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(out, x)| {
         exec.isa.launch(Activate { x, act, out });
+    });
+    Ok(())
+}
+
+/// See [`crate::tensor::Backend::curve`].
+pub(super) fn curve<E: Element>(x: &Tensor, curve: Curve, out: &mut Tensor) -> Result<(), TensorError> {
+    const OP: &str = "curve";
+    shape(OP, x.shape(), out.shape())?;
+    let x = elements::<E>(OP, x)?;
+    let out = elements_mut::<E>(OP, out)?;
+    out.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(out, x)| {
+        out.iter_mut().zip(x).for_each(|(o, v)| *o = E::from_f32(curve.value(v.to_f32())));
     });
     Ok(())
 }

@@ -7,6 +7,7 @@
 //! | `layers`, `matmul` | convolution and linear layers, one blocked product |
 //! | `regions` | the same for convolutions over large maps |
 //! | `attention` | online softmax, a head at a time |
+//! | `drawn` | how much attention every key draws |
 //! | `norm`, `elementwise` | the rest |
 //! | `bf16` | matrix kernels on bf16 inputs: AMX, AVX512-BF16 |
 //! | `bf16_ops` | the matrix ops on those kernels |
@@ -23,6 +24,7 @@ pub mod bf16;
 mod bf16_ops;
 pub mod ceiling;
 mod check;
+mod drawn;
 mod elementwise;
 mod heap;
 mod layers;
@@ -198,6 +200,10 @@ impl Backend for CpuBackend {
         self.alloc_as(shape, dtype)
     }
 
+    fn alloc_f32(&self, shape: Shape) -> Result<Tensor, TensorError> {
+        self.alloc_as(shape, DType::F32)
+    }
+
     fn pack_linear(&self, parts: &LinearParts<'_>) -> Result<LinearWeight, TensorError> {
         const OP: &str = "pack_linear";
         let k = parts.weights.first().map_or(0, |w| w.shape.get(1).copied().unwrap_or(1));
@@ -293,6 +299,10 @@ impl Backend for CpuBackend {
         run!(self, attention::attention, &self.exec, op, out)
     }
 
+    fn attention_drawn(&self, op: &AttentionDrawn<'_>, out: &mut Tensor) -> Result<(), TensorError> {
+        run!(self, drawn::attention_drawn, op, out)
+    }
+
     fn group_norm(&self, op: &GroupNorm<'_>, out: &mut Tensor) -> Result<(), TensorError> {
         run!(self, norm::group_norm, &self.exec, op, out)
     }
@@ -311,6 +321,10 @@ impl Backend for CpuBackend {
 
     fn activate(&self, x: &Tensor, act: Activation, out: &mut Tensor) -> Result<(), TensorError> {
         run!(self, elementwise::activate, &self.exec, x, act, out)
+    }
+
+    fn curve(&self, x: &Tensor, curve: Curve, out: &mut Tensor) -> Result<(), TensorError> {
+        run!(self, elementwise::curve, x, curve, out)
     }
 
     fn resize(&self, x: &Tensor, filter: Filter, out: &mut Tensor) -> Result<(), TensorError> {

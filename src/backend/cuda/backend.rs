@@ -4,9 +4,9 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::latents::Pace;
-use super::launch::elementwise::{self, Act};
+use super::launch::elementwise::{self, Act, Function};
 use super::launch::epilogue::{Epilogue, Rows};
-use super::launch::{attention, conv, copy, gemm, image, norm, reweight};
+use super::launch::{attention, attention_drawn, bislerp, conv, copy, gemm, image, norm, reweight};
 use super::pool::{Pool, Usage, WeightMemory};
 use super::record::Recorder;
 use super::upload::Uploader;
@@ -210,6 +210,25 @@ impl CudaBackend {
         Ok(Operand { ptr: whole.ptr.offset(cols.start * whole.element.size()), ..whole })
     }
 
+    /// `out = function(x)`.
+    fn map(
+        &self,
+        op: &'static str,
+        x: &Tensor,
+        function: Function,
+        out: &mut Tensor,
+    ) -> Result<(), TensorError> {
+        shape(op, x.shape(), out.shape())?;
+        let launch = elementwise::Activate {
+            x: self.own(op, x)?.ptr,
+            out: self.own(op, out)?.ptr,
+            count: x.shape().len(),
+            function,
+            element: self.element,
+        };
+        Ok(elementwise::activate(&self.shared.gpu, &launch)?)
+    }
+
     /// The result of a product: the backend's own type or f32.
     fn epilogue(
         &self,
@@ -258,6 +277,10 @@ impl Backend for CudaBackend {
     }
 
     fn alloc_result(&self, shape: Shape) -> Result<Tensor, TensorError> {
+        self.alloc_as(shape, DType::F32)
+    }
+
+    fn alloc_f32(&self, shape: Shape) -> Result<Tensor, TensorError> {
         self.alloc_as(shape, DType::F32)
     }
 
@@ -397,6 +420,34 @@ impl Backend for CudaBackend {
         Ok(attention::attention(&self.shared.gpu, &launch)?)
     }
 
+    fn attention_drawn(&self, op: &AttentionDrawn<'_>, out: &mut Tensor) -> Result<(), TensorError> {
+        const OP: &str = "attention_drawn";
+        op.check(out.shape())?;
+        let result = operand(OP, out)?;
+        if result.element != Element::F32 {
+            let what = format!("a {:?} result; it is f32", out.dtype());
+            return Err(TensorError::Unsupported { op: OP, what });
+        }
+        let from = |cols: &Cols<'_>| -> Result<Rows, TensorError> {
+            let whole = self.own_columns(OP, cols)?;
+            let before = op.first * cols.tensor.shape().positions() * whole.pitch;
+            Ok(Rows::new(whole.ptr.offset(before * whole.element.size()), whole.pitch))
+        };
+        let launch = attention_drawn::Drawn {
+            q: from(&op.q)?,
+            k: from(&op.k)?,
+            out: result.ptr,
+            samples: out.shape().n,
+            queries: op.q.tensor.shape().positions(),
+            keys: op.k.tensor.shape().positions(),
+            heads: op.heads,
+            head_dim: op.q.width / op.heads,
+            scale: op.scale,
+            element: self.element,
+        };
+        Ok(attention_drawn::drawn(&self.shared.gpu, &launch)?)
+    }
+
     fn group_norm(&self, op: &GroupNorm<'_>, out: &mut Tensor) -> Result<(), TensorError> {
         const OP: &str = "group_norm";
         op.check(out.shape())?;
@@ -463,16 +514,11 @@ impl Backend for CudaBackend {
     }
 
     fn activate(&self, x: &Tensor, function: Activation, out: &mut Tensor) -> Result<(), TensorError> {
-        const OP: &str = "activate";
-        shape(OP, x.shape(), out.shape())?;
-        let launch = elementwise::Activate {
-            x: self.own(OP, x)?.ptr,
-            out: self.own(OP, out)?.ptr,
-            count: x.shape().len(),
-            act: act(function),
-            element: self.element,
-        };
-        Ok(elementwise::activate(&self.shared.gpu, &launch)?)
+        self.map("activate", x, Function::Act(act(function)), out)
+    }
+
+    fn curve(&self, x: &Tensor, curve: Curve, out: &mut Tensor) -> Result<(), TensorError> {
+        self.map("curve", x, Function::Curve(curve), out)
     }
 
     fn axpby(&self, a: f32, x: &Tensor, b: f32, y: &Tensor, out: &mut Tensor) -> Result<(), TensorError> {
@@ -497,23 +543,22 @@ impl Backend for CudaBackend {
         if to.is_empty() {
             return Ok(());
         }
-        let launch = image::Resize {
-            x: self.own("resize", x)?.ptr,
-            out: self.own("resize", out)?.ptr,
-            samples: from.n,
-            from: [from.h, from.w],
-            to: [to.h, to.w],
-            channels: to.c,
-            filter: match filter {
-                Filter::Nearest => image::Filter::Nearest,
-                Filter::NearestExact => image::Filter::NearestExact,
-                Filter::Bilinear => image::Filter::Bilinear,
-                Filter::Bicubic => image::Filter::Bicubic,
-                Filter::Area => image::Filter::Area,
-            },
-            element: self.element,
+        let (gpu, samples, channels, element) = (&self.shared.gpu, from.n, to.c, self.element);
+        let (x, out) = (self.own("resize", x)?.ptr, self.own("resize", out)?.ptr);
+        let (from, to) = ([from.h, from.w], [to.h, to.w]);
+        let filter = match filter {
+            Filter::Nearest => image::Filter::Nearest,
+            Filter::NearestExact => image::Filter::NearestExact,
+            Filter::Bilinear => image::Filter::Bilinear,
+            Filter::Bicubic => image::Filter::Bicubic,
+            Filter::Area => image::Filter::Area,
+            Filter::Bislerp => {
+                let launch = bislerp::Bislerp { x, out, samples, from, to, channels, element };
+                return Ok(bislerp::bislerp(gpu, &launch)?);
+            }
         };
-        Ok(image::resize(&self.shared.gpu, &launch)?)
+        let launch = image::Resize { x, out, samples, from, to, channels, filter, element };
+        Ok(image::resize(gpu, &launch)?)
     }
 
     fn swap_tokens(&self, op: &SwapTokens<'_>, out: &mut Tensor) -> Result<(), TensorError> {
@@ -604,7 +649,7 @@ impl Backend for CudaBackend {
         Ok(reweight::scale_low_band(&self.shared.gpu, &launch)?)
     }
 
-    fn record(&self, key: u64, inputs: &[&Tensor], body: &mut Body<'_>) -> Result<Tensor, BodyError> {
+    fn record(&self, key: u64, inputs: &[&Tensor], body: &mut Body<'_>) -> Result<Outcome, BodyError> {
         let alloc = |shape, dtype| self.alloc_as(shape, dtype);
         self.shared.recorder.run((key, self.element), inputs, body, alloc)
     }

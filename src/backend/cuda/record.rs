@@ -1,7 +1,7 @@
 //! Recorded work: a forward pass as one CUDA graph, captured once and replayed.
 //!
-//! A graph holds addresses. Its inputs and its result live in buffers of their
-//! own; its temporaries come from a pool that nothing but recorded work uses,
+//! A graph holds addresses. Its inputs and its outcome live in buffers of their
+//! own, and every call gets a copy of the outcome; its temporaries come from a pool that nothing but recorded work uses,
 //! so that no tensor outside a graph can be where a replay writes. Graphs share
 //! that pool: they run one after the other on one stream.
 //!
@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::pool::Pool;
 use super::{CudaError, Element, Gpu};
 use crate::driver::{DevicePtr, Graph};
-use crate::tensor::{Body, BodyError, DType, Shape, Storage, Tensor, TensorError};
+use crate::tensor::{Body, BodyError, DType, Outcome, Shape, Storage, Tensor, TensorError};
 
 /// Recordings kept; the least recently used goes.
 const KEPT: usize = 16;
@@ -36,7 +36,7 @@ struct Recording {
     /// Which loan each copy was made from last.
     sources: Vec<Option<u64>>,
     /// Missing while the work is captured, so that the capture takes the same memory.
-    result: Option<Tensor>,
+    outcome: Option<Outcome>,
     graph: Option<Graph>,
     used: u64,
 }
@@ -127,7 +127,7 @@ impl Recorder {
         inputs: &[&Tensor],
         body: &mut Body<'_>,
         alloc: impl Fn(Shape, DType) -> Result<Tensor, TensorError>,
-    ) -> Result<Tensor, BodyError> {
+    ) -> Result<Outcome, BodyError> {
         // One at a time: the flag and the pool are shared. A replay is one launch, so a trace would not see the kernels.
         if self.is_recording() || self.gpu.driver().instruments().is_tracing() {
             return body(inputs);
@@ -141,11 +141,16 @@ impl Recorder {
             },
             None => self.first(inputs, body)?,
         };
-        let result = recording.result.as_ref().ok_or("the recorded work has no result")?;
-        let out = alloc(result.shape(), result.dtype())?;
-        let bytes = result.shape().len() * result.dtype().size();
-        let (to, from) = (device_buffer(&out)?.0, device_buffer(result)?.0);
-        self.gpu.driver().copy(to, from, bytes, self.gpu.stream())?;
+        let made = recording.outcome.as_ref().ok_or("the recorded work has no outcome")?;
+        let copied = |made: &Tensor| -> Result<Tensor, BodyError> {
+            let out = alloc(made.shape(), made.dtype())?;
+            let bytes = made.shape().len() * made.dtype().size();
+            let (to, from) = (device_buffer(&out)?.0, device_buffer(made)?.0);
+            self.gpu.driver().copy(to, from, bytes, self.gpu.stream())?;
+            Ok(out)
+        };
+        let beside = made.beside.iter().map(|made| made.as_ref().map(copied).transpose());
+        let out = Outcome { result: copied(&made.result)?, beside: beside.collect::<Result<_, _>>()? };
         self.keep(key, recording);
         Ok(out)
     }
@@ -175,8 +180,8 @@ impl Recorder {
         let mut sources = vec![None; inputs.len()];
         self.refresh(&copies, &mut sources, inputs)?;
         let _flag = Flag::raise(&self.is_recording);
-        let result = body(&copies.iter().collect::<Vec<_>>())?;
-        Ok(Recording { inputs: copies, sources, result: Some(result), graph: None, used: 0 })
+        let outcome = body(&copies.iter().collect::<Vec<_>>())?;
+        Ok(Recording { inputs: copies, sources, outcome: Some(outcome), graph: None, used: 0 })
     }
 
     /// Captures the work if that has not happened, and replays it.
@@ -195,23 +200,23 @@ impl Recorder {
         let graph = match recording.graph {
             Some(graph) => graph,
             None => {
-                recording.result = None;
+                recording.outcome = None;
                 let _flag = Flag::raise(&self.is_recording);
                 self.gpu.begin_capture()?;
                 self.pool.freeze(true);
                 let copies: Vec<&Tensor> = recording.inputs.iter().collect();
-                let result = body(&copies);
+                let outcome = body(&copies);
                 // The capture must end even if the work failed, or the stream stays unusable.
                 let graph = self.gpu.end_capture();
                 let is_short = self.pool.freeze(false);
-                match (result, graph) {
-                    (Ok(result), Ok(graph)) if !is_short => {
-                        recording.result = Some(result);
+                match (outcome, graph) {
+                    (Ok(outcome), Ok(graph)) if !is_short => {
+                        recording.outcome = Some(outcome);
                         recording.graph = Some(graph);
                         graph
                     }
-                    (result, graph) => {
-                        let error = result.err().filter(|_| !is_short);
+                    (outcome, graph) => {
+                        let error = outcome.err().filter(|_| !is_short);
                         if let Some(error) = error {
                             tracing::warn!(%error, "work was not captured; it runs plainly");
                         }

@@ -94,7 +94,7 @@ impl Unet {
             latents: latents.as_ref(),
         };
         let (list, sigma, sides) = (hooks.list, hooks.sigma, hooks.sides);
-        let scope = HookScope { list, call: HookCall { ops, sigma, size: (shape.h, shape.w), sides } };
+        let scope = HookScope::new(list, HookCall { ops, sigma, size: (shape.h, shape.w), sides });
         self.run(ops, &call, controls, (None, (!list.is_empty()).then_some(&scope)))
     }
 

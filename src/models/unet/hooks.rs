@@ -4,8 +4,10 @@
 //! of the picture, scaled skip connections, smaller feature maps for the first
 //! steps. They attach as [`UnetHook`]s, which the blocks ask at three places; the
 //! network itself knows none of them, and without hooks nothing is asked. A pass is recorded if
-//! every hook gives a [`key`](UnetHook::key) for it; hooks that copy to and from the host give none.
+//! every hook gives a [`key`](UnetHook::key) for it; hooks that copy to and from the host give none. What a hook
+//! looked at in a pass is handed to it afterwards, whether the pass was run or replayed.
 
+use std::cell::RefCell;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 
@@ -102,6 +104,23 @@ pub trait UnetHook: Send + Sync {
         Ok(None)
     }
 
+    /// Looks at a block's self-attention, once a pass at most with a result: that is handed to
+    /// [`watched`](Self::watched) after the pass. Asked as [`self_attention`](Self::self_attention) is, before it.
+    fn watch(
+        &self,
+        call: &HookCall<'_>,
+        site: Site<'_>,
+        attention: &SelfAttention<'_>,
+    ) -> Result<Option<Tensor>, ModelError> {
+        let _ = (call, site, attention);
+        Ok(None)
+    }
+
+    /// Takes what [`watch`](Self::watch) made in a pass.
+    fn watched(&self, call: &HookCall<'_>, made: Tensor) {
+        let _ = (call, made);
+    }
+
     /// Changes the output of stage `block` on the way down, for the stages below
     /// and, unless `is_after_skip`, for the skip connection too. Called once with
     /// `is_after_skip` false and once with it true.
@@ -144,7 +163,9 @@ pub struct Hooks<'a> {
 /// Hooks at work; without any, nothing is asked.
 pub(in crate::models) struct HookScope<'a> {
     pub list: &'a [Arc<dyn UnetHook>],
-    pub call: HookCall<'a>,
+    call: HookCall<'a>,
+    /// What every hook has watched in this pass.
+    watched: RefCell<Vec<Option<Tensor>>>,
 }
 
 /// What keys and values are made of in place of `x`; `None` if no hook changes it.
@@ -169,7 +190,26 @@ pub(super) fn spliced(ops: Ops<'_>, from: &[&Tensor]) -> Result<Tensor, ModelErr
     ops.concat(&parts.collect::<Vec<_>>())
 }
 
-impl HookScope<'_> {
+impl<'a> HookScope<'a> {
+    /// The hooks of a pass.
+    pub fn new(list: &'a [Arc<dyn UnetHook>], call: HookCall<'a>) -> Self {
+        Self { list, call, watched: RefCell::default() }
+    }
+
+    /// What the hooks have watched since this was asked last, in their order.
+    pub fn take_watched(&self) -> Vec<Option<Tensor>> {
+        self.watched.take()
+    }
+
+    /// Hands every hook what it has watched.
+    pub fn hand_out(&self, watched: Vec<Option<Tensor>>) {
+        for (hook, made) in self.list.iter().zip(watched) {
+            if let Some(made) = made {
+                hook.watched(&self.call, made);
+            }
+        }
+    }
+
     /// Names the pass of a network called `work` under these hooks; `None` if one of them has no key.
     pub fn key(&self, work: u64) -> Option<u64> {
         let keys: Option<Vec<u64>> = self.list.iter().map(|hook| hook.key(&self.call)).collect();
@@ -178,7 +218,12 @@ impl HookScope<'_> {
 
     /// A block's self-attention.
     pub fn attend(&self, site: Site<'_>, attention: &SelfAttention<'_>) -> Result<Tensor, ModelError> {
-        for hook in self.list.iter().rev() {
+        for (i, hook) in self.list.iter().enumerate().rev() {
+            if let Some(made) = hook.watch(&self.call, site, attention)? {
+                let mut watched = self.watched.borrow_mut();
+                watched.resize_with(self.list.len(), || None);
+                watched[i] = Some(made);
+            }
             if let Some(attended) = hook.self_attention(&self.call, site, attention)? {
                 return Ok(attended);
             }

@@ -16,7 +16,7 @@ use super::ModelError;
 use super::controlnet::{self, Additions, ControlInput};
 use super::detect::UnetConfig;
 use super::layers::{LazyConv, LazyLinear, LazyNorm, Loader, Ops};
-use crate::tensor::{Activation, Backend, Cols, Conv2d, GroupNorm, HostTensor, Linear, Tensor};
+use crate::tensor::{Activation, Backend, Cols, Conv2d, GroupNorm, HostTensor, Linear, Outcome, Tensor};
 pub(super) use blocks::Scope;
 use blocks::{ResBlock, SpatialTransformer};
 pub(super) use context::ContextCache;
@@ -330,7 +330,7 @@ impl Unet {
         }
         let (ops, size) = (Ops(self.backend.as_ref()), (input.x.dim(2), input.x.dim(3)));
         let call = HookCall { ops, sigma: hooks.sigma, size, sides: hooks.sides };
-        self.pass(input, controls, (None, Some(&HookScope { list: hooks.list, call })))
+        self.pass(input, controls, (None, Some(&HookScope::new(hooks.list, call))))
     }
 
     fn check_channels(&self, found: usize) -> Result<(), ModelError> {
@@ -396,17 +396,23 @@ impl Unet {
             let (own, nets) = inputs.split_at(count.min(inputs.len()));
             let own = self.split(own)?;
             let added = controlnet::run_all(ops, &own, controls, nets)?;
-            self.layers(ops, &own, added, watched)
+            let result = self.layers(ops, &own, added, watched)?;
+            let beside = hooks.map_or_else(Vec::new, HookScope::take_watched);
+            Ok::<_, ModelError>(Outcome { result, beside })
         };
         let work = controlnet::key(self.id, controls);
-        match (probe, hooks.map_or(Some(work), |hooks| hooks.key(work))) {
+        let outcome = match (probe, hooks.map_or(Some(work), |hooks| hooks.key(work))) {
             (Some(probe), _) => run(&inputs, (probe, hooks)),
             (None, None) => run(&inputs, (&mut |_, _| {}, hooks)),
             (None, Some(key)) => self
                 .backend
                 .record(key, &inputs, &mut |inputs| Ok(run(inputs, (&mut |_, _| {}, hooks))?))
                 .map_err(ModelError::from_recorded),
+        }?;
+        if let Some(hooks) = hooks {
+            hooks.hand_out(outcome.beside);
         }
+        Ok(outcome.result)
     }
 
     /// The vector as rows `[B, width, 1, 1]`, if the model has such an input.

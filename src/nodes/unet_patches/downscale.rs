@@ -6,11 +6,10 @@ use std::sync::Arc;
 use super::attach;
 use crate::diffusion::ModelHandle;
 use crate::graph::Input;
-use crate::image::{Method, Resize, upscale};
 use crate::models::ModelError;
 use crate::models::unet::hooks::{HookCall, Joined, UnetHook, key_of};
 use crate::nodes::pure::PureNode;
-use crate::nodes::shapes::{method, newer, round};
+use crate::nodes::shapes::{method, newer, round, unknown};
 use crate::nodes::string::choice;
 use crate::nodes::{Inputs, Node, NodeError, Schema, Value};
 use crate::tensor::{Filter, Tensor};
@@ -49,10 +48,15 @@ fn patch(inputs: &Inputs) -> Result<Vec<Value>, NodeError> {
         start: sampling.percent_to_sigma(inputs.float("start_percent")?),
         end: sampling.percent_to_sigma(inputs.float("end_percent")?),
         is_after_skip: inputs.boolean("downscale_after_skip")?,
-        down: method(inputs, "downscale_method")?,
-        up: method(inputs, "upscale_method")?,
+        down: filter(inputs, "downscale_method")?,
+        up: filter(inputs, "upscale_method")?,
     };
     attach(inputs, Arc::new(hook))
+}
+
+fn filter(inputs: &Inputs, name: &str) -> Result<Filter, NodeError> {
+    let filter = method(inputs, name)?.filter();
+    filter.ok_or_else(|| unknown(name, inputs.string(name).unwrap_or_default()))
 }
 
 struct Downscale {
@@ -63,30 +67,8 @@ struct Downscale {
     /// … down to this one.
     end: f64,
     is_after_skip: bool,
-    down: Method,
-    up: Method,
-}
-
-fn resized(
-    call: &HookCall<'_>,
-    x: &Tensor,
-    (h, w): (usize, usize),
-    method: Method,
-) -> Result<Tensor, ModelError> {
-    let filter = match method {
-        Method::Nearest => Some(Filter::Nearest),
-        Method::NearestExact => Some(Filter::NearestExact),
-        Method::Bilinear => Some(Filter::Bilinear),
-        Method::Bicubic => Some(Filter::Bicubic),
-        Method::Area => Some(Filter::Area),
-        Method::BicubicAntialias | Method::Bislerp | Method::Lanczos => None,
-    };
-    if let Some(filter) = filter {
-        return call.ops.resize(x, filter, (h, w));
-    }
-    let map = call.ops.download_nchw(x)?;
-    let map = upscale(&map, Resize::to(w, h, method)).map_err(|e| ModelError::File(e.to_string()))?;
-    call.ops.upload_nchw(&map)
+    down: Filter,
+    up: Filter,
 }
 
 impl Downscale {
@@ -97,13 +79,9 @@ impl Downscale {
 }
 
 impl UnetHook for Downscale {
-    /// Directions are interpolated on the host.
     fn key(&self, call: &HookCall<'_>) -> Option<u64> {
-        let is_active = self.is_active(call);
-        let on_host = is_active && [self.down, self.up].contains(&Method::Bislerp);
-        let what = (self.block, self.factor.to_bits(), self.is_after_skip);
-        let methods = (self.down as u8, self.up as u8);
-        (!on_host).then(|| key_of("downscale", is_active.then_some((what, methods))))
+        let what = (self.block, self.factor.to_bits(), self.is_after_skip, self.down, self.up);
+        Some(key_of("downscale", self.is_active(call).then_some(what)))
     }
 
     fn way_down(
@@ -118,7 +96,7 @@ impl UnetHook for Downscale {
         }
         let side = |n: usize| round(n as f64 * (1.0 / self.factor)).max(1);
         let size = (side(h.shape().h), side(h.shape().w));
-        resized(call, h, size, self.down).map(Some)
+        call.ops.resize(h, self.down, size).map(Some)
     }
 
     fn way_up(&self, call: &HookCall<'_>, h: &Tensor, skip: &Tensor) -> Result<Joined, ModelError> {
@@ -126,6 +104,6 @@ impl UnetHook for Downscale {
         if have.h == want.h {
             return Ok(Joined::default());
         }
-        Ok(Joined { h: Some(resized(call, h, (want.h, want.w), self.up)?), skip: None })
+        Ok(Joined { h: Some(call.ops.resize(h, self.up, (want.h, want.w))?), skip: None })
     }
 }

@@ -50,10 +50,8 @@ struct Hook {
 }
 
 impl UnetHook for Hook {
-    /// Nonlinearities that backends don't have are computed on the host.
     fn key(&self, _: &HookCall<'_>) -> Option<u64> {
-        let network = self.file.network::<Hypernetwork>().ok()?;
-        network.stays_on_the_device().then(|| key_of("hypernetwork", self.id))
+        Some(key_of("hypernetwork", self.id))
     }
 
     fn changes_sources(&self) -> Option<u64> {

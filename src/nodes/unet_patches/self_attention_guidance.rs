@@ -6,20 +6,18 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use rayon::prelude::*;
-
 use crate::diffusion::guidance_patch::{GuidancePatch, PatchContext, Predictions};
-use crate::diffusion::regions::evaluate_on_host;
+use crate::diffusion::regions::evaluate;
 use crate::diffusion::{DiffusionError, Field, Model, ModelHandle};
 use crate::graph::Input;
 use crate::models::ModelError;
-use crate::models::layers::head_scale;
-use crate::models::unet::hooks::{HookCall, SelfAttention, Site, UnetHook};
+use crate::models::layers::{Ops, fused_self_attention};
+use crate::models::unet::hooks::{HookCall, SelfAttention, Site, UnetHook, key_of};
 use crate::nodes::pure::PureNode;
 use crate::nodes::sd_model::SdModel;
 use crate::nodes::shapes::newer;
 use crate::nodes::{Inputs, Node, NodeError, Schema, Value};
-use crate::tensor::{HostTensor, Tensor};
+use crate::tensor::{Attention, AttentionDrawn, HostTensor, Tensor};
 
 /// Attention that a place must draw to be blurred; 1 is what it draws on average.
 const THRESHOLD: f32 = 1.0;
@@ -51,29 +49,36 @@ fn patch(inputs: &Inputs) -> Result<Vec<Value>, NodeError> {
     let patch = SelfAttentionGuidance {
         scale: inputs.float("scale")? as f32,
         sigma: inputs.float("blur_sigma")?,
-        drawn: Drawn::default(),
+        noted: Noted::default(),
     };
     Ok(vec![Value::object("MODEL", model.with_patch(Arc::new(patch)))])
 }
 
-/// How much attention every place drew on the negative side, `[B, S]`, in the
-/// run's last model call.
-type Drawn = Arc<Mutex<Option<HostTensor>>>;
+/// How much attention every place drew in a model call.
+struct Drawn {
+    /// `[samples, 1, S, 1]`, on the device.
+    map: Tensor,
+    /// Its rows that are of the negative side.
+    rows: Vec<usize>,
+}
+
+/// What was noted in the run's last model call.
+type Noted = Arc<Mutex<Option<Drawn>>>;
 
 struct SelfAttentionGuidance {
     scale: f32,
     sigma: f64,
-    drawn: Drawn,
+    noted: Noted,
 }
 
 impl GuidancePatch for SelfAttentionGuidance {
     fn fresh(&self) -> Box<dyn GuidancePatch> {
-        Box::new(Self { drawn: Drawn::default(), ..*self })
+        Box::new(Self { noted: Noted::default(), ..*self })
     }
 
     fn model(&self, model: Arc<dyn Model>) -> Arc<dyn Model> {
         match model.network().downcast_ref::<SdModel>() {
-            Some(base) => Arc::new(base.with_hook(Arc::new(Watch { drawn: self.drawn.clone() }))),
+            Some(base) => Arc::new(base.with_hook(Arc::new(Watch { noted: self.noted.clone() }))),
             None => model,
         }
     }
@@ -88,72 +93,72 @@ impl GuidancePatch for SelfAttentionGuidance {
         preds: &Predictions,
         guided: Field,
     ) -> Result<Field, DiffusionError> {
-        let drawn = self.drawn.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let (Some(drawn), Some(negative)) = (drawn, ctx.sides.get(1)) else { return Ok(guided) };
+        let noted = self.noted.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let (Some(noted), Some(negative)) = (noted, ctx.sides.get(1)) else { return Ok(guided) };
         if guided.dim(2).min(guided.dim(3)) <= TOO_SMALL {
             return Ok(guided);
         }
-        let uncond = preds.uncond.to_host()?;
-        let degraded = degrade(&uncond, &drawn, self.sigma)?;
-        let noisy = degraded.zip(&*ctx.x.to_host()?, |d, x| d + x).zip(&uncond, |v, u| v - u);
-        let out = evaluate_on_host(ctx.model, &[Some(negative)], &noisy, ctx.sigma)?;
+        let drawn = noted.on_host(ctx.model)?;
+        let degraded = degrade(&*preds.uncond.to_host()?, &drawn, self.sigma)?;
+        let degraded = Field::Host(degraded).beside(ctx.x)?;
+        let noisy = Field::lincomb(&[(1.0, &degraded), (1.0, ctx.x), (-1.0, &preds.uncond)])?;
+        let out = evaluate(ctx.model, &[Some(negative)], &noisy, ctx.sigma)?;
         let Some(again) = out.first() else { return Ok(guided) };
-        guided.plus(self.scale.into(), (&degraded.into(), &again.clone().into()))
+        guided.plus(self.scale.into(), (&degraded, again))
+    }
+}
+
+impl Drawn {
+    /// The negative side's part in host memory, `[B, S]`.
+    fn on_host(&self, model: &dyn Model) -> Result<HostTensor, DiffusionError> {
+        let network = model.network().downcast_ref::<SdModel>();
+        let backend = network.map(|base| base.file().diffusion_backend());
+        let backend =
+            backend.ok_or_else(|| DiffusionError::model("self-attention guidance: not a UNet of SD"))?;
+        let map = Ops(backend.as_ref()).download_tokens(&self.map).map_err(DiffusionError::model)?;
+        let rows: Vec<f32> = self.rows.iter().flat_map(|row| map.row(*row)).copied().collect();
+        Ok(HostTensor::new(&[self.rows.len(), map.dim(1)], rows).unwrap_or_default())
     }
 }
 
 /// Notes how much attention each place draws in the first transformer block of the middle.
 struct Watch {
-    drawn: Drawn,
+    noted: Noted,
+}
+
+/// The samples of a pass that are denoised towards the negative side.
+fn negative(sides: &[usize]) -> Vec<usize> {
+    sides.iter().enumerate().filter(|(_, side)| **side == 1).map(|(i, _)| i).collect()
 }
 
 impl UnetHook for Watch {
-    fn self_attention(
+    fn key(&self, call: &HookCall<'_>) -> Option<u64> {
+        Some(key_of("attention drawn", negative(call.sides)))
+    }
+
+    fn watch(
         &self,
         call: &HookCall<'_>,
         site: Site<'_>,
         attention: &SelfAttention<'_>,
     ) -> Result<Option<Tensor>, ModelError> {
-        let watched: Vec<usize> =
-            call.sides.iter().enumerate().filter(|(_, side)| **side == 1).map(|(i, _)| i).collect();
-        if site.is_middle() && site.index == 0 && !watched.is_empty() {
-            let qkv = call.ops.download_tokens(attention.qkv)?;
-            let sums: Vec<f32> = watched
-                .iter()
-                .flat_map(|i| attention_drawn(qkv.row(*i), qkv.dim(1), attention.heads))
-                .collect();
-            let drawn = HostTensor::new(&[watched.len(), qkv.dim(1)], sums);
-            *self.drawn.lock().unwrap_or_else(PoisonError::into_inner) = drawn;
+        let samples = negative(call.sides);
+        let (Some(first), Some(last)) = (samples.first(), samples.last()) else { return Ok(None) };
+        if !(site.is_middle() && site.index == 0) {
+            return Ok(None);
         }
-        Ok(None)
+        let Attention { q, k, heads, scale, .. } =
+            fused_self_attention(attention.qkv, attention.heads, false);
+        let op = AttentionDrawn { q, k, heads, scale, first: *first };
+        call.ops.attention_drawn(&op, last - first + 1).map(Some)
     }
-}
 
-/// For every key the sum over queries of its share of attention, averaged over heads.
-fn attention_drawn(qkv: &[f32], places: usize, heads: usize) -> Vec<f32> {
-    let c = qkv.len() / (3 * places.max(1));
-    let (width, scale) = (c / heads.max(1), head_scale(c, heads));
-    let part = |place: usize, which: usize, head: usize| {
-        let start = place * 3 * c + which * c + head * width;
-        &qkv[start..start + width]
-    };
-    let per_query = (0..heads * places).into_par_iter().map(|i| {
-        let (head, query) = (i / places, part(i % places, 0, i / places));
-        let score =
-            |key: usize| query.iter().zip(part(key, 1, head)).map(|(q, k)| q * k).sum::<f32>() * scale;
-        let mut shares: Vec<f32> = (0..places).map(score).collect();
-        let top = shares.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        shares.iter_mut().for_each(|s| *s = (*s - top).exp());
-        let total: f32 = shares.iter().sum();
-        shares.iter_mut().for_each(|s| *s /= total);
-        shares
-    });
-    let rows: Vec<Vec<f32>> = per_query.collect();
-    let mut drawn = vec![0f64; places];
-    for row in &rows {
-        drawn.iter_mut().zip(row).for_each(|(d, s)| *d += f64::from(*s));
+    fn watched(&self, call: &HookCall<'_>, made: Tensor) {
+        let samples = negative(call.sides);
+        let first = samples.first().copied().unwrap_or(0);
+        let rows = samples.iter().map(|sample| sample - first).collect();
+        *self.noted.lock().unwrap_or_else(PoisonError::into_inner) = Some(Drawn { map: made, rows });
     }
-    drawn.iter().map(|d| (d / heads.max(1) as f64) as f32).collect()
 }
 
 /// `x` `[B, C, h, w]`, blurred where more attention was drawn than the threshold.
@@ -221,14 +226,6 @@ mod tests {
         assert_eq!(rows_of_map(6, (16, 24)), Some(2));
         assert_eq!(rows_of_map(64, (64, 64)), Some(8));
         assert_eq!(rows_of_map(1, (8, 8)), None);
-    }
-
-    /// The shares of every query add up to 1, so the keys' sums add up to the places.
-    #[test]
-    fn attention_is_shared_out() {
-        let qkv: Vec<f32> = (0..5 * 3 * 8).map(|i| ((i * 37) % 11) as f32 / 7.0 - 0.7).collect();
-        let drawn = attention_drawn(&qkv, 5, 2);
-        assert!((drawn.iter().sum::<f32>() - 5.0).abs() < 1e-5, "{drawn:?}");
     }
 
     #[test]

@@ -118,3 +118,41 @@ fn random_attention_matches_the_reference() {
         attention_case(&backends[i % backends.len()], case, &mut rng);
     }
 }
+
+/// Odd sizes, two of three samples, columns in the middle of wider rows.
+#[test]
+fn drawn_attention_matches_the_reference() {
+    let mut rng = Rng(13);
+    let (heads, d, queries, keys, scale) = (3, 5, 7, 11, 0.7f32);
+    let width = heads * d;
+    for b in backends() {
+        let q = b.random(Shape::tokens(3, queries, width + 4), &mut rng);
+        let k = b.random(Shape::tokens(3, keys, width + 2), &mut rng);
+        let op = AttentionDrawn {
+            q: Cols::range(&q, 3, width),
+            k: Cols::range(&k, 1, width),
+            heads,
+            scale,
+            first: 1,
+        };
+        let mut out = b.alloc_f32(Shape::nhwc(2, 1, keys, 1)).unwrap();
+        b.attention_drawn(&op, &mut out).unwrap();
+        let (qv, kv) = (b.get(&q), b.get(&k));
+        let mut want = vec![0f64; 2 * keys];
+        for (n, h, i) in (0..2).flat_map(|n| (0..heads * queries).map(move |i| (n, i / queries, i % queries)))
+        {
+            let q = &qv[((n + 1) * queries + i) * (width + 4) + 3 + h * d..][..d];
+            let score = |j: usize| -> f64 {
+                let k = &kv[((n + 1) * keys + j) * (width + 2) + 1 + h * d..][..d];
+                let dot: f64 = q.iter().zip(k).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+                (dot * f64::from(scale)).exp()
+            };
+            let total: f64 = (0..keys).map(score).sum();
+            (0..keys).for_each(|j| want[n * keys + j] += score(j) / total / heads as f64);
+        }
+        assert_eq!(out.dtype(), DType::F32);
+        b.check_with("attention drawn", &out, &want, 1e-6);
+        let sum: f32 = b.get(&out).iter().sum();
+        assert!((sum - 2.0 * queries as f32).abs() < 1e-4, "every query shares out 1: {sum}");
+    }
+}

@@ -49,6 +49,31 @@ fn activations_are_accurate_value_by_value() {
     }
 }
 
+/// Ops of their own: f32 library functions, then a rounding to the backend's type.
+#[test]
+fn curves_match_the_reference() {
+    let reference = |curve: Curve, x: f64| match curve {
+        Curve::LeakyRelu => x.max(f64::from(0.01f32) * x),
+        Curve::Elu => x.max(0.0) + x.min(0.0).exp_m1(),
+        Curve::HardSwish => x * (x + 3.0).clamp(0.0, 6.0) / 6.0,
+        Curve::Tanh => x.tanh(),
+        Curve::Sigmoid => 1.0 / (1.0 + (-x).exp()),
+        Curve::Softsign => x / (1.0 + x.abs()),
+        Curve::Mish => x * x.exp().ln_1p().tanh(),
+    };
+    let mut rng = Rng(12);
+    for b in backends() {
+        for curve in Curve::ALL {
+            let values: Vec<f32> = (0..1003).map(|_| rng.value() * 8.0).collect();
+            let x = b.put(Shape::tokens(1, 1, 1003), &values);
+            let mut out = b.poisoned(x.shape());
+            b.curve(&x, curve, &mut out).unwrap();
+            let want: Vec<f64> = b.get(&x).iter().map(|&v| reference(curve, f64::from(v))).collect();
+            b.check(&format!("{curve:?}"), &out, &want, 2e-7);
+        }
+    }
+}
+
 #[test]
 fn activations_keep_nan_and_infinity() {
     let x = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 1e30, -1e30, 0.0];

@@ -6,8 +6,10 @@
 //! run under the SIMT layer in CI and on a GPU with `kiln check`.
 
 mod attention;
+mod attention_drawn;
 mod attention_sm90;
 mod band;
+mod bislerp;
 mod ceiling;
 mod combine;
 mod context;
@@ -183,6 +185,7 @@ pub fn cases_of(seed: u64) -> Vec<Case> {
     all.extend(gemm_batched::cases());
     all.extend(conv::cases());
     all.extend(attention::cases());
+    all.extend(attention_drawn::cases());
     all.extend(norm::cases());
     all.extend(layout::cases());
     all.extend(embed::cases());
@@ -191,6 +194,7 @@ pub fn cases_of(seed: u64) -> Vec<Case> {
     all.extend(region::cases());
     all.extend(band::cases());
     all.extend(image::cases());
+    all.extend(bislerp::cases());
     all.extend(reweight::cases());
     all.extend(merge::cases());
     all.extend(attention_sm90::cases());

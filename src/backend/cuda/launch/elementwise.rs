@@ -4,13 +4,14 @@ use bytemuck::{Pod, Zeroable, bytes_of};
 
 use super::super::{CudaError, Element, Geometry, Gpu, Kernel};
 use crate::driver::DevicePtr;
+use crate::tensor::Curve;
 
 const MODULE: &str = "elementwise";
 const THREADS: u32 = 256;
 /// Elements of one thread.
 const VECTOR: usize = 8;
 
-/// Activation functions, numbered as in `kernels/include/activation.cuh`.
+/// Activation functions of epilogues, numbered as in `kernels/include/activation.cuh`.
 #[repr(i32)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Act {
@@ -27,6 +28,31 @@ pub enum Act {
     Relu = 4,
     /// x, or 0.2·x where x is negative
     LeakyRelu = 5,
+}
+
+/// What [`activate`] applies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Function {
+    /// A function that epilogues have too.
+    Act(Act),
+    /// One that they have not.
+    Curve(Curve),
+}
+
+impl Function {
+    /// Its number in `kernels/elementwise/elementwise.cu`.
+    fn code(self) -> i32 {
+        match self {
+            Self::Act(act) => act as i32,
+            Self::Curve(Curve::LeakyRelu) => 6,
+            Self::Curve(Curve::Elu) => 7,
+            Self::Curve(Curve::HardSwish) => 8,
+            Self::Curve(Curve::Tanh) => 9,
+            Self::Curve(Curve::Sigmoid) => 10,
+            Self::Curve(Curve::Softsign) => 11,
+            Self::Curve(Curve::Mish) => 12,
+        }
+    }
 }
 
 /// `out = a·x + b·y` over `count` elements; arrays begin at multiples of 16 bytes and may be the same.
@@ -70,7 +96,7 @@ pub fn axpby(gpu: &Gpu, op: &Axpby) -> Result<(), CudaError> {
     gpu.launch(&Kernel { module: MODULE, name: &name }, &geometry(op.count), &[bytes_of(&args)])
 }
 
-/// `out = act(x)` over `count` elements; arrays begin at multiples of 16 bytes and may be the same.
+/// `out = function(x)` over `count` elements; arrays begin at multiples of 16 bytes and may be the same.
 #[derive(Clone, Copy, Debug)]
 pub struct Activate {
     /// Operand.
@@ -80,7 +106,7 @@ pub struct Activate {
     /// Elements.
     pub count: usize,
     /// Function.
-    pub act: Act,
+    pub function: Function,
     /// Element type of both.
     pub element: Element,
 }
@@ -91,17 +117,18 @@ struct ActivateArgs {
     x: DevicePtr,
     out: DevicePtr,
     count: u64,
-    act: i32,
+    function: i32,
     unused: i32,
 }
 
-/// Queues `out = act(x)`.
+/// Queues `out = function(x)`.
 pub fn activate(gpu: &Gpu, op: &Activate) -> Result<(), CudaError> {
-    gpu.label(|| format!("activate {:?} {}", op.act, op.count));
+    gpu.label(|| format!("activate {:?} {}", op.function, op.count));
     if op.count == 0 {
         return Ok(());
     }
-    let args = ActivateArgs { x: op.x, out: op.out, count: op.count as u64, act: op.act as i32, unused: 0 };
+    let function = op.function.code();
+    let args = ActivateArgs { x: op.x, out: op.out, count: op.count as u64, function, unused: 0 };
     let name = format!("activate_{}", op.element.suffix());
     gpu.launch(&Kernel { module: MODULE, name: &name }, &geometry(op.count), &[bytes_of(&args)])
 }

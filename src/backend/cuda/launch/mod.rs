@@ -4,8 +4,10 @@
 //! what its kernels assume, chooses kernel and geometry, and queues the launch.
 
 pub mod attention;
+pub mod attention_drawn;
 pub mod attention_sm90;
 pub mod band;
+pub mod bislerp;
 pub mod ceiling;
 pub mod combine;
 pub mod conv;

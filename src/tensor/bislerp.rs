@@ -6,13 +6,15 @@
 //! that an enlarged latent keeps its variance, which `bilinear` does not.
 //! First along x, then along y. Neighbours and ratios are those of `bilinear`.
 
+use rayon::prelude::*;
+
 use super::resample::{Grid, linear_position};
 
 /// Vectors whose cosine is this close to ±1 are not interpolated on a circle.
-const PARALLEL: f32 = 1e-5;
+pub const PARALLEL: f32 = 1e-5;
 
 /// Resizes `[outer, h, w, inner]`; `inner` is the channel vector.
-pub(super) fn resize(x: &[f32], grid: Grid, width: usize, height: usize) -> Vec<f32> {
+pub(super) fn resize(x: &[f32], grid: Grid, [height, width]: [usize; 2]) -> Vec<f32> {
     let wide = resize_axis(x, grid.outer * grid.h, (grid.w, width), 1, grid.inner);
     resize_axis(&wide, grid.outer, (grid.h, height), width, grid.inner)
 }
@@ -29,21 +31,23 @@ fn resize_axis(
     let mut out = vec![0.0; outer * new * step];
     let neighbours: Vec<_> = (0..new).map(|i| neighbours(i, old, new)).collect();
     for (block, target) in x.chunks_exact(old * step).zip(out.chunks_exact_mut(new * step)) {
-        for (&(at, next, ratio), row) in neighbours.iter().zip(target.chunks_exact_mut(step)) {
+        neighbours.par_iter().zip(target.par_chunks_exact_mut(step)).for_each(|(&(at, next, ratio), row)| {
             let near = block[at * step..][..step].chunks_exact(channels);
             let far = block[next * step..][..step].chunks_exact(channels);
             for ((a, b), cell) in near.zip(far).zip(row.chunks_exact_mut(channels)) {
                 slerp(a, b, ratio, cell);
             }
-        }
+        });
     }
     out
 }
 
+/// The two source coordinates that output coordinate `i` lies between, and how far on the way it is.
+///
 /// The reference interpolates the *coordinates* bilinearly in `f32` and then
 /// splits the result into an integer and a ratio; rounding decides which side
 /// of an integer a position falls on, so the same detour is taken here.
-fn neighbours(i: usize, old: usize, new: usize) -> (usize, usize, f32) {
+pub fn neighbours(i: usize, old: usize, new: usize) -> (usize, usize, f32) {
     let (at, next, t) = linear_position(i, old, new);
     let position = at as f32 * (1.0 - t) + next as f32 * t;
     let ratio = position - position.floor();
