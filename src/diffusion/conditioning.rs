@@ -7,12 +7,12 @@
 use std::any::Any;
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use super::DiffusionError;
 use super::inpaint::resize_mask;
 use super::model::RunInputs;
 use super::schedule::ModelSampling;
+use super::{DiffusionError, Field};
 use crate::tensor::HostTensor;
 
 /// A list of conditionings that act side by side: what a `CONDITIONING` link carries.
@@ -229,6 +229,33 @@ pub struct ResolvedCond {
     pub is_negative: bool,
     /// What the run starts from.
     pub run: Arc<RunInputs>,
+    /// Its weights where the run is.
+    pub weights: KnownWeights,
+}
+
+/// Where something is in a picture of some size: its rectangle, and height and width of the picture.
+type Place = (Rect, (usize, usize));
+
+/// Weights by place, which do not change during a run. Copies are of one conditioning and share them.
+#[derive(Clone, Debug, Default)]
+pub struct KnownWeights(Arc<Mutex<Option<(Place, Option<Field>)>>>);
+
+impl KnownWeights {
+    /// The weights over `rect` of a picture of `size`: those that are known, or what `make` gives.
+    pub(super) fn over(
+        &self,
+        rect: Rect,
+        size: (usize, usize),
+        make: impl FnOnce() -> Result<Option<Field>, DiffusionError>,
+    ) -> Result<Option<Field>, DiffusionError> {
+        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, weights)) = known.as_ref().filter(|(place, _)| *place == (rect, size)) {
+            return Ok(weights.clone());
+        }
+        let weights = make()?;
+        *known = Some(((rect, size), weights.clone()));
+        Ok(weights)
+    }
 }
 
 impl ResolvedCond {
@@ -268,6 +295,7 @@ pub fn resolve(entry: &CondEntry, size: (usize, usize), sampling: &ModelSampling
         end_sigma: entry.end_percent.map(|p| sampling.percent_to_sigma(p)),
         is_negative: false,
         run: Arc::default(),
+        weights: KnownWeights::default(),
     }
 }
 

@@ -13,7 +13,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::DiffusionError;
-use crate::tensor::latents::{Guide, MAX_OPERANDS, Samples, ScaledError, Update};
+use crate::tensor::latents::{Guide, MAX_OPERANDS, Part, Rule, Samples, ScaledError, Update};
 use crate::tensor::{Backend, HostTensor, LatentOps, Planes, Tensor, TensorError};
 
 /// A latent of a run, `[samples, channels, height, width]`. Cloning one on a device shares it.
@@ -151,10 +151,35 @@ impl DeviceField {
         *self.content() = Content::Ready(Arc::new(planes));
     }
 
+    /// The part that begins at this row and column and has this height and width.
+    pub fn crop(&self, at: [usize; 2], size: [usize; 2]) -> Result<Self, DiffusionError> {
+        let part = self.ops()?.crop(&*self.planes()?, at, size).map_err(failed)?;
+        Ok(Self::ready(&self.device, part))
+    }
+
+    /// Its frequencies scaled: see [`LatentOps::scale_bands`].
+    pub fn scale_bands(&self, cutoff: usize, low: f32, high: f32) -> Result<Self, DiffusionError> {
+        let scaled = self.ops()?.scale_bands(&*self.planes()?, cutoff, low, high).map_err(failed)?;
+        Ok(Self::ready(&self.device, scaled))
+    }
+
     /// The device.
     pub fn device(&self) -> &Arc<dyn Backend> {
         &self.device
     }
+}
+
+/// A prediction of a part of the picture.
+#[derive(Debug)]
+pub struct Placed {
+    /// The prediction.
+    pub field: Field,
+    /// Row and column of the picture where it begins.
+    pub at: [usize; 2],
+    /// Its weight everywhere, if there are no weights by place.
+    pub strength: f32,
+    /// Its weights by place, `[any, 1, height, width]`.
+    pub weights: Option<Field>,
 }
 
 fn failed(error: TensorError) -> DiffusionError {
@@ -318,6 +343,61 @@ impl Field {
         Ok(guided.next.map(|next| Field::Device(DeviceField::ready(&device.device, next))))
     }
 
+    /// Zeros, where `self` is.
+    pub fn zeros(&self) -> Result<Self, DiffusionError> {
+        match self {
+            Field::Host(x) => Ok(HostTensor::zeros(x.shape()).into()),
+            Field::Device(_) => Self::lincomb(&[(0.0, self)]),
+        }
+    }
+
+    /// `self + factor·(to − from)`.
+    pub fn plus(&self, factor: f64, (to, from): (&Self, &Self)) -> Result<Self, DiffusionError> {
+        if let (Field::Host(x), Field::Host(to), Field::Host(from)) = (self, to, from) {
+            let change = to.zip(from, |t, f| (t - f) * factor as f32);
+            return Ok(Field::Host(x.zip(&change, |x, c| x + c)));
+        }
+        Self::lincomb(&[(1.0, self), (factor, to), (-factor, from)])
+    }
+
+    /// Predictions combined by a rule, or in host memory by `on_host`, which does the same.
+    pub fn combined<const N: usize>(
+        rule: Rule,
+        inputs: [&Self; N],
+        on_host: impl FnOnce([&HostTensor; N]) -> HostTensor,
+    ) -> Result<Self, DiffusionError> {
+        let Some(device) = inputs.iter().find_map(|x| x.on_device()) else {
+            let inputs = inputs.iter().map(|x| x.to_host()).collect::<Result<Vec<_>, _>>()?;
+            return Ok(Field::Host(on_host(std::array::from_fn(|i| &*inputs[i]))));
+        };
+        let planes = inputs.iter().map(|x| x.planes_on(device)).collect::<Result<Vec<_>, _>>()?;
+        let planes: Vec<&Planes> = planes.iter().map(AsRef::as_ref).collect();
+        let combined = device.ops()?.combine(rule, &planes).map_err(failed)?;
+        Ok(Field::Device(DeviceField::ready(&device.device, combined)))
+    }
+
+    /// `Σ weight·part / (least + Σ weight)` at every place of a picture like `like`, on the parts' device.
+    pub fn mean_by_place(parts: &[Placed], like: &Self, least: f32) -> Result<Self, DiffusionError> {
+        let place = parts.iter().map(|part| &part.field).chain([like]).find_map(Field::on_device);
+        let (Some(device), &[n, c, h, w]) = (place, like.shape()) else {
+            let what = "parts of a picture in host memory".into();
+            return Err(failed(TensorError::Unsupported { op: "mean by place", what }));
+        };
+        let planes = |x: &Self| x.planes_on(device);
+        let on_device = parts.iter().map(|part| {
+            let weights = part.weights.as_ref().map(planes).transpose()?;
+            Ok((part, planes(&part.field)?, weights))
+        });
+        let on_device = on_device.collect::<Result<Vec<_>, DiffusionError>>()?;
+        let placed = on_device.iter().map(|(part, x, weights)| {
+            let (at, strength) = (part.at, part.strength);
+            Part { x, at, strength, weights: weights.as_deref() }
+        });
+        let placed: Vec<Part<'_>> = placed.collect();
+        let mean = device.ops()?.mean_by_place(&placed, [n, c, h, w], least).map_err(failed)?;
+        Ok(Field::Device(DeviceField::ready(&device.device, mean)))
+    }
+
     /// Classifier-free guidance: `uncond + scale·(cond − uncond)`.
     pub fn guided(cond: &Self, uncond: &Self, scale: f64) -> Result<Self, DiffusionError> {
         if let (Field::Device(cond), Field::Device(uncond)) = (cond, uncond)
@@ -327,6 +407,9 @@ impl Field {
             let uncond = Some((negative.cond, uncond.clone(), scale as f32));
             let pending = Content::Pending(Pending { uncond, ..positive });
             return Ok(Field::Device(DeviceField::of(&cond.device, cond.shape, pending)));
+        }
+        if let (Field::Host(_), Field::Host(_)) = (cond, uncond) {
+            return uncond.plus(scale, (cond, uncond));
         }
         Self::lincomb(&[(1.0 - scale, uncond), (scale, cond)])
     }

@@ -52,8 +52,7 @@ pub trait Model: Send + Sync {
     /// Whatever stops the model from running, as [`DiffusionError::Model`].
     fn denoise(&self, items: &[DenoiseItem<'_>], sigma: f32) -> Result<Vec<Field>, DiffusionError>;
 
-    /// The device that latents stay on while this model samples; `None`: they are in host memory. A model with
-    /// guidance patches has none, as those work in host memory.
+    /// The device that latents stay on while this model samples; `None`: they are in host memory.
     fn device(&self) -> Option<Arc<dyn Backend>> {
         None
     }
@@ -180,6 +179,10 @@ struct PatchedModel {
 impl Model for PatchedModel {
     fn denoise(&self, items: &[DenoiseItem<'_>], sigma: f32) -> Result<Vec<Field>, DiffusionError> {
         self.inner.denoise(items, sigma)
+    }
+
+    fn device(&self) -> Option<Arc<dyn Backend>> {
+        self.inner.device().filter(|_| !self.patches.iter().any(|patch| patch.needs_host()))
     }
 
     fn sampling(&self) -> &ModelSampling {

@@ -164,7 +164,7 @@ fn sample_on(
             let (got, want) = (mask.shape().to_vec(), x.shape().to_vec());
             return Err(DiffusionError::Shape { what: "noise mask", got, want });
         }
-        let changed = prepared.mask_at(mask, sigma, sigmas).map(Field::from);
+        let changed = prepared.mask_at(mask, sigma, sigmas).map(|mask| mask_on(device, mask)).transpose()?;
         let mask = changed.as_ref().unwrap_or(&inpaint.mask);
         let x = inpaint.before(x, mask, sigma, sampling)?;
         let mut guided = prepared.predict(&x, sigma, sampler.needs_uncond())?;
@@ -199,10 +199,15 @@ fn inpaint(
         false => request.noise.clone(),
     };
     Ok(Inpaint {
-        mask: Field::on(device, if device.is_some() { one_channel(mask) } else { mask.clone() })?,
+        mask: mask_on(device, mask.clone())?,
         original: Field::on(device, original.clone())?,
         noise: Field::on(device, noise)?,
     })
+}
+
+/// A mask where the run is.
+fn mask_on(device: Option<&Arc<dyn Backend>>, mask: HostTensor) -> Result<Field, DiffusionError> {
+    Field::on(device, if device.is_some() { one_channel(&mask) } else { mask })
 }
 
 /// The part of a schedule that KSamplerAdvanced runs.

@@ -13,7 +13,7 @@ use super::{Inputs, Node, NodeError, Schema, Value, shapes};
 use crate::diffusion::guidance_patch::GuidancePatch;
 use crate::diffusion::schedule::ModelSampling;
 use crate::diffusion::step_cache::{Reuse, ReuseOptions};
-use crate::diffusion::{Model, ModelHandle};
+use crate::diffusion::{DiffusionError, Field, Model, ModelHandle};
 use crate::graph::Input;
 use crate::models::ModelError;
 use crate::tensor::HostTensor;
@@ -68,6 +68,10 @@ struct EasyCache {
 impl GuidancePatch for EasyCache {
     fn fresh(&self) -> Box<dyn GuidancePatch> {
         Box::new(Self { options: self.options })
+    }
+
+    fn needs_host(&self) -> bool {
+        true
     }
 
     fn model(&self, model: Arc<dyn Model>) -> Arc<dyn Model> {
@@ -179,26 +183,38 @@ impl GuidancePatch for LazyCache {
         Box::new(Self { options: self.options, run: None })
     }
 
-    fn known(&mut self, sampling: &ModelSampling, x: &HostTensor, sigma: f32) -> Option<HostTensor> {
+    fn needs_host(&self) -> bool {
+        true
+    }
+
+    fn known(
+        &mut self,
+        sampling: &ModelSampling,
+        x: &Field,
+        sigma: f32,
+    ) -> Result<Option<Field>, DiffusionError> {
         let options = self.options;
         let start = || (Reuse::new(options, |percent| sampling.percent_to_sigma(percent)), None);
         let (reuse, added) = self.run.get_or_insert_with(start);
         if reuse.is_over(sigma) || !reuse.has_begun(sigma) {
-            return None;
+            return Ok(None);
         }
         if reuse.is_reset(x.shape()) {
             *added = None;
         }
-        let is_small = reuse.is_small(x, added.is_some());
-        added.as_ref().filter(|_| is_small).map(|added| x.zip(added, |x, a| x + a))
+        let x = x.to_host()?;
+        let is_small = reuse.is_small(&x, added.is_some());
+        Ok(added.as_ref().filter(|_| is_small).map(|added| x.zip(added, |x, a| x + a).into()))
     }
 
-    fn saw(&mut self, x: &HostTensor, sigma: f32, guided: &HostTensor) {
+    fn saw(&mut self, x: &Field, sigma: f32, guided: &Field) -> Result<(), DiffusionError> {
         let Some((reuse, added)) = self.run.as_mut().filter(|(reuse, _)| !reuse.is_over(sigma)) else {
-            return;
+            return Ok(());
         };
-        *added = Some(guided.zip(x, |g, x| g - x));
-        reuse.saw(x, guided, guided);
+        let (x, guided) = (x.to_host()?, guided.to_host()?);
+        *added = Some(guided.zip(&x, |g, x| g - x));
+        reuse.saw(&x, &guided, &guided);
+        Ok(())
     }
 }
 

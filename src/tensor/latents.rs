@@ -115,6 +115,91 @@ pub struct ScaledError<'a> {
     pub rtol: f32,
 }
 
+/// A prediction of a part of the picture.
+#[derive(Clone, Copy)]
+pub struct Part<'a> {
+    /// The prediction.
+    pub x: &'a Planes,
+    /// Row and column of the picture where it begins.
+    pub at: [usize; 2],
+    /// Its weight `[any, 1, height, width]` by place, whose samples repeat; without them `strength` everywhere.
+    pub weights: Option<&'a Planes>,
+    /// Its weight everywhere.
+    pub strength: f32,
+}
+
+/// How predictions are combined: a sum whose factors follow from what the predictions have in common. Factors and dot
+/// products are a sample's own, if nothing else is said; `g` is `uncond + scale·(cond − uncond)`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Rule {
+    /// `[x, cond, uncond]`: `x/v + f·(g − x/v)` with `f` between 1 and, at `multiplier` 1, the deviation of `x/v − cond`
+    /// in units of that of `x/v − g`.
+    Rescale {
+        /// v.
+        variance: f64,
+        /// Guidance scale.
+        scale: f64,
+        /// Share of the deviations' ratio in the factor.
+        multiplier: f64,
+    },
+    /// `[cond, uncond]`: g with its norm limited.
+    Renorm {
+        /// Guidance scale.
+        scale: f64,
+        /// Largest norm in units of cond's; 0 for any.
+        limit: f64,
+    },
+    /// `[x, cond, uncond, guided]`: `guided + uncond·(a − 1)·(1 − scale)`, where a fits `x − uncond` to `x − cond` best.
+    FitUncond {
+        /// Guidance scale.
+        scale: f64,
+    },
+    /// `[x, cond, uncond]`: x less the part of `x − uncond` along the main direction of `x − cond` and `x − uncond`, the
+    /// first eigenvector of their dot products.
+    DampTangents,
+    /// `[direction, cond, uncond]`: `uncond + (cond − uncond)/scale` and the direction, its norm limited and its part
+    /// along cond times `eta`.
+    Project {
+        /// Weight of the part along cond.
+        eta: f64,
+        /// Largest norm; 0 for any.
+        limit: f64,
+        /// Guidance scale.
+        scale: f64,
+    },
+    /// `[positive, negative, empty]`: `empty + scale·(p − negative_scale·n⊥)` with p and n relative to empty and n⊥
+    /// perpendicular to p; over the whole batch.
+    Perpendicular {
+        /// Guidance scale.
+        scale: f64,
+        /// Weight of the negative side.
+        negative_scale: f64,
+    },
+    /// `[cond, uncond, guided]`: `(s·guided + (4 − s)·scale·cond)/4` with `s = 2·(m + 1)`, where m is the mean over all
+    /// places of the cosine over channels between the roots of `scale·uncond` and of `(scale·cond + guided)/2`; a root
+    /// keeps the sign.
+    Agree {
+        /// Guidance scale.
+        scale: f64,
+    },
+    /// `[cond, guided]`: guided with its norm over channels limited to cond's at every place.
+    LimitNorms {
+        /// Factor on the result.
+        strength: f64,
+    },
+}
+
+impl Rule {
+    /// Latents that are combined.
+    pub fn inputs(self) -> usize {
+        match self {
+            Rule::FitUncond { .. } => 4,
+            Rule::Renorm { .. } | Rule::LimitNorms { .. } => 2,
+            _ => 3,
+        }
+    }
+}
+
 /// Samplers' arithmetic on a device; see the module. Like ops, these may be called from any thread.
 pub trait LatentOps: Send + Sync {
     /// Copies a latent to the device.
@@ -128,6 +213,20 @@ pub trait LatentOps: Send + Sync {
 
     /// `x·mask + other·(1 − mask)`; the mask has one channel or all.
     fn blend(&self, x: &Planes, other: &Planes, mask: &Planes) -> Result<Planes, TensorError>;
+
+    /// Predictions combined by a rule, which says which they are; all of one shape.
+    fn combine(&self, rule: Rule, inputs: &[&Planes]) -> Result<Planes, TensorError>;
+
+    /// The spatial frequencies of every plane in the square of half side `cutoff` around zero times `low`, all others
+    /// times `high`; a side of n has the frequencies −cutoff to cutoff − 1, at most from −n/2.
+    fn scale_bands(&self, x: &Planes, cutoff: usize, low: f32, high: f32) -> Result<Planes, TensorError>;
+
+    /// The part of every plane that begins at this row and column and has this height and width.
+    fn crop(&self, x: &Planes, at: [usize; 2], size: [usize; 2]) -> Result<Planes, TensorError>;
+
+    /// `Σ weight·part / (least + Σ weight)` at every place of a latent of `shape`.
+    fn mean_by_place(&self, parts: &[Part<'_>], shape: [usize; 4], least: f32)
+    -> Result<Planes, TensorError>;
 
     /// What the network is fed: `[copies·N, h, w, C]` in the backend's own type.
     fn model_input(&self, op: &ModelInput<'_>) -> Result<Tensor, TensorError>;

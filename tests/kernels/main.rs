@@ -8,6 +8,7 @@ mod pipeline;
 mod planted;
 mod recorded;
 mod samplers;
+mod steady;
 mod turing;
 
 use std::path::{Path, PathBuf};

@@ -7,6 +7,8 @@ use std::any::Any;
 use std::sync::Arc;
 
 use kiln::backend::cuda::{CudaBackend, Element, Gpu, Shared};
+use kiln::diffusion::conditioning::{Area, Rect};
+use kiln::diffusion::guidance_patch::BuiltinPatch;
 use kiln::diffusion::noise::{GpuBrownianNoise, prepare_noise};
 use kiln::diffusion::sample::{SampleRequest, sample};
 use kiln::diffusion::samplers::{SAMPLERS, Sampler};
@@ -38,12 +40,15 @@ impl Toy {
 impl Model for Toy {
     fn denoise(&self, items: &[DenoiseItem<'_>], sigma: f32) -> Result<Vec<Field>, DiffusionError> {
         let x = items[0].x;
-        let host = x.to_host()?;
-        let outputs: Vec<HostTensor> = items.iter().map(|item| self.output(item, &host, sigma)).collect();
+        let hosts = items.iter().map(|item| item.x.to_host()).collect::<Result<Vec<_>, _>>()?;
+        let with_x = || items.iter().zip(&hosts);
+        let outputs: Vec<HostTensor> = with_x().map(|(item, x)| self.output(item, x, sigma)).collect();
         let Some(on_device) = x.on_device() else {
-            let denoised = outputs.iter().map(|out| self.sampling.calculate_denoised(sigma, out, &host));
+            let outputs = outputs.iter().zip(&hosts);
+            let denoised = outputs.map(|(out, x)| self.sampling.calculate_denoised(sigma, out, x));
             return Ok(denoised.map(Field::from).collect());
         };
+        let host = &hosts[0];
         let device = self.device.as_ref().unwrap();
         let (n, c, h, w) = (items.len() * host.dim(0), host.dim(1), host.dim(2), host.dim(3));
         let mut output = device.alloc_result(Shape::nhwc(n, h, w, c)).unwrap();
@@ -80,21 +85,27 @@ struct Case {
     cfg: f64,
     has_mask: bool,
     positive: Vec<CondEntry>,
+    /// In place of classifier-free guidance.
+    guidance: Option<Guidance>,
+    patches: Vec<BuiltinPatch>,
 }
 
 impl Case {
     fn of(sampler: &'static str) -> Self {
         let sampling = ModelSampling::discrete(Prediction::Eps, Betas::default());
-        Self { sampler, sampling, cfg: 5.0, has_mask: false, positive: vec![entry(1.0, 1.0)] }
+        let positive = vec![entry(1.0, 1.0)];
+        Self { sampler, sampling, cfg: 5.0, has_mask: false, positive, guidance: None, patches: Vec::new() }
     }
 
     fn run(&self, device: Option<Arc<dyn Backend>>) -> HostTensor {
         let model = ModelHandle(Arc::new(Toy { sampling: self.sampling.clone(), factor: 1.0, device }));
-        let guidance = Guidance::Cfg {
+        let with_patch = |model: ModelHandle, patch: &BuiltinPatch| model.with_patch(Arc::new(patch.clone()));
+        let model = self.patches.iter().fold(model, with_patch);
+        let guidance = self.guidance.clone().unwrap_or_else(|| Guidance::Cfg {
             positive: Arc::new(self.positive.clone()),
             negative: Arc::new(vec![entry(-1.0, 1.0)]),
             scale: self.cfg,
-        };
+        });
         let shape = [2, 4, 6, 5];
         let latent = HostTensor::from_fn(&shape, |i| ((i * 37) % 101) as f32 / 50.0 - 1.0);
         let mask = HostTensor::from_fn(&[1, 6, 5], |i| [0.0, 0.25, 1.0, 1.0][i % 4]);
@@ -177,6 +188,117 @@ fn every_kind_of_prediction_and_guidance() {
             println!("{name}, {sampler}: {distance:.1e}");
             assert!(distance < TOLERANCE, "{name}, {sampler}: {distance:.1e}");
         }
+    }
+}
+
+fn side(s: f32) -> Arc<Vec<CondEntry>> {
+    Arc::new(vec![entry(s, 1.0)])
+}
+
+/// Regional prompts: masks of the whole picture and of its box, areas with ramps, several of each, ranges of steps.
+#[test]
+fn every_region_gives_what_it_gives_in_host_memory() {
+    let with = |s: f32, strength: f64, change: &dyn Fn(&mut CondEntry)| {
+        let mut entry = entry(s, strength);
+        change(&mut entry);
+        entry
+    };
+    let mask = |samples: usize| {
+        let inside = |i: usize| (i % 5 > 1 && i / 5 % 6 < 4) as usize as f32 * (0.5 + (i % 3) as f32 / 4.0);
+        Some(Arc::new(HostTensor::from_fn(&[samples, 6, 5], inside)))
+    };
+    let area = |height, width, y, x| Some(Area::Cells(Rect { height, width, y, x }));
+    let masked = with(0.4, 0.8, &|c| (c.mask, c.mask_strength) = (mask(1), 0.9));
+    let of_each = with(-0.3, 1.0, &|c| c.mask = mask(2));
+    let boxed = with(0.2, 1.0, &|c| (c.mask, c.set_area_to_bounds) = (mask(1), true));
+    let left = with(0.4, 0.7, &|c| c.area = area(6, 3, 0, 0));
+    let right = with(-0.6, 1.5, &|c| c.area = area(6, 3, 0, 2));
+    let inner = with(0.9, 1.0, &|c| (c.area, c.end_percent) = (area(4, 4, 1, 1), Some(0.5)));
+    let beyond = with(0.9, 1.0, &|c| c.area = area(4, 4, 3, 3));
+    let whole = || entry(1.0, 1.0);
+    let many: Vec<CondEntry> =
+        [&masked, &of_each, &left, &right, &inner, &beyond, &left, &right].map(Clone::clone).into();
+    let cases = [
+        ("a mask", vec![whole(), masked.clone()]),
+        ("a mask alone", vec![masked]),
+        ("a mask for every sample", vec![whole(), of_each]),
+        ("the box of a mask", vec![whole(), boxed]),
+        ("an area", vec![whole(), left.clone()]),
+        ("two areas alone", vec![left, right]),
+        ("an area of the first steps", vec![whole(), inner]),
+        ("an area beyond the edge", vec![whole(), beyond]),
+        ("eight", many),
+    ];
+    let device = device();
+    for (name, positive) in cases {
+        let distance = Case { positive, ..Case::of("dpmpp_2m") }.distance(&device);
+        println!("{name}: {distance:.1e}");
+        assert!(distance > 0.0 && distance < TOLERANCE, "{name}: {distance:.1e}");
+    }
+}
+
+/// Patches of the guidance and other guiders: what they combine on the device beside the same in host memory.
+#[test]
+fn every_guidance_gives_what_it_gives_in_host_memory() {
+    let apg =
+        |eta, norm_threshold, momentum| BuiltinPatch::Apg { eta, norm_threshold, momentum, state: None };
+    let patches = [
+        ("RescaleCFG", BuiltinPatch::RescaleCfg { multiplier: 0.7 }),
+        ("APG", apg(0.7, 2.0, -0.4)),
+        ("Mahiro", BuiltinPatch::Mahiro),
+        ("CFGZeroStar", BuiltinPatch::CfgZeroStar),
+        ("CFGNorm", BuiltinPatch::CfgNorm { strength: 0.95 }),
+        ("RenormCFG", BuiltinPatch::RenormCfg { truncation: 5.0, limit: 1.0 }),
+        ("TCFG", BuiltinPatch::TangentialDamping),
+        ("FreSca", BuiltinPatch::FreSca { low: 1.1, high: 1.4, cutoff: 2 }),
+        ("APG without momentum", apg(1.0, 5.0, 0.0)),
+        ("LatentApplyOperationCFG", BuiltinPatch::LatentOperation(Arc::new(|x| Ok(x.map(f32::tanh))))),
+        ("DifferentialDiffusion", BuiltinPatch::DifferentialDiffusion { strength: 0.8 }),
+        ("PerpNeg", BuiltinPatch::PerpNeg { empty: side(-0.3), negative_scale: 1.2 }),
+        ("Epsilon Scaling", BuiltinPatch::EpsilonScaling { factor: 1.02 }),
+    ];
+    let of = |(name, patch): &(&str, BuiltinPatch), cfg| {
+        let patches = vec![patch.clone()];
+        (format!("{name} at {cfg}"), Case { patches, cfg, has_mask: true, ..Case::of("euler") })
+    };
+    let mut cases: Vec<(String, Case)> = patches.iter().map(|patch| of(patch, 5.0)).collect();
+    // Without a negative side.
+    cases.extend(patches[..5].iter().map(|patch| of(patch, 1.0)));
+    let several = patches[..5].iter().map(|(_, patch)| patch.clone()).collect();
+    cases.push(("five patches".into(), Case { patches: several, cfg: 3.0, ..Case::of("euler_cfg_pp") }));
+    let dual = |is_nested, scale_negative| Guidance::Dual {
+        positive: side(1.0),
+        middle: side(0.4),
+        negative: side(-1.0),
+        scale_positive: 4.0,
+        scale_negative,
+        is_nested,
+    };
+    let perp = Guidance::PerpNeg {
+        positive: side(1.0),
+        negative: side(-1.0),
+        empty: side(-0.3),
+        scale: 5.0,
+        negative_scale: 1.2,
+    };
+    let guidances = [
+        ("dual", dual(false, 2.5)),
+        ("dual nested", dual(true, 2.5)),
+        ("dual of one", dual(false, 1.0)),
+        ("perp-neg", perp),
+        ("basic", Guidance::Basic { positive: side(1.0) }),
+    ];
+    for (name, guidance) in guidances {
+        let case = |patches| Case { guidance: Some(guidance.clone()), patches, ..Case::of("dpmpp_2m") };
+        cases.push((name.into(), case(Vec::new())));
+        cases.push((format!("{name}, scaled noise"), case(vec![patches[12].1.clone()])));
+    }
+    let device = device();
+    for (name, case) in cases {
+        let distance = case.distance(&device);
+        println!("{name}: {distance:.1e}");
+        assert!(distance < TOLERANCE, "{name}: {distance:.1e}");
+        assert!(distance > 0.0, "{name}: the device's arithmetic is the host's: it was not used");
     }
 }
 

@@ -5,14 +5,18 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Mutex, PoisonError};
 
 use super::backend::{CudaBackend, Operand, operand};
+use super::launch::copy::{self, Window};
 use super::launch::latent::{self, MAX_TERMS, Term};
 use super::launch::layout::{self, ToNhwc};
 use super::launch::philox::{self, PhiloxNormal, PhiloxState};
 use super::launch::reduce::{self, Reduce};
+use super::launch::{band, combine, region};
 use super::{CudaError, Element, Gpu, transfer};
 use crate::driver::{DevicePtr, Event};
 use crate::tensor::check::{shape as same_shape, size};
-use crate::tensor::latents::{Guide, GuideOutput, LatentOps, ModelInput, Planes, Samples, ScaledError};
+use crate::tensor::latents::{
+    Guide, GuideOutput, LatentOps, ModelInput, Part, Planes, Rule, Samples, ScaledError,
+};
 use crate::tensor::{DType, HostTensor, Shape, TensorError};
 
 /// Steps that the host may be ahead of the device.
@@ -145,6 +149,94 @@ impl LatentOps for CudaBackend {
             mask_channels: m.c,
         };
         latent::blend(self.shared().gpu(), &launch)?;
+        Ok(out)
+    }
+
+    fn combine(&self, rule: Rule, inputs: &[&Planes]) -> Result<Planes, TensorError> {
+        const OP: &str = "combine";
+        size(OP, "number of latents", rule.inputs(), inputs.len())?;
+        let s = inputs.first().map_or(Shape::nhwc(0, 0, 0, 0), |x| x.extent());
+        let mut all = Vec::with_capacity(inputs.len());
+        for x in inputs {
+            same_shape(OP, s, x.extent())?;
+            all.push(address(x)?);
+        }
+        let out = self.planes(s)?;
+        let launch = combine::Combine {
+            rule,
+            inputs: &all,
+            out: address(&out)?,
+            samples: s.n,
+            channels: s.c,
+            pixels: s.positions(),
+        };
+        combine::combine(self.shared().gpu(), &launch)?;
+        Ok(out)
+    }
+
+    fn scale_bands(&self, x: &Planes, cutoff: usize, low: f32, high: f32) -> Result<Planes, TensorError> {
+        let s = x.extent();
+        let out = self.planes(s)?;
+        let (planes, size) = (s.n * s.c, [s.h, s.w]);
+        let launch =
+            band::ScaleBands { x: address(x)?, out: address(&out)?, planes, size, cutoff, low, high };
+        band::scale_bands(self.shared().gpu(), &launch)?;
+        Ok(out)
+    }
+
+    fn crop(&self, x: &Planes, at: [usize; 2], size: [usize; 2]) -> Result<Planes, TensorError> {
+        let s = x.extent();
+        let out = self.planes(Shape::nhwc(s.n, size[0], size[1], s.c))?;
+        // Planes are maps of one channel.
+        let launch = Window {
+            x: address(x)?,
+            out: address(&out)?,
+            samples: s.n * s.c,
+            from: [s.h, s.w],
+            to: size,
+            shift: at.map(|place| -(place as i32)),
+            channels: 1,
+            element: Element::F32,
+        };
+        copy::window(self.shared().gpu(), &launch)?;
+        Ok(out)
+    }
+
+    fn mean_by_place(
+        &self,
+        parts: &[Part<'_>],
+        shape: [usize; 4],
+        least: f32,
+    ) -> Result<Planes, TensorError> {
+        const OP: &str = "mean_by_place";
+        let [n, c, h, w] = shape;
+        let out = self.planes(Shape::nhwc(n, h, w, c))?;
+        let mut all = Vec::with_capacity(parts.len());
+        for part in parts {
+            let s = part.x.extent();
+            same_shape(OP, Shape { n, c, ..s }, s)?;
+            if let Some(weights) = part.weights {
+                let m = weights.extent();
+                same_shape(OP, Shape { n: m.n, ..s.with_channels(1) }, m)?;
+            }
+            all.push(region::Part {
+                x: address(part.x)?,
+                weights: part.weights.map_or(Ok(DevicePtr::NULL), address)?,
+                weight_samples: part.weights.map_or(0, |weights| weights.extent().n),
+                strength: part.strength,
+                at: part.at,
+                size: [s.h, s.w],
+            });
+        }
+        let launch = region::MeanByPlace {
+            parts: &all,
+            out: address(&out)?,
+            samples: n,
+            channels: c,
+            size: [h, w],
+            least,
+        };
+        region::mean_by_place(self.shared().gpu(), &launch)?;
         Ok(out)
     }
 

@@ -6,9 +6,9 @@
 
 use std::sync::Arc;
 
-use crate::diffusion::guidance::evaluate;
 use crate::diffusion::guidance_patch::{GuidancePatch, PatchContext, Predictions};
-use crate::diffusion::{DiffusionError, ModelHandle};
+use crate::diffusion::regions::evaluate;
+use crate::diffusion::{DiffusionError, Field, ModelHandle};
 use crate::graph::Input;
 use crate::models::ModelError;
 use crate::models::unet::hooks::{HookCall, SelfAttention, Site, UnetHook, key_of};
@@ -16,7 +16,7 @@ use crate::nodes::pure::PureNode;
 use crate::nodes::sd_model::SdModel;
 use crate::nodes::shapes::newer_unnamed;
 use crate::nodes::{Inputs, Node, NodeError, Schema, Value};
-use crate::tensor::{Cols, HostTensor, Tensor};
+use crate::tensor::{Cols, Tensor};
 
 /// The node.
 pub(super) fn nodes() -> Vec<Box<dyn Node>> {
@@ -54,8 +54,8 @@ impl GuidancePatch for PerturbedAttention {
         &mut self,
         ctx: &PatchContext<'_>,
         preds: &Predictions,
-        guided: HostTensor,
-    ) -> Result<HostTensor, DiffusionError> {
+        guided: Field,
+    ) -> Result<Field, DiffusionError> {
         let (Some(model), Some(positive)) =
             (ctx.model.network().downcast_ref::<SdModel>(), ctx.sides.first())
         else {
@@ -67,8 +67,7 @@ impl GuidancePatch for PerturbedAttention {
         let perturbed = model.with_hook(Arc::new(ValuesOnly));
         let out = evaluate(&perturbed, &[Some(positive)], ctx.x, ctx.sigma)?;
         let Some(weak) = out.first() else { return Ok(guided) };
-        let direction = preds.cond.zip(weak, |c, w| (c - w) * self.scale);
-        Ok(guided.zip(&direction, |g, d| g + d))
+        guided.plus(self.scale.into(), (&preds.cond, weak))
     }
 }
 

@@ -6,9 +6,9 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::diffusion::guidance::evaluate;
 use crate::diffusion::guidance_patch::{GuidancePatch, PatchContext, Predictions};
-use crate::diffusion::{DiffusionError, Model, ModelHandle};
+use crate::diffusion::regions::evaluate;
+use crate::diffusion::{DiffusionError, Field, Model, ModelHandle};
 use crate::graph::Input;
 use crate::models::ModelError;
 use crate::models::layers::{Ops, fused_self_attention};
@@ -91,20 +91,20 @@ impl GuidancePatch for SelfAttentionGuidance {
         &mut self,
         ctx: &PatchContext<'_>,
         preds: &Predictions,
-        guided: HostTensor,
-    ) -> Result<HostTensor, DiffusionError> {
+        guided: Field,
+    ) -> Result<Field, DiffusionError> {
         let noted = self.noted.lock().unwrap_or_else(PoisonError::into_inner).take();
         let (Some(noted), Some(negative)) = (noted, ctx.sides.get(1)) else { return Ok(guided) };
         if guided.dim(2).min(guided.dim(3)) <= TOO_SMALL {
             return Ok(guided);
         }
         let drawn = noted.on_host(ctx.model)?;
-        let degraded = degrade(&preds.uncond, &drawn, self.sigma)?;
-        let noisy = degraded.zip(ctx.x, |d, x| d + x).zip(&preds.uncond, |v, u| v - u);
+        let degraded = degrade(&*preds.uncond.to_host()?, &drawn, self.sigma)?;
+        let degraded = Field::Host(degraded).beside(ctx.x)?;
+        let noisy = Field::lincomb(&[(1.0, &degraded), (1.0, ctx.x), (-1.0, &preds.uncond)])?;
         let out = evaluate(ctx.model, &[Some(negative)], &noisy, ctx.sigma)?;
         let Some(again) = out.first() else { return Ok(guided) };
-        let direction = degraded.zip(again, |d, a| (d - a) * self.scale);
-        Ok(guided.zip(&direction, |g, d| g + d))
+        guided.plus(self.scale.into(), (&degraded, again))
     }
 }
 

@@ -8,8 +8,10 @@
 mod attention;
 mod attention_drawn;
 mod attention_sm90;
+mod band;
 mod bislerp;
 mod ceiling;
+mod combine;
 mod context;
 mod conv;
 mod conv_sm90;
@@ -24,6 +26,7 @@ mod layout;
 mod merge;
 mod norm;
 mod random;
+mod region;
 mod reweight;
 mod sampling;
 
@@ -187,6 +190,9 @@ pub fn cases_of(seed: u64) -> Vec<Case> {
     all.extend(layout::cases());
     all.extend(embed::cases());
     all.extend(sampling::cases());
+    all.extend(combine::cases());
+    all.extend(region::cases());
+    all.extend(band::cases());
     all.extend(image::cases());
     all.extend(bislerp::cases());
     all.extend(reweight::cases());

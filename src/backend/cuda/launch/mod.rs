@@ -6,8 +6,10 @@
 pub mod attention;
 pub mod attention_drawn;
 pub mod attention_sm90;
+pub mod band;
 pub mod bislerp;
 pub mod ceiling;
+pub mod combine;
 pub mod conv;
 pub mod conv_f32;
 pub mod conv_sm90;
@@ -28,4 +30,5 @@ pub mod norm;
 pub mod philox;
 pub mod plan;
 pub mod reduce;
+pub mod region;
 pub mod reweight;
