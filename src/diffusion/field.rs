@@ -13,7 +13,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::DiffusionError;
-use crate::tensor::latents::{Guide, MAX_OPERANDS, Part, Rule, Samples, ScaledError, Update};
+use crate::tensor::latents::{BlurWhere, Guide, MAX_OPERANDS, Part, Rule, Samples, ScaledError, Update};
 use crate::tensor::{Backend, HostTensor, LatentOps, Planes, Tensor, TensorError};
 
 /// A latent of a run, `[samples, channels, height, width]`. Cloning one on a device shares it.
@@ -157,10 +157,21 @@ impl DeviceField {
         Ok(Self::ready(&self.device, part))
     }
 
+    /// Filtered where a map says so: see [`LatentOps::blur_where`].
+    pub fn blur_where(&self, op: &BlurWhere<'_>) -> Result<Self, DiffusionError> {
+        let blurred = self.ops()?.blur_where(&*self.planes()?, op).map_err(failed)?;
+        Ok(Self::ready(&self.device, blurred))
+    }
+
     /// Its frequencies scaled: see [`LatentOps::scale_bands`].
     pub fn scale_bands(&self, cutoff: usize, low: f32, high: f32) -> Result<Self, DiffusionError> {
         let scaled = self.ops()?.scale_bands(&*self.planes()?, cutoff, low, high).map_err(failed)?;
         Ok(Self::ready(&self.device, scaled))
+    }
+
+    /// Samples, channels, height and width.
+    pub fn shape(&self) -> [usize; 4] {
+        self.shape
     }
 
     /// The device.

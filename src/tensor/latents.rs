@@ -200,6 +200,21 @@ impl Rule {
     }
 }
 
+/// A filter at work where a map is above a threshold.
+#[derive(Clone, Copy)]
+pub struct BlurWhere<'a> {
+    /// Weights along either side, of an odd number of places; edges are mirrored.
+    pub taps: &'a [f32],
+    /// f32 `[any, 1, rows · columns, 1]`.
+    pub map: &'a Tensor,
+    /// Rows and columns of the map, whose cells share the latent's places out evenly.
+    pub map_size: [usize; 2],
+    /// For every sample of the latent the map's.
+    pub map_of: &'a [usize],
+    /// Places of cells above it are filtered.
+    pub threshold: f32,
+}
+
 /// Samplers' arithmetic on a device; see the module. Like ops, these may be called from any thread.
 pub trait LatentOps: Send + Sync {
     /// Copies a latent to the device.
@@ -220,6 +235,9 @@ pub trait LatentOps: Send + Sync {
     /// The spatial frequencies of every plane in the square of half side `cutoff` around zero times `low`, all others
     /// times `high`; a side of n has the frequencies −cutoff to cutoff − 1, at most from −n/2.
     fn scale_bands(&self, x: &Planes, cutoff: usize, low: f32, high: f32) -> Result<Planes, TensorError>;
+
+    /// Every plane filtered where a map says so, and elsewhere as it is; sides are longer than the taps beside the middle.
+    fn blur_where(&self, x: &Planes, op: &BlurWhere<'_>) -> Result<Planes, TensorError>;
 
     /// The part of every plane that begins at this row and column and has this height and width.
     fn crop(&self, x: &Planes, at: [usize; 2], size: [usize; 2]) -> Result<Planes, TensorError>;

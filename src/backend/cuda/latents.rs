@@ -10,12 +10,12 @@ use super::launch::latent::{self, MAX_TERMS, Term};
 use super::launch::layout::{self, ToNhwc};
 use super::launch::philox::{self, PhiloxNormal, PhiloxState};
 use super::launch::reduce::{self, Reduce};
-use super::launch::{band, combine, region};
+use super::launch::{band, blur, combine, region};
 use super::{CudaError, Element, Gpu, transfer};
 use crate::driver::{DevicePtr, Event};
 use crate::tensor::check::{shape as same_shape, size};
 use crate::tensor::latents::{
-    Guide, GuideOutput, LatentOps, ModelInput, Part, Planes, Rule, Samples, ScaledError,
+    BlurWhere, Guide, GuideOutput, LatentOps, ModelInput, Part, Planes, Rule, Samples, ScaledError,
 };
 use crate::tensor::{DType, HostTensor, Shape, TensorError};
 
@@ -54,13 +54,14 @@ impl Pace {
 }
 
 fn address(x: &Planes) -> Result<DevicePtr, TensorError> {
-    const OP: &str = "latent";
-    let Operand { ptr, element, .. } = operand(OP, x.tensor())?;
+    f32_address("latent", x.tensor())
+}
+
+fn f32_address(op: &'static str, x: &crate::tensor::Tensor) -> Result<DevicePtr, TensorError> {
+    let Operand { ptr, element, .. } = operand(op, x)?;
     match element {
         Element::F32 => Ok(ptr),
-        other => {
-            Err(TensorError::Unsupported { op: OP, what: format!("a latent of type {}", other.suffix()) })
-        }
+        other => Err(TensorError::Unsupported { op, what: format!("numbers of type {}", other.suffix()) }),
     }
 }
 
@@ -181,6 +182,36 @@ impl LatentOps for CudaBackend {
         let launch =
             band::ScaleBands { x: address(x)?, out: address(&out)?, planes, size, cutoff, low, high };
         band::scale_bands(self.shared().gpu(), &launch)?;
+        Ok(out)
+    }
+
+    fn blur_where(&self, x: &Planes, op: &BlurWhere<'_>) -> Result<Planes, TensorError> {
+        const OP: &str = "blur_where";
+        let (s, cells) = (x.extent(), op.map_size[0] * op.map_size[1]);
+        let maps = op.map.shape();
+        size(OP, "samples of the latent", s.n, op.map_of.len())?;
+        size(OP, "cells of the map", cells, maps.positions() * maps.c)?;
+        if let Some(sample) = op.map_of.iter().find(|sample| **sample >= maps.n) {
+            return Err(TensorError::Size {
+                op: OP,
+                what: "samples of the map",
+                expected: sample + 1,
+                found: maps.n,
+            });
+        }
+        let out = self.planes(s)?;
+        let launch = blur::BlurWhere {
+            x: address(x)?,
+            out: address(&out)?,
+            channels: s.c,
+            size: [s.h, s.w],
+            map: f32_address(OP, op.map)?,
+            map_size: op.map_size,
+            map_of: op.map_of,
+            threshold: op.threshold,
+            taps: op.taps,
+        };
+        blur::blur_where(self.shared().gpu(), &launch)?;
         Ok(out)
     }
 

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::diffusion::guidance_patch::{GuidancePatch, PatchContext, Predictions};
 use crate::diffusion::regions::evaluate;
-use crate::diffusion::{DiffusionError, Field, Model, ModelHandle};
+use crate::diffusion::{DeviceField, DiffusionError, Field, Model, ModelHandle};
 use crate::graph::Input;
 use crate::models::ModelError;
 use crate::models::layers::{Ops, fused_self_attention};
@@ -17,6 +17,7 @@ use crate::nodes::pure::PureNode;
 use crate::nodes::sd_model::SdModel;
 use crate::nodes::shapes::newer;
 use crate::nodes::{Inputs, Node, NodeError, Schema, Value};
+use crate::tensor::latents::BlurWhere;
 use crate::tensor::{Attention, AttentionDrawn, HostTensor, Tensor};
 
 /// Attention that a place must draw to be blurred; 1 is what it draws on average.
@@ -98,9 +99,10 @@ impl GuidancePatch for SelfAttentionGuidance {
         if guided.dim(2).min(guided.dim(3)) <= TOO_SMALL {
             return Ok(guided);
         }
-        let drawn = noted.on_host(ctx.model)?;
-        let degraded = degrade(&*preds.uncond.to_host()?, &drawn, self.sigma)?;
-        let degraded = Field::Host(degraded).beside(ctx.x)?;
+        let degraded = match &preds.uncond {
+            Field::Device(uncond) => Field::Device(noted.degrade(uncond, self.sigma)?),
+            Field::Host(uncond) => Field::Host(degrade(uncond, &noted.on_host(ctx.model)?, self.sigma)?),
+        };
         let noisy = Field::lincomb(&[(1.0, &degraded), (1.0, ctx.x), (-1.0, &preds.uncond)])?;
         let out = evaluate(ctx.model, &[Some(negative)], &noisy, ctx.sigma)?;
         let Some(again) = out.first() else { return Ok(guided) };
@@ -109,6 +111,21 @@ impl GuidancePatch for SelfAttentionGuidance {
 }
 
 impl Drawn {
+    /// `x`, blurred where more attention was drawn than the threshold, on the device.
+    fn degrade(&self, x: &DeviceField, sigma: f64) -> Result<DeviceField, DiffusionError> {
+        let [samples, _, h, w] = x.shape();
+        let taps = taps(sigma).map(|tap| tap as f32);
+        let map_of: Vec<usize> = self.rows.iter().copied().cycle().take(samples).collect();
+        let map_size = size_of_map(self.map.shape().positions(), (h, w))?;
+        x.blur_where(&BlurWhere {
+            taps: &taps,
+            map: &self.map,
+            map_size,
+            map_of: &map_of,
+            threshold: THRESHOLD,
+        })
+    }
+
     /// The negative side's part in host memory, `[B, S]`.
     fn on_host(&self, model: &dyn Model) -> Result<HostTensor, DiffusionError> {
         let network = model.network().downcast_ref::<SdModel>();
@@ -164,12 +181,7 @@ impl UnetHook for Watch {
 /// `x` `[B, C, h, w]`, blurred where more attention was drawn than the threshold.
 fn degrade(x: &HostTensor, drawn: &HostTensor, sigma: f64) -> Result<HostTensor, DiffusionError> {
     let (h, w) = (x.dim(2), x.dim(3));
-    let places = drawn.dim(1);
-    let Some(rows) = rows_of_map(places, (h, w)) else {
-        let (got, want) = (vec![places], vec![h, w]);
-        return Err(DiffusionError::Shape { what: "attention map of self-attention guidance", got, want });
-    };
-    let columns = places / rows;
+    let [rows, columns] = size_of_map(drawn.dim(1), (h, w))?;
     let blurred = blur(x, sigma);
     let mask = |sample: usize, place: usize| {
         let (y, i) = (place / w * rows / h, place % w * columns / w);
@@ -182,6 +194,15 @@ fn degrade(x: &HostTensor, drawn: &HostTensor, sigma: f64) -> Result<HostTensor,
     }))
 }
 
+/// Rows and columns of a map of that many places.
+fn size_of_map(places: usize, (h, w): (usize, usize)) -> Result<[usize; 2], DiffusionError> {
+    let rows = rows_of_map(places, (h, w)).ok_or_else(|| {
+        let (got, want) = (vec![places], vec![h, w]);
+        DiffusionError::Shape { what: "attention map of self-attention guidance", got, want }
+    })?;
+    Ok([rows, places / rows])
+}
+
 /// Rows of a map of that many places whose shape is closest to `h`×`w`.
 fn rows_of_map(places: usize, (h, w): (usize, usize)) -> Option<usize> {
     let near = ((h as f64 / w as f64) * places as f64).sqrt().round_ties_even() as usize;
@@ -190,12 +211,18 @@ fn rows_of_map(places: usize, (h, w): (usize, usize)) -> Option<usize> {
     candidates.into_iter().find(|rows| *rows > 0 && places.is_multiple_of(*rows))
 }
 
+/// Weights of the blur along a side.
+fn taps(sigma: f64) -> [f64; KERNEL] {
+    let weight = |i: usize| (-0.5 * ((i as f64 - (KERNEL / 2) as f64) / sigma).powi(2)).exp();
+    let weights: [f64; KERNEL] = std::array::from_fn(weight);
+    let total: f64 = weights.iter().sum();
+    weights.map(|v| v / total)
+}
+
 /// A Gaussian of 9×9 with mirrored edges; sides are at least 5.
 fn blur(x: &HostTensor, sigma: f64) -> HostTensor {
     let half = (KERNEL / 2) as isize;
-    let weights: Vec<f64> = (-half..=half).map(|d| (-0.5 * (d as f64 / sigma).powi(2)).exp()).collect();
-    let total: f64 = weights.iter().sum();
-    let weights: Vec<f64> = weights.iter().map(|v| v / total).collect();
+    let weights = taps(sigma);
     let (h, w) = (x.dim(2) as isize, x.dim(3) as isize);
     let mirrored = |place: isize, n: isize| {
         let place = place.abs();

@@ -10,6 +10,7 @@ mod attention_drawn;
 mod attention_sm90;
 mod band;
 mod bislerp;
+mod blur;
 mod ceiling;
 mod combine;
 mod context;
@@ -193,6 +194,7 @@ pub fn cases_of(seed: u64) -> Vec<Case> {
     all.extend(combine::cases());
     all.extend(region::cases());
     all.extend(band::cases());
+    all.extend(blur::cases());
     all.extend(image::cases());
     all.extend(bislerp::cases());
     all.extend(reweight::cases());

@@ -75,7 +75,7 @@ pub(super) fn distinct(shapes: &mut Shapes, draw: impl Fn(&mut Shapes) -> Case) 
 
 /// The random shapes of all families.
 pub(super) fn cases(seed: u64) -> Vec<Case> {
-    let families: [fn(&mut Shapes) -> Vec<Case>; 20] = [
+    let families: [fn(&mut Shapes) -> Vec<Case>; 21] = [
         super::elementwise::random,
         super::gemm::random,
         super::conv::random,
@@ -96,6 +96,7 @@ pub(super) fn cases(seed: u64) -> Vec<Case> {
         super::combine::random,
         super::region::random,
         super::band::random,
+        super::blur::random,
     ];
     families.iter().enumerate().flat_map(|(i, random)| random(&mut Shapes::new(i, seed))).collect()
 }

@@ -8,6 +8,7 @@ pub mod attention_drawn;
 pub mod attention_sm90;
 pub mod band;
 pub mod bislerp;
+pub mod blur;
 pub mod ceiling;
 pub mod combine;
 pub mod conv;
