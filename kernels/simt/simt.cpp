@@ -384,6 +384,17 @@ void shfl_act(void* const* args, unsigned mask) {
         }
 }
 
+void shfl4_act(void* const* args, unsigned mask) {
+    for (int l = 0; l < 32; l++)
+        if (mask >> l & 1) {
+            Shfl4* s = static_cast<Shfl4*>(args[l]);
+            for (int i = 0; i < 4; i++) {
+                if (unsigned(s->src[i]) > 31 || !(mask >> s->src[i] & 1)) fault({}, "shfl: lane %d reads lane %d, which is not in the mask %08x", l, s->src[i], mask);
+                s->out[i] = static_cast<Shfl4*>(args[s->src[i]])->in[i];
+            }
+        }
+}
+
 unsigned vote(const char* op, unsigned mask, bool predicate, Loc at) {
     unsigned v = predicate;
     warp_collective(op, mask, &v, [](void* const* args, unsigned mask) {

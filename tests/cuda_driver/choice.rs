@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use kiln::backend::cuda::launch::elementwise::{Act, Activate, activate};
+use kiln::backend::cuda::launch::elementwise::{Act, Activate, Function, activate};
 use kiln::backend::cuda::{Element, Gpu, check};
 use kiln::backend::{Device, DeviceOptions};
 use kiln::driver::cuda::{CudaDriver, Modules};
@@ -140,7 +140,11 @@ fn child_overlaps() {
     let driver: Arc<dyn Driver> = Arc::new(open());
     let gpu = Gpu::new(driver.clone()).unwrap();
     let x = driver.alloc(64, gpu.stream()).unwrap();
-    activate(&gpu, &Activate { x, out: x, count: 16, act: Act::None, element: Element::F32 }).unwrap();
+    activate(
+        &gpu,
+        &Activate { x, out: x, count: 16, function: Function::Act(Act::None), element: Element::F32 },
+    )
+    .unwrap();
     let (calls, expected) = (stand_in_calls(), std::env::var("EXPECTED_OVERLAP").unwrap());
     assert!(calls.trim_end().ends_with(&expected), "{calls}");
 }

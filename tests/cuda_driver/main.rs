@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, OnceLock};
 
-use kiln::backend::cuda::launch::elementwise::{Act, Activate, Axpby, activate, axpby};
+use kiln::backend::cuda::launch::elementwise::{Act, Activate, Axpby, Function, activate, axpby};
 use kiln::backend::cuda::{Element, Gpu, check};
 use kiln::driver::cuda::{CudaDriver, Modules, device_count};
 use kiln::driver::nvcc::Nvcc;
@@ -351,8 +351,16 @@ fn child_launches() {
 
     let x = driver.alloc(64, stream).unwrap();
     driver.instruments().set_tracing(true);
-    activate(&gpu, &Activate { x, out: x, count: 0, act: Act::None, element: Element::F32 }).unwrap();
-    activate(&gpu, &Activate { x, out: x, count: 16, act: Act::None, element: Element::F32 }).unwrap();
+    activate(
+        &gpu,
+        &Activate { x, out: x, count: 0, function: Function::Act(Act::None), element: Element::F32 },
+    )
+    .unwrap();
+    activate(
+        &gpu,
+        &Activate { x, out: x, count: 16, function: Function::Act(Act::None), element: Element::F32 },
+    )
+    .unwrap();
     let trace = driver.instruments().take_trace();
     assert_eq!(trace.len(), 1);
     assert_eq!(
@@ -397,7 +405,11 @@ fn child_launches() {
     assert!(invalid(driver.tensor_map(&unaligned)).contains("multiples of 16"));
 
     // A kernel that reads behind its memory: the wait reports it, with the call's name and CUDA's words.
-    activate(&gpu, &Activate { x, out: x, count: 1 << 20, act: Act::None, element: Element::F32 }).unwrap();
+    activate(
+        &gpu,
+        &Activate { x, out: x, count: 1 << 20, function: Function::Act(Act::None), element: Element::F32 },
+    )
+    .unwrap();
     let error = driver.synchronize(stream).unwrap_err().to_string();
     assert!(error.starts_with("cuStreamSynchronize: CUDA_ERROR_LAUNCH_FAILED (719): "), "{error}");
 }

@@ -16,7 +16,7 @@ const AMPERE: Capability = Capability { major: 8, minor: 0 };
 const HOPPER: Capability = Capability { major: 9, minor: 0 };
 
 /// The random cases that launched each kernel; no kernel of the library is left out.
-type Coverage = BTreeMap<String, BTreeSet<String>>;
+pub(crate) type Coverage = BTreeMap<String, BTreeSet<String>>;
 
 /// Runs a case on a driver that traces: the kernels it launched, and what is wrong, if something is.
 pub fn run(gpu: &Gpu, case: &Case) -> (BTreeSet<String>, Option<String>) {
@@ -35,16 +35,25 @@ pub fn run(gpu: &Gpu, case: &Case) -> (BTreeSet<String>, Option<String>) {
     (kernels, failure)
 }
 
-pub(crate) fn pass(variant: SimtVariant, options: SimtOptions, takes: impl Fn(&Case) -> bool) -> Coverage {
+fn pass(variant: SimtVariant, options: SimtOptions, takes: impl Fn(&Case) -> bool) -> Coverage {
+    pass_of(variant, options, check::cases().into_iter().filter(takes))
+}
+
+/// Runs those of the cases that are not too large.
+pub(crate) fn pass_of(
+    variant: SimtVariant,
+    options: SimtOptions,
+    cases: impl Iterator<Item = Case>,
+) -> Coverage {
     let driver = Arc::new(SimtDriver::open(&library(variant), options).expect("the library loads"));
     let mut coverage: Coverage = driver.kernels().into_iter().map(|name| (name, BTreeSet::new())).collect();
     let before = driver.instruments().counts().bytes_in_use;
     driver.instruments().set_tracing(true);
     let gpu = Gpu::new(driver.clone()).expect("a stream");
     let (mut count, mut failures) = (0, Vec::new());
-    for case in check::cases().iter().filter(|case| !case.needs_gpu && takes(case)) {
+    for case in cases.filter(|case| !case.needs_gpu) {
         count += 1;
-        let (kernels, failure) = run(&gpu, case);
+        let (kernels, failure) = run(&gpu, &case);
         failures.extend(failure);
         for kernel in kernels.into_iter().filter(|_| case.is_random) {
             coverage.entry(kernel).or_default().insert(case.name.clone());
@@ -65,6 +74,11 @@ fn assert_covered(coverage: &Coverage, least: usize, wants_hopper: bool) {
     let names = coverage.keys().filter(|name| !name.starts_with("ceiling_"));
     let names: Vec<&String> = names.filter(|name| is_of_hopper(name) == wants_hopper).collect();
     assert!(names.len() >= 50, "only {} kernels", names.len());
+    assert_each(coverage, &names, least);
+}
+
+/// Each of the kernels was launched for at least `least` random shapes.
+pub(crate) fn assert_each(coverage: &Coverage, names: &[&String], least: usize) {
     let missing: Vec<String> = names
         .iter()
         .map(|name| (name, coverage[name.as_str()].len()))
