@@ -235,10 +235,12 @@ pub struct ResolvedCond {
 
 /// Where something is in a picture of some size: its rectangle, and height and width of the picture.
 type Place = (Rect, (usize, usize));
+/// Weights, if there are any, and where they are.
+type PlacedWeights = (Place, Option<Field>);
 
 /// Weights by place, which do not change during a run. Copies are of one conditioning and share them.
 #[derive(Clone, Debug, Default)]
-pub struct KnownWeights(Arc<Mutex<Option<(Place, Option<Field>)>>>);
+pub struct KnownWeights(Arc<Mutex<Option<PlacedWeights>>>);
 
 impl KnownWeights {
     /// The weights over `rect` of a picture of `size`: those that are known, or what `make` gives.

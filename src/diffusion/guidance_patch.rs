@@ -34,7 +34,7 @@ impl Predictions {
     }
 
     /// `uncond + direction`.
-    fn from_uncond(&self, direction: &Field) -> Result<Field, DiffusionError> {
+    fn beyond_uncond(&self, direction: &Field) -> Result<Field, DiffusionError> {
         Field::lincomb(&[(1.0, direction), (1.0, &self.uncond)])
     }
 }
@@ -223,7 +223,7 @@ impl GuidancePatch for BuiltinPatch {
                     Field::Host(x) => frequency::scale_bands(x, low, high, cutoff).into(),
                     Field::Device(x) => Field::Device(x.scale_bands(cutoff, low, high)?),
                 };
-                preds.cond = preds.from_uncond(&filtered)?;
+                preds.cond = preds.beyond_uncond(&filtered)?;
             }
             BuiltinPatch::Apg { eta, norm_threshold, momentum, state } => {
                 let mut direction = preds.direction()?;
@@ -238,7 +238,7 @@ impl GuidancePatch for BuiltinPatch {
             }
             BuiltinPatch::LatentOperation(operation) => {
                 let changed = operation(&*preds.direction()?.to_host()?)?;
-                preds.cond = preds.from_uncond(&changed.into())?;
+                preds.cond = preds.beyond_uncond(&changed.into())?;
             }
             _ => {}
         }

@@ -80,7 +80,7 @@ fn mean_case((shape, parts): Size, draw: u64) -> Case {
     let count = n * c * h * w;
     let run = move |cx: &mut Context<'_>| -> Result<Measured, CudaError> {
         let drawn: Vec<Drawn> =
-            (0..parts).map(|k| Drawn::new(cx, shape, k + usize::from(draw % 2 == 0))).collect();
+            (0..parts).map(|k| Drawn::new(cx, shape, k + usize::from(draw.is_multiple_of(2)))).collect();
         let want: Vec<f64> = (0..count).map(|i| want(&drawn, shape, i)).collect();
         let mut all = Vec::new();
         for part in &drawn {
