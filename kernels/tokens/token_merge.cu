@@ -41,7 +41,7 @@ extern "C" __global__ __launch_bounds__(kThreads) void merge_targets(const __gri
     if (args.width % 2)
         for (int y = thread; y < args.height; y += stride) args.role[y * args.width + args.width - 1] = -1;
     if (args.height % 2)
-        for (int x = thread; x < args.width; x += stride) args.role[(args.height - 1) * args.width + x] = -1;
+        for (int x = thread; x < args.width / 2 * 2; x += stride) args.role[(args.height - 1) * args.width + x] = -1;
 }
 SIMT_KERNEL(merge_targets)
 
