@@ -12,11 +12,12 @@ pub fn on_cpu(device: DeviceArgs) -> RuntimeArgs {
     RuntimeArgs { device: DeviceArgs { cpu: true, ..device }, ..RuntimeArgs::default() }
 }
 
-/// Runs `job` with a client of a server whose input folder is `folder/input`.
+/// Runs `job` with a client of a server whose input folder is `folder/input`, whatever lies beside these tests.
 pub fn with_server<T>(args: &RuntimeArgs, folder: &Path, job: impl AsyncFnOnce(&Client) -> T) -> T {
+    let args = RuntimeArgs { base_directory: folder.to_owned(), ..args.clone() };
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     runtime.block_on(async {
-        let server = LocalServer::start(args, folder).await.unwrap();
+        let server = LocalServer::start(&args, folder).await.unwrap();
         let result = job(&Client::new(server.address())).await;
         server.stop().await;
         result
