@@ -102,7 +102,7 @@ template <class T> PTX void chunk(const Args& args) {
 }  // namespace drawn
 
 #define DRAWN(T, suffix)                                                                                                           \
-    extern "C" __global__ __launch_bounds__(drawn::kThreads) void attention_drawn_##suffix(const __grid_constant__ drawn::Args args) { \
+    extern "C" __global__ __launch_bounds__(drawn::kThreads, 4) void attention_drawn_##suffix(const __grid_constant__ drawn::Args args) { \
         begin_kernel();                                                                                                            \
         drawn::chunk<T>(args);                                                                                                     \
     }                                                                                                                              \

@@ -22,10 +22,8 @@ struct BandArgs {
 
 PTX void make_table(float2* table, int n, int cutoff) {
     for (int d = threadIdx.x; d < n; d += kThreads) {
-        const double turn = 6.283185307179586 / n;
-        const double s = sin(turn * double(int64_t(cutoff) * d % n)) / n;
-        const double half = 0.5 * turn * d;
-        table[d].x = float(d == 0 ? 2.0 * cutoff / n : s * cos(half) / sin(half));
+        const double s = sinpi(2.0 * double(int64_t(cutoff) * d % n) / n) / n, half = double(d) / n;
+        table[d].x = float(d == 0 ? 2.0 * cutoff / n : s * cospi(half) / sinpi(half));
         table[d].y = float(-s);
     }
     __syncthreads();

@@ -53,6 +53,8 @@ inline __nv_bfloat16 __float2bfloat16_rn(float f) {
 
 // ---- device math ---------------------------------------------------------------------------------------
 inline int __ffs(int x) { return __builtin_ffs(x); }
+inline double sinpi(double x) { return sin(M_PI * x); }
+inline double cospi(double x) { return cos(M_PI * x); }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline float __expf(float x) { return expf(x); }
 inline float __fdividef(float a, float b) { return a / b; }
