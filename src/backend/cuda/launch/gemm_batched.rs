@@ -89,7 +89,7 @@ pub fn gemm_batched(gpu: &Gpu, op: &BatchedGemm) -> Result<(), CudaError> {
 
 /// Queues `op` with a tile of the caller's choice: 128×128 (not in f32), 64×64, or any.
 pub fn gemm_batched_by(gpu: &Gpu, op: &BatchedGemm, tile: Tile) -> Result<(), CudaError> {
-    gpu.label(|| format!("{} times {}", op.batch, op.first.label()));
+    gpu.label(|| format!("{}, {} times", op.first.label(), op.batch));
     let problem = op.first.problem();
     if problem.m == 0 || problem.n == 0 || op.batch == 0 {
         return Ok(());
