@@ -8,6 +8,7 @@
 use rayon::prelude::*;
 
 use super::check::{shape, size};
+use super::reference::read;
 use super::{Backend, Cols, HostLayout, Shape, Tensor, TensorError};
 
 /// Which tokens share a row.
@@ -107,12 +108,6 @@ impl TokenRows {
             }
         }
     }
-}
-
-fn read<B: Backend + ?Sized>(backend: &B, x: &Tensor) -> Result<Vec<f32>, TensorError> {
-    let mut data = vec![0f32; x.shape().len()];
-    backend.download(x, HostLayout::Nhwc, &mut data)?;
-    Ok(data)
 }
 
 /// See [`Backend::match_tokens`].

@@ -10,7 +10,8 @@ use rayon::prelude::*;
 use super::resample::{Axis, Grid};
 use super::{Backend, Cols, Curve, Filter, HostLayout, ScaleHalf, Shape, SwapTokens, Tensor, TensorError};
 
-fn read<B: Backend + ?Sized>(backend: &B, x: &Tensor) -> Result<Vec<f32>, TensorError> {
+/// The elements in host memory, as they lie there.
+pub(super) fn read<B: Backend + ?Sized>(backend: &B, x: &Tensor) -> Result<Vec<f32>, TensorError> {
     let mut data = vec![0f32; x.shape().len()];
     backend.download(x, HostLayout::Nhwc, &mut data)?;
     Ok(data)

@@ -34,7 +34,7 @@ impl CudaBackend {
             |samples: usize, each: usize| self.alloc_as(Shape::tokens(samples, each, 1), DType::I32);
         let (rows, places, role) =
             (integers(s.n, tokens)?, integers(1, op.targets.len())?, integers(1, tokens)?);
-        let Operand { element, .. } = self.own(OP, op.x)?;
+        let x = self.own(OP, op.x)?;
         let launch = Match {
             targets: Targets {
                 picture,
@@ -42,9 +42,9 @@ impl CudaBackend {
                 role: numbers(OP, &role)?,
                 place: numbers(OP, &places)?,
             },
-            x: self.own(OP, op.x)?.rows(),
+            x: x.rows(),
             channels: s.c,
-            element,
+            element: x.element,
             row: numbers(OP, &rows)?,
         };
         if !s.is_empty() {
@@ -64,14 +64,15 @@ impl CudaBackend {
         const OP: &str = "merge_tokens";
         rows.check_merge(x, out.shape())?;
         let (picture, row, place) = parts(OP, rows)?;
+        let Operand { ptr, element, .. } = self.own(OP, out)?;
         let launch = Mean {
             picture,
             x: self.own_columns(OP, x)?.rows(),
             channels: x.width,
             row,
             place,
-            out: self.own(OP, out)?.ptr,
-            element: self.own(OP, out)?.element,
+            out: ptr,
+            element,
         };
         if !out.shape().is_empty() {
             merge::mean(self.shared().gpu(), &launch)?;

@@ -2,7 +2,7 @@
 //!
 //! Some techniques change what happens inside the network: attention over parts
 //! of the picture, scaled skip connections, smaller feature maps for the first
-//! steps. They attach as [`UnetHook`]s, which the blocks ask at three places; the
+//! steps. They attach as [`UnetHook`]s, which the blocks ask where they can be changed; the
 //! network itself knows none of them, and without hooks nothing is asked. A pass is recorded if
 //! every hook gives a [`key`](UnetHook::key) for it; hooks that copy to and from the host give none. What a hook
 //! looked at in a pass is handed to it afterwards, whether the pass was run or replayed.
